@@ -1,0 +1,3 @@
+"""normlab: normalization experiments that end in a verdict."""
+
+__version__ = "0.1.0"
