@@ -1,0 +1,144 @@
+"""Evaluation protocols: which statistics one trained network is tested with.
+
+``normlab.protocols`` defines and reads the protocols. Sums are taken over samples and divided once.
+Evaluating changes neither the model nor any global random state.
+"""
+
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+from tqdm import tqdm
+
+from normlab.data.base import Dataset
+from normlab.norms.base import normalization, population_layers
+from normlab.population import EmaBank, Population, estimate, using
+from normlab.protocols import Protocol
+
+PRECISE_SAMPLES = 10_000
+"""How many training images estimate population statistics, as in the paper's figures."""
+
+_FORWARD = 512  # samples per forward: a matter of speed and memory, never of results
+
+
+@dataclass
+class Evaluator:
+    """Evaluates one model on one data set; remembers the population statistics it has estimated.
+
+    ``nbs`` is the run's normalization batch size (None for norms without one), ``bank`` the tracked
+    EMA bank if there is one, and ``tick`` is called once a batch: it may raise to stop.
+    """
+
+    model: nn.Module
+    data: Dataset
+    nbs: int | None
+    seed: int
+    device: torch.device
+    channels_last: bool = False
+    precision: str = "fp32"
+    bank: EmaBank | None = None
+    tick: Callable[[], None] = lambda: None
+    _populations: dict[tuple[Any, ...], Population] = field(default_factory=dict)
+
+    def run(self, protocol: Protocol) -> dict[str, Any]:
+        """Evaluate: a row with protocol, split, statistics, batch, samples, order, n, error, loss.
+
+        ``error`` in %, ``loss`` in nats per sample.
+        """
+        row: dict[str, Any] = {
+            "protocol": str(protocol),
+            "split": protocol.split,
+            "statistics": protocol.statistics,
+        }
+        has_population = bool(population_layers(self.model))
+        if has_population and protocol.statistics == "batch":
+            batch = protocol.batch or self._nbs(protocol)
+            row |= {"batch": batch, "order": protocol.order}
+            batches = self._groups(protocol.split, batch, order=protocol.order)
+            with normalization(self.model, statistics="batch", update=False, group_size=batch):
+                return row | self._score(batches, protocol)
+        statistics: AbstractContextManager[Any] = nullcontext()
+        if has_population and protocol.statistics.startswith("precise"):
+            batch = protocol.batch or self._nbs(protocol)
+            samples = min(protocol.samples or PRECISE_SAMPLES, self.data.size("train"))
+            samples -= samples % batch
+            row |= {"batch": batch, "samples": samples, "order": protocol.order}
+            statistics = using(self.model, self._population(protocol, batch, samples))
+        elif has_population and protocol.decay is not None:
+            if self.bank is None:
+                raise ValueError(f"'{protocol}' needs ema_bank=[{protocol.decay}] in the run's config")
+            statistics = using(self.model, self.bank.population(protocol.decay))
+        batches = self.data.eval_batches(
+            protocol.split, batch_size=_FORWARD, order=None,
+            device=self.device, channels_last=self.channels_last,
+        )  # fmt: skip
+        with statistics:
+            return row | self._score(batches, protocol)
+
+    def _nbs(self, protocol: Protocol) -> int:
+        if self.nbs is None:
+            raise ValueError(f"'{protocol}' needs a batch size: write {protocol}/batch:<n>")
+        return self.nbs
+
+    def _population(self, protocol: Protocol, batch: int, samples: int) -> Population:
+        key = (protocol.statistics, batch, samples, protocol.order)
+        if key not in self._populations:
+            if samples < batch:
+                raise ValueError(f"'{protocol}': fewer training images than one batch of {batch}")
+            batches = self._groups("train", batch, protocol.order, samples, augment=True)
+            estimator = "mean" if protocol.statistics == "precise_mean" else "pooled"
+            with self._autocast():
+                self._populations[key] = estimate(
+                    self.model, self._shown(batches, protocol), estimator=estimator, group_size=batch
+                )
+        return self._populations[key]
+
+    def _groups(
+        self, split: str, batch: int, order: int, samples: int | None = None, augment: bool = False
+    ) -> Iterator[tuple[Tensor, Tensor]]:
+        """Whole groups of ``batch`` samples, several to a forward; the last partial group is dropped."""
+        for x, y in self.data.eval_batches(
+            split, batch_size=batch * max(1, _FORWARD // batch), order=order, samples=samples,
+            augment=augment, device=self.device, channels_last=self.channels_last,
+        ):  # fmt: skip
+            whole = len(y) - len(y) % batch
+            if whole:
+                yield x[:whole], y[:whole]
+
+    def _autocast(self) -> torch.autocast:
+        on = self.precision == "bf16"
+        return torch.autocast(self.device.type, dtype=torch.bfloat16, enabled=on)
+
+    def _shown(
+        self, batches: Iterator[tuple[Tensor, Tensor]], protocol: Protocol
+    ) -> Iterator[tuple[Tensor, Tensor]]:
+        for batch in tqdm(batches, desc=f"eval {protocol}", unit="batch", leave=False, disable=None):
+            self.tick()
+            yield batch
+
+    @torch.inference_mode()
+    def _score(
+        self, batches: Iterator[tuple[Tensor, Tensor]], protocol: Protocol
+    ) -> dict[str, Any]:
+        modes = {module: module.training for module in self.model.modules()}
+        self.model.eval()
+        wrong = torch.zeros((), dtype=torch.float64, device=self.device)
+        loss = torch.zeros((), dtype=torch.float64, device=self.device)
+        n = 0
+        try:
+            for x, y in self._shown(batches, protocol):
+                with self._autocast():
+                    logits = self.model(x)
+                loss += F.cross_entropy(logits.float(), y, reduction="sum")
+                wrong += (logits.argmax(1) != y).sum()
+                n += len(y)
+        finally:
+            for module, training in modes.items():
+                module.training = training
+        if not n:
+            raise ValueError(f"'{protocol}': the {protocol.split} split has fewer samples than one batch")
+        return {"n": n, "error": 100 * wrong.item() / n, "loss": loss.item() / n}

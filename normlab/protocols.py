@@ -1,0 +1,83 @@
+"""Evaluation protocols: which statistics one trained network is tested with.
+
+A protocol is written ``<split>:<statistics>[/key:value]...``, for example ``val:ema`` or
+``test:precise/batch:2/samples:1000``. ``normlab.evaluate`` carries them out.
+
+============== =====================================================================================
+statistics     the normalization layers use
+============== =====================================================================================
+augmented      (train only) nothing anew: the error of the epoch's own training forward
+batch          the statistics of ``batch`` samples at a time, in the order drawn with seed ``order``;
+               the remainder is dropped, and ``n`` records what was counted
+ema            the stored running statistics; with ``decay`` those of the tracked bank
+precise        population statistics pooled over ``samples`` training images in batches of ``batch``
+precise_mean   the same with the mean of the batch variances, as the original BN paper has it
+============== =====================================================================================
+
+``batch`` is the run's NBS unless given. Norms without population statistics (gn, ln, in, none)
+behave the same in training and at test: every protocol is their plain forward.
+"""
+
+from dataclasses import dataclass
+from typing import Any
+
+SPLITS = ("train", "val", "test")
+STATISTICS = ("augmented", "batch", "ema", "precise", "precise_mean")
+_KEYS = {
+    "augmented": (),
+    "batch": ("batch", "order"),
+    "ema": ("decay",),
+    "precise": ("batch", "samples", "order"),
+    "precise_mean": ("batch", "samples", "order"),
+}
+
+@dataclass(frozen=True)
+class Protocol:
+    """One way to evaluate a checkpoint."""
+
+    split: str
+    statistics: str
+    batch: int | None = None
+    samples: int | None = None
+    order: int = 0
+    decay: float | None = None
+
+    @classmethod
+    def parse(cls, spec: str) -> "Protocol":
+        """Read ``<split>:<statistics>[/key:value]...``; ValueError says what is allowed."""
+        head, *options = str(spec).split("/")
+        split, _, statistics = head.partition(":")
+        if split not in SPLITS or statistics not in STATISTICS:
+            raise ValueError(
+                f"evals: '{spec}' is not <split>:<statistics> with a split of {', '.join(SPLITS)} "
+                f"and statistics of {', '.join(STATISTICS)}"
+            )
+        if statistics == "augmented" and split != "train":
+            raise ValueError(f"evals: '{spec}': only train:augmented exists, the training forward")
+        values: dict[str, Any] = {}
+        for option in options:
+            key, _, text = option.partition(":")
+            if key not in _KEYS[statistics] or key in values:
+                allowed = ", ".join(_KEYS[statistics]) or "none"
+                raise ValueError(f"evals: '{spec}': option '{option}' (allowed, once: {allowed})")
+            values[key] = _number(spec, key, text)
+        return cls(split, statistics, **values)
+
+    def __str__(self) -> str:
+        options = {"batch": self.batch, "samples": self.samples, "decay": self.decay}
+        if self.order:
+            options["order"] = self.order
+        return f"{self.split}:{self.statistics}" + "".join(
+            f"/{key}:{value}" for key, value in options.items() if value is not None
+        )
+
+
+def _number(spec: str, key: str, text: str) -> float | int:
+    least = {"batch": 2, "samples": 2, "order": 0, "decay": 0}[key]
+    try:
+        value = float(text) if key == "decay" else int(text)
+    except ValueError:
+        raise ValueError(f"evals: '{spec}': {key} must be a number, got '{text}'") from None
+    if value < least or (key == "decay" and value >= 1):
+        raise ValueError(f"evals: '{spec}': {key} must be at least {least}, decay below 1")
+    return value

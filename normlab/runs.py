@@ -1,0 +1,268 @@
+"""Run directories: what a run leaves on disk, and all runs as one tidy table.
+
+``runs/<id>/`` holds ``config.yaml`` (resolved), ``env.json``, ``metrics.csv`` (a row per epoch),
+``evals.csv`` (a row per evaluation), ``checkpoint.pt``, ``log.txt`` and, written last,
+``status.json``. The directory is the state of the run: no status means unfinished. Every file is
+replaced atomically, so that a kill at any moment leaves the old file or the new one.
+"""
+
+import csv
+import fcntl
+import hashlib
+import io
+import json
+import logging
+import os
+import subprocess
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass
+from functools import cache
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    import pandas as pd
+
+log = logging.getLogger(__name__)
+
+FINISHED = ("done", "diverged")
+"""Statuses that another start of the same run does not change."""
+
+EVAL_COLUMNS = [
+    "protocol", "split", "statistics", "batch", "samples", "order", "epoch", "n", "error", "loss",
+]  # fmt: skip
+RUN_COLUMNS = [
+    "id", "cell", "scale", "experiment", "model", "norm", "nbs", "data", "seed", "batch_size",
+    "epochs", "lr", "decay", "precision", "world_size", "device", "threads", "torch", "commit",
+    "dirty", "source", "data_digest", "data_note", "chance", "claims", "started", "seconds", "status",
+]  # fmt: skip
+COLUMNS = RUN_COLUMNS + EVAL_COLUMNS
+
+# What no run executes: changing it cannot change a run's numbers.
+_NOT_RUN = {
+    "report", "bench", "cli.py", "show.py", "experiment.py", "runs.py", "plugins.py", "__main__.py",
+    "__init__.py",
+}  # fmt: skip
+
+
+def write_atomically(path: Path, content: str | bytes) -> None:
+    """Replace a file so that a reader, or a kill, sees the old content or the new, never a part."""
+    temporary = path.with_name(f".{path.name}.{os.getpid()}")
+    try:
+        with temporary.open("wb") as file:
+            file.write(content.encode() if isinstance(content, str) else content)
+            file.flush()
+            os.fsync(file.fileno())
+        temporary.replace(path)
+    finally:
+        with suppress(FileNotFoundError):
+            temporary.unlink()
+
+
+@dataclass(frozen=True)
+class RunDir:
+    """One run's directory. Constructing it touches nothing on disk."""
+
+    path: Path
+
+    @property
+    def id(self) -> str:
+        return self.path.name
+
+    @property
+    def checkpoint(self) -> Path:
+        return self.path / "checkpoint.pt"
+
+    @property
+    def log(self) -> Path:
+        return self.path / "log.txt"
+
+    def snapshot(self, epoch: int) -> Path:
+        """The weights at the end of an epoch that was evaluated before the last one."""
+        return self.path / "epochs" / f"{epoch}.pt"
+
+    @contextmanager
+    def lock(self) -> Iterator[None]:
+        """Hold the run; a second process that starts the same run waits here and says so.
+
+        The kernel drops the lock with the process that holds it, however that ends.
+        """
+        self.path.mkdir(parents=True, exist_ok=True)
+        with (self.path / ".lock").open("a") as file:
+            try:
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                log.warning("%s is running in another process: waiting for it", self.id)
+                fcntl.flock(file, fcntl.LOCK_EX)
+            yield
+
+    def config(self) -> dict[str, Any]:
+        """The resolved config. Raises ValueError if there is none or it cannot be read."""
+        import yaml
+
+        try:
+            config = yaml.safe_load((self.path / "config.yaml").read_text())
+        except FileNotFoundError:
+            raise ValueError(f"{self.path} is not a run directory: it has no config.yaml") from None
+        except yaml.YAMLError:
+            config = None
+        if not isinstance(config, dict):
+            raise ValueError(f"{self.path / 'config.yaml'} cannot be read as a run's config")
+        return config
+
+    def write_config(self, config: dict[str, Any]) -> None:
+        import yaml
+
+        write_atomically(self.path / "config.yaml", yaml.safe_dump(config, sort_keys=False))
+
+    def env(self) -> dict[str, Any]:
+        return self._json("env.json")
+
+    def write_env(self, env: dict[str, Any]) -> None:
+        write_atomically(self.path / "env.json", json.dumps(env, indent=1) + "\n")
+
+    def status(self) -> dict[str, Any]:
+        """The run's end, or {} while there is none."""
+        return self._json("status.json")
+
+    def write_status(self, status: dict[str, Any]) -> None:
+        write_atomically(self.path / "status.json", json.dumps(status, indent=1) + "\n")
+
+    def evals(self) -> list[dict[str, str]]:
+        """The evaluations so far, one row each, as text."""
+        return self._csv("evals.csv")
+
+    def add_eval(self, row: dict[str, Any]) -> None:
+        """Append one evaluation; an earlier row of the same protocol and epoch is replaced."""
+        key = (row["protocol"], str(row["epoch"]))
+        kept = [old for old in self.evals() if (old["protocol"], old["epoch"]) != key]
+        self._write_csv("evals.csv", [*kept, row], EVAL_COLUMNS)
+
+    def write_metrics(self, rows: list[dict[str, Any]]) -> None:
+        if rows:
+            self._write_csv("metrics.csv", rows, list(rows[0]))
+
+    def _json(self, name: str) -> dict[str, Any]:
+        try:
+            return dict(json.loads((self.path / name).read_text()))
+        except FileNotFoundError:
+            return {}
+        except ValueError:
+            raise ValueError(f"{self.path / name} is not readable JSON") from None
+
+    def _csv(self, name: str) -> list[dict[str, str]]:
+        try:
+            with (self.path / name).open(newline="") as file:
+                return list(csv.DictReader(file))
+        except FileNotFoundError:
+            return []
+
+    def _write_csv(self, name: str, rows: list[dict[str, Any]], columns: list[str]) -> None:
+        text = io.StringIO()
+        writer = csv.DictWriter(text, columns, lineterminator="\n")
+        writer.writeheader()
+        writer.writerows(rows)
+        write_atomically(self.path / name, text.getvalue())
+
+
+def find(run: str, root: Path) -> RunDir:
+    """A run by its id, by a prefix of it that is unique, or by its directory.
+
+    Raises ValueError that names what there is.
+    """
+    for path in (Path(run), root / run):
+        if (path / "config.yaml").is_file():
+            return RunDir(path)
+    ids = [found.id for found in listed(root)]
+    matches = [i for i in ids if i.startswith(run)]
+    if len(matches) == 1:
+        return RunDir(root / matches[0])
+    if matches:
+        raise ValueError(f"run '{run}' is ambiguous under {root}: {', '.join(matches[:4])}")
+    there = f"for example {ids[0]}" if ids else "there are none"
+    raise ValueError(f"no run '{run}' under {root} ({there})")
+
+
+def listed(root: Path) -> list[RunDir]:
+    """Every run directory under a root, by name."""
+    return [RunDir(path.parent) for path in sorted(root.glob("*/config.yaml"))]
+
+
+def summary(run: RunDir) -> dict[str, Any]:
+    """The run's own columns of the table (``RUN_COLUMNS``)."""
+    config, env, status = run.config(), run.env(), run.status()
+    values = {
+        "id": run.id,
+        "model": config["model"]["name"],
+        "norm": config["norm"]["name"],
+        "data": config["data"]["name"],
+        "nbs": env.get("nbs"),
+        "status": status.get("status", "unfinished"),
+        "seconds": status.get("seconds"),
+    }
+    for source in (env, config):
+        for column in RUN_COLUMNS:
+            if column in source:
+                values.setdefault(column, source[column])
+    return {column: values.get(column) for column in RUN_COLUMNS}
+
+
+def table(root: Path) -> "pd.DataFrame":
+    """All runs under a root: one row per run and evaluation; a run without any has one row.
+
+    Unreadable directories are left out with a warning.
+    """
+    import pandas as pd
+
+    rows: list[dict[str, Any]] = []
+    for run in listed(root):
+        try:
+            own = summary(run)
+            rows += [own | row for row in run.evals()] or [own]
+        except (ValueError, KeyError, TypeError) as error:
+            log.warning("left out %s: %s", run.path, error)
+    frame = pd.DataFrame(rows, columns=COLUMNS)
+    numbers = ["nbs", "batch", "samples", "order", "epoch", "n", "error", "loss", "seconds"]
+    return frame.assign(**{name: pd.to_numeric(frame[name]) for name in numbers})
+
+
+def committed(results: Path) -> dict[str, set[str]]:
+    """Run id -> protocols evaluated, over the committed ``results/*/runs.csv``."""
+    done: dict[str, set[str]] = {}
+    for path in sorted(results.glob("*/runs.csv")):
+        with path.open(newline="") as file:
+            for row in csv.DictReader(file):
+                if row["status"] in FINISHED:
+                    done.setdefault(row["id"], set()).add(row["protocol"])
+    return done
+
+
+@cache
+def source_digest() -> str:
+    """8 hex digits over the modules that a run executes, so that a report can mark older runs."""
+    package = Path(__file__).resolve().parent
+    digest = hashlib.sha256()
+    for path in sorted(package.rglob("*.py")):
+        relative = path.relative_to(package)
+        if relative.parts[0] not in _NOT_RUN:
+            digest.update(str(relative).encode() + b"\0" + path.read_bytes())
+    return digest.hexdigest()[:8]
+
+
+@cache
+def commit() -> tuple[str, bool]:
+    """The commit this package is run from and whether its files differ from it; ("", False) outside git."""
+    package = Path(__file__).resolve().parent
+
+    def git(*words: str) -> str:
+        done = subprocess.run(["git", *words], cwd=package, capture_output=True, text=True, check=True)
+        return done.stdout.strip()
+
+    try:
+        if package.name not in git("ls-files", "--full-name", "__init__.py"):
+            return "", False  # installed inside somebody else's repository
+        changed = git("status", "--porcelain", "--", ".", "../conf", "../experiments")
+        return git("rev-parse", "--short=12", "HEAD"), bool(changed)
+    except (OSError, subprocess.CalledProcessError):
+        return "", False
