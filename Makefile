@@ -1,0 +1,93 @@
+# Two commands on a fresh machine: `make demo` and `make test`.
+# The environment is made on first use from any Python 3.11-3.13 and never activated.
+
+VENV ?= .venv
+# The Python that the environment is made from: the first of these that will do, or the one given.
+FITS := import sys; sys.exit(not (3, 11) <= sys.version_info[:2] <= (3, 13))
+PY ?= $(shell for p in python3 python3.13 python3.12 python3.11; do \
+	$$p -c '$(FITS)' 2>/dev/null && echo $$p && break; done)
+# A further package index, for example one of CPU-only torch wheels.
+TORCH_INDEX ?=
+SCALE ?= demo
+# How many runs go side by side.
+JOBS ?= 2
+
+BIN := $(VENV)/bin
+INSTALL = $(BIN)/python -m pip install --quiet --disable-pip-version-check \
+	$(if $(TORCH_INDEX),--extra-index-url $(TORCH_INDEX)) -c constraints.txt
+SIDE_BY_SIDE = hydra/launcher=joblib hydra.launcher.n_jobs=$(JOBS)
+
+.DEFAULT_GOAL := help
+.PHONY: help setup demo report test test-slow lint bench lock clean
+.NOTPARALLEL:
+
+## help         this list
+help:
+	@sed -n 's/^## /  make /p' Makefile
+
+## setup        make the environment in .venv and install normlab into it
+setup: $(VENV)/.ready
+
+$(VENV)/.made:
+	@'$(PY)' -c '$(FITS)' 2>/dev/null || { echo "normlab needs Python 3.11, 3.12 or 3.13, and\
+	 '$(PY)' is not one: name one, as in \`make $(MAKECMDGOALS) PY=python3.12\`" >&2; exit 1; }
+	'$(PY)' -m venv $(VENV)
+	@touch $@
+
+$(VENV)/.ready: pyproject.toml constraints.txt | $(VENV)/.made
+	$(INSTALL) -e '.[joblib]'
+	@touch $@
+
+$(VENV)/.ready-dev: pyproject.toml constraints.txt | $(VENV)/.made
+	$(INSTALL) -e '.[joblib,dev]'
+	@touch $(VENV)/.ready $@
+
+## demo         offline and in minutes: one run, a small sweep, the report; names the page to open
+demo: setup
+	$(BIN)/normlab train norm=ghost nbs=32
+	$(BIN)/normlab sweep nbs scale=demo skip_done=local $(SIDE_BY_SIDE)
+	$(BIN)/normlab report
+	@echo
+	@echo 'The figure:             $(CURDIR)/results/nbs/demo/figure.png'
+	@echo 'The page, with verdicts: $(CURDIR)/results/index.html'
+
+## sweep-nbs    run what is missing of an experiment: sweep-<experiment> SCALE=demo|desk|gpu|paper
+sweep-%: setup
+	$(BIN)/normlab sweep $* scale=$(SCALE) $(SIDE_BY_SIDE)
+
+## report       write every table, figure and verdict, and the page results/index.html
+report: setup
+	$(BIN)/normlab report
+
+## test         the test suite, under 10 minutes
+test: $(VENV)/.ready-dev
+	$(BIN)/python -m pytest
+
+## test-slow    the test suite and its long cases, under an hour
+test-slow: $(VENV)/.ready-dev
+	$(BIN)/python -m pytest -m ''
+
+## lint         style, and types in the checker's strict mode
+lint: $(VENV)/.ready-dev
+	$(BIN)/ruff check .
+	$(BIN)/mypy
+
+## bench        measure speed against the stock ways of doing the same, into results/bench
+bench: $(VENV)/.ready-dev
+	$(INSTALL) -e '.[joblib,dev,bench]'
+	$(BIN)/normlab bench
+
+## lock         write constraints.txt anew: the newest versions that Python 3.11, the oldest, resolves to
+lock:
+	@'$(PY)' -c 'import sys; sys.exit(sys.version_info[:2] != (3, 11))' || { \
+	 echo "the pins must exist for the oldest Python too: make lock PY=python3.11" >&2; exit 1; }
+	{ sed -n '/^#/p' constraints.txt; '$(PY)' -m pip install --quiet --disable-pip-version-check \
+	 --dry-run --ignore-installed --report - '.[joblib,dev,bench]' | '$(PY)' -c 'import json, sys; \
+	 found = [item["metadata"] for item in json.load(sys.stdin)["install"]]; \
+	 pins = sorted((f["name"].lower(), f["version"]) for f in found if f["name"] != "normlab"); \
+	 print(*map("==".join, pins), sep="\n")'; } > constraints.new
+	mv constraints.new constraints.txt
+
+## clean        remove the environment and what building leaves behind (never runs/ or results/)
+clean:
+	rm -rf $(VENV) build dist .pytest_cache .mypy_cache .ruff_cache .hypothesis
