@@ -1,9 +1,9 @@
 """What installed packages add to normlab, found without importing any of them.
 
-A distribution takes part by declaring an entry point in a group ``normlab.<room>`` (``normlab.norms``,
-``normlab.models``, ``normlab.data``, ``normlab.experiments``). The directory of the entry point's
-top-level package may hold ``conf/`` (searched by Hydra after our own) and ``experiments/*.yaml``.
-Only the standard library is used, so that the command line stays quick.
+A distribution takes part by declaring an entry point in a group ``normlab.<room>``
+(``normlab.norms``, ``normlab.models``, ``normlab.data``, ``normlab.experiments``). The directory of
+the entry point's top-level package may hold ``conf/`` (searched by Hydra after our own) and
+``experiments/*.yaml``. Only the standard library is used, so that the command line stays quick.
 """
 
 import importlib.metadata
@@ -16,8 +16,8 @@ PREFIX = "normlab."
 
 
 def package_dir(kind: str) -> Path:
-    """Our own ``conf`` or ``experiments`` directory: beside the package's modules in a wheel, beside
-    the package in a checkout and in an editable install.
+    """Our own ``conf`` or ``experiments`` directory: inside the package in a wheel, beside it in a
+    checkout and in an editable install.
 
     Raises FileNotFoundError if the installation has lost it.
     """
@@ -31,7 +31,9 @@ def package_dir(kind: str) -> Path:
 @cache
 def _all() -> tuple[EntryPoint, ...]:
     found = importlib.metadata.entry_points()
-    ours = (e for group in found.groups if group.startswith(PREFIX) for e in found.select(group=group))
+    ours = (
+        e for group in found.groups if group.startswith(PREFIX) for e in found.select(group=group)
+    )
     return tuple(sorted(set(ours), key=lambda e: (e.group, e.name, e.value)))
 
 
@@ -46,8 +48,8 @@ def entry_points(room: str) -> dict[str, EntryPoint]:
             continue
         if e.name in found:
             raise ValueError(
-                f"two installed packages offer {room} '{e.name}': {found[e.name].value} and {e.value};"
-                " uninstall one"
+                f"two installed packages offer {room} '{e.name}' ({found[e.name].value} and"
+                f" {e.value}): uninstall one"
             )
         found[e.name] = e
     return found
@@ -65,14 +67,14 @@ def _packages() -> tuple[Path, ...]:
 
 
 def _holding(kind: str) -> list[Path]:
-    return [d / kind for d in _packages() if (d / kind).is_dir()]
+    return [package_dir(kind), *(d / kind for d in _packages() if (d / kind).is_dir())]
 
 
 def conf_dirs() -> list[Path]:
-    """The ``conf`` directories that installed packages carry (ours is not among them)."""
+    """The ``conf`` directories: ours first, then those that installed packages carry."""
     return _holding("conf")
 
 
 def experiment_dirs() -> list[Path]:
-    """The ``experiments`` directories that installed packages carry (ours is not among them)."""
+    """The ``experiments`` directories: ours first, then those that installed packages carry."""
     return _holding("experiments")
