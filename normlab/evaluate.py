@@ -23,6 +23,7 @@ PRECISE_SAMPLES = 10_000
 """How many training images estimate population statistics, as in the paper's figures."""
 
 _FORWARD = 512  # samples per forward: a matter of speed and memory, never of results
+_ORDERS = 1000  # orders that one run's seed can tell apart
 
 
 @dataclass
@@ -102,7 +103,8 @@ class Evaluator:
     ) -> Iterator[tuple[Tensor, Tensor]]:
         """Whole groups of ``batch`` samples, several to a forward; the last partial group is dropped."""
         for x, y in self.data.eval_batches(
-            split, batch_size=batch * max(1, _FORWARD // batch), order=order, samples=samples,
+            split, batch_size=batch * max(1, _FORWARD // batch), samples=samples,
+            order=self.seed * _ORDERS + order,  # every seed has orders of its own
             augment=augment, device=self.device, channels_last=self.channels_last,
         ):  # fmt: skip
             whole = len(y) - len(y) % batch

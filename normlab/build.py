@@ -1,0 +1,188 @@
+"""Objects from a config, by name: the only reader of the config besides identity.
+
+A group's ``module`` (default: its ``name``) is looked up in its room, its other keys are keyword
+arguments of what is found there: the signature, with its annotations, is the schema. Everything
+that can be wrong is refused here, before a run writes anything.
+"""
+
+import inspect
+import json
+import types
+import typing
+from collections.abc import Callable, Iterable
+from functools import lru_cache, partial
+from typing import Any
+
+import torch
+from torch import nn
+
+import normlab.data
+import normlab.models
+import normlab.norms
+from normlab import batchplan, schedule
+from normlab.data.base import Dataset
+from normlab.norms.base import PopulationNorm
+from normlab.train import Settings
+
+Norm = Callable[[int], nn.Module]
+
+_LABELS = {"name", "module", "batch"}
+
+
+def device(config: dict[str, Any]) -> torch.device:
+    """``auto`` takes a GPU if there is one. Raises ValueError for a device that is not there."""
+    wanted = config["device"]
+    if wanted == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    if wanted == "cuda" and not torch.cuda.is_available():
+        raise ValueError("device=cuda: this machine has no usable GPU (device=auto or device=cpu)")
+    return torch.device(wanted)
+
+
+def plan(config: dict[str, Any]) -> batchplan.BatchPlan:
+    """The batch plan. Raises ``batchplan.PlanError`` when the numbers do not fit."""
+    return batchplan.plan(
+        config["batch_size"],
+        config["nbs"],
+        world_size=config["world_size"],
+        batch=config["norm"]["batch"],
+        norm=config["norm"]["name"],
+        micro_batch=config["micro_batch"],
+    )
+
+
+def data(config: dict[str, Any]) -> Dataset:
+    """The data set; runs of one process that read the same data share it."""
+    return _load(config["data_root"], config["seed"], json.dumps(config["data"], sort_keys=True))
+
+
+@lru_cache(maxsize=1)
+def _load(root: str, seed: int, group: str) -> Dataset:
+    options = json.loads(group)
+    load = normlab.data.find(_module(options))
+    dataset: Dataset = load(root, seed=seed, **_options("data", options, load, {"root", "seed"}))
+    return dataset
+
+
+def norm(config: dict[str, Any]) -> Norm:
+    """The constructor that a model calls with a number of channels."""
+    layer = normlab.norms.find(_module(config["norm"]))
+    given = {"nbs": plan(config).nbs, "decay": config["decay"]}
+    taken = {key: value for key, value in given.items() if key in _parameters(layer)}
+    return partial(layer, **_options("norm", config["norm"], layer, {"num_features", *given}), **taken)
+
+
+def model(config: dict[str, Any], dataset: Dataset) -> nn.Module:
+    """The network, its weights drawn with the run's seed, on the run's device and layout."""
+    network = normlab.models.find(_module(config["model"]))
+    options = _options("model", config["model"], network, {"norm", "num_classes", "shape"})
+    torch.manual_seed(config["seed"])
+    built: nn.Module = network(
+        norm(config), num_classes=dataset.num_classes, shape=dataset.shape, **options
+    )
+    layout = torch.channels_last if config["channels_last"] else torch.contiguous_format
+    return built.to(device=device(config), memory_format=layout)
+
+
+def optimizer(config: dict[str, Any], network: nn.Module) -> torch.optim.Optimizer:
+    """SGD with two groups of parameters: with weight decay, and without.
+
+    Parameters of normalization layers decay if ``recipe.decay_norm``, biases of the other layers if
+    ``recipe.decay_bias``, everything else always.
+    """
+    recipe = config["recipe"]
+    layer = normlab.norms.find(_module(config["norm"]))
+    norms = {id(p) for m in network.modules() if isinstance(m, layer) for p in m.parameters()}
+    groups: dict[bool, list[nn.Parameter]] = {True: [], False: []}
+    for name, parameter in network.named_parameters():
+        if id(parameter) in norms:
+            decays = recipe["decay_norm"]
+        else:
+            decays = recipe["decay_bias"] or not name.endswith("bias")
+        groups[decays].append(parameter)
+    return torch.optim.SGD(
+        [
+            {"params": groups[True], "weight_decay": recipe["weight_decay"]},
+            {"params": groups[False], "weight_decay": 0.0},
+        ],
+        lr=config["lr"],
+        momentum=recipe["momentum"],
+        nesterov=recipe["nesterov"],
+    )
+
+
+def settings(config: dict[str, Any]) -> Settings:
+    """What the training loop needs to know."""
+    recipe = config["recipe"]
+    lr = schedule.scaled(config["lr"], batch_size=config["batch_size"], lr_batch=recipe["lr_batch"])
+    return Settings(
+        epochs=config["epochs"],
+        lr=lr,
+        seed=config["seed"],
+        device=device(config),
+        schedule={key: recipe[key] for key in ("schedule", "warmup", "milestones", "gamma")},
+        precision=config["precision"],
+        channels_last=config["channels_last"],
+        label_smoothing=recipe["label_smoothing"],
+        clip_norm=recipe["clip_norm"],
+        checkpoint_every=config["checkpoint_every"],
+    )
+
+
+def has_population(network: nn.Module) -> bool:
+    """Whether any layer of the network keeps population statistics."""
+    return any(isinstance(module, PopulationNorm) for module in network.modules())
+
+
+def _module(group: dict[str, Any]) -> str:
+    return str(group.get("module") or group["name"])
+
+
+def _parameters(target: Callable[..., Any]) -> dict[str, inspect.Parameter]:
+    return dict(inspect.signature(target).parameters)
+
+
+def _options(
+    room: str, group: dict[str, Any], target: Callable[..., Any], reserved: Iterable[str]
+) -> dict[str, Any]:
+    """The group's own keys, checked against the signature of what they are given to."""
+    hints = typing.get_type_hints(target.__init__ if isinstance(target, type) else target)
+    allowed = {name: hints.get(name, Any) for name in _parameters(target) if name not in set(reserved)}
+    options = {key: value for key, value in group.items() if key not in _LABELS}
+    for key, value in options.items():
+        if key not in allowed:
+            raise ValueError(
+                f"{room}.{key}: {room}={group['name']} has no such option "
+                f"(it has {', '.join(sorted(allowed)) or 'none'})"
+            )
+        if not _fits(value, allowed[key]):
+            raise ValueError(
+                f"{room}.{key}={value!r}: {room}={group['name']} wants {_spelled(allowed[key])}"
+            )
+    return options
+
+
+def _fits(value: Any, hint: Any) -> bool:
+    """Whether a config's value suits an annotation; an int is a float, a bool is no number."""
+    origin, arguments = typing.get_origin(hint), typing.get_args(hint)
+    if hint is Any:
+        return True
+    if origin in (typing.Union, types.UnionType):
+        return any(_fits(value, argument) for argument in arguments)
+    if origin is typing.Literal:
+        return value in arguments
+    if origin in (list, tuple):
+        return isinstance(value, list) and all(_fits(item, arguments[0]) for item in value)
+    if hint in (None, type(None)):
+        return value is None
+    if isinstance(value, bool):
+        return hint is bool
+    return isinstance(value, (int, float) if hint is float else hint)
+
+
+def _spelled(hint: Any) -> str:
+    if typing.get_origin(hint) is typing.Literal:
+        return "one of " + ", ".join(map(str, typing.get_args(hint)))
+    if typing.get_origin(hint) in (typing.Union, types.UnionType):
+        return " or ".join(_spelled(argument) for argument in typing.get_args(hint))
+    return "null" if hint in (None, type(None)) else getattr(hint, "__name__", str(hint))

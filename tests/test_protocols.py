@@ -1,0 +1,58 @@
+"""Protocol specs: what they mean, that they survive a round trip, and what is refused."""
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from normlab.protocols import SPLITS, Protocol
+
+
+@pytest.mark.parametrize(
+    ("spec", "protocol"),
+    [
+        ("train:augmented", Protocol("train", "augmented")),
+        ("val:ema", Protocol("val", "ema")),
+        ("test:ema/decay:0.99", Protocol("test", "ema", decay=0.99)),
+        ("test:batch/batch:8/order:3", Protocol("test", "batch", batch=8, order=3)),
+        (
+            "val:precise_mean/samples:100/batch:2",
+            Protocol("val", "precise_mean", batch=2, samples=100),
+        ),
+    ],
+)
+def test_a_spec_is_read(spec, protocol):
+    assert Protocol.parse(spec) == protocol
+
+
+@given(
+    split=st.sampled_from(SPLITS),
+    statistics=st.sampled_from(["precise", "precise_mean"]),
+    batch=st.none() | st.integers(2, 4096),
+    samples=st.none() | st.integers(2, 10**6),
+    order=st.integers(0, 99),
+)
+def test_writing_and_reading_agree(split, statistics, batch, samples, order):
+    protocol = Protocol(split, statistics, batch=batch, samples=samples, order=order)
+    assert Protocol.parse(str(protocol)) == protocol
+
+
+@pytest.mark.parametrize(
+    ("spec", "says"),
+    [
+        ("valid:ema", "train, val, test"),
+        ("val:moving", "precise"),
+        ("val", "split"),
+        ("val:augmented", "train:augmented"),
+        ("val:ema/batch:2", "allowed, once: decay"),
+        ("val:batch/batch:1", "at least 2"),
+        ("val:batch/batch:2/batch:4", "once"),
+        ("val:precise/samples:many", "number"),
+        ("val:ema/decay:1", "below 1"),
+        ("val:ema/decay:-0.5", "at least 0"),
+    ],
+)
+def test_a_wrong_spec_is_refused_in_one_line(spec, says):
+    with pytest.raises(ValueError, match=says) as error:
+        Protocol.parse(spec)
+    assert spec in str(error.value)
+    assert "\n" not in str(error.value)
