@@ -1,0 +1,207 @@
+"""The contract of a data set, and the random streams behind order, augmentation and subsets.
+
+Everything random is a function of (stream, seed, epoch, step) alone: a run that is killed and
+resumed sees the same batches, evaluating never changes training, and no global generator is read or
+written.
+"""
+
+from abc import ABC, abstractmethod
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from enum import IntEnum
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from torch import Tensor
+
+SPLITS = ("train", "val", "test")
+SPLIT_SEED = 0  # the held-apart validation images are the same for every run, seed and machine
+
+Batch = tuple[Tensor, Tensor]  # x (B, C, H, W) float32 normalized, y (B,) int64
+Indices = npt.NDArray[np.int64]
+
+
+class Stream(IntEnum):
+    """Independent random streams. The numbers enter the seeds: never change or reuse one."""
+
+    SPLIT = 0
+    SUBSET = 1
+    TRAIN_ORDER = 2
+    TRAIN_AUGMENT = 3
+    EVAL_ORDER = 4
+    EVAL_AUGMENT = 5
+    SYNTHETIC = 6
+
+
+def generator(stream: Stream, seed: int, *key: int) -> np.random.Generator:
+    """A fresh generator for (stream, seed, key), e.g. key = (epoch, step).
+
+    The key travels as SeedSequence's spawn key, because plain entropy lists collide: numpy treats
+    [7] and [7, 0] alike.
+    """
+    if seed < 0:
+        raise ValueError(f"seed={seed}: a seed is a whole number >= 0")
+    sequence = np.random.SeedSequence(seed, spawn_key=(int(stream), *key))
+    return np.random.Generator(np.random.PCG64(sequence))
+
+
+def balanced(
+    labels: npt.ArrayLike, among: Indices, per_class: int, rng: np.random.Generator
+) -> Indices:
+    """Sorted indices of `per_class` random members of each class, drawn from `among`.
+
+    With the same generator state a larger `per_class` yields a superset, so that a curve over
+    subset sizes adds images and never swaps them. Raises ValueError if a class has too few.
+    """
+    own = np.asarray(labels)[among]
+    chosen = []
+    for c in np.unique(own):
+        members = rng.permutation(among[own == c])
+        if len(members) < per_class:
+            raise ValueError(
+                f"{per_class} images of each class wanted, but class {c} has {len(members)}"
+            )
+        chosen.append(members[:per_class])
+    return np.sort(np.concatenate(chosen)).astype(np.int64)
+
+
+def subset_of(
+    labels: npt.ArrayLike, among: Indices, subset: int | None, *, num_classes: int, seed: int
+) -> Indices:
+    """`among`, or a class-balanced `subset` of it, drawn per seed: the same for all arms."""
+    if subset is None:
+        return among
+    largest = int(np.bincount(np.asarray(labels)[among], minlength=num_classes).min()) * num_classes
+    if subset < 1 or subset % num_classes or subset > largest:
+        raise ValueError(
+            f"data.subset={subset}: a class-balanced subset is a multiple of the {num_classes}"
+            f" classes and at most {largest}"
+        )
+    rng = generator(Stream.SUBSET, seed)
+    return balanced(labels, among, subset // num_classes, rng)
+
+
+@dataclass(frozen=True)
+class Augment:
+    """Which random stream augments: batch k of an iteration uses generator(stream, *key, k)."""
+
+    stream: Stream
+    seed: int
+    epoch: int
+
+    def generator(self, step: int, *key: int) -> np.random.Generator:
+        return generator(self.stream, self.seed, self.epoch, step, *key)
+
+
+class Dataset(ABC):
+    """Images with labels in three splits, delivered as normalized batches on the run's device.
+
+    name          what the user typed
+    num_classes   labels are 0 .. num_classes - 1
+    shape         (C, H, W) of one image
+    digest        16 hex digits of the underlying data (files or pixels), not of the options
+    note          what a reader of the numbers must know, e.g. that the images are lossy; else ""
+    """
+
+    name: str
+    num_classes: int
+    shape: tuple[int, int, int]
+    digest: str
+    note: str
+
+    @abstractmethod
+    def size(self, split: str) -> int:
+        """Number of images of "train" (after subsetting), "val" or "test"."""
+
+    @abstractmethod
+    def _batches(
+        self,
+        split: str,
+        plan: Sequence[tuple[int, Indices]],
+        *,
+        augment: Augment | None,
+        device: torch.device,
+        channels_last: bool,
+    ) -> Iterator[Batch]:
+        """Deliver the planned batches: (step, positions within the split)."""
+
+    def train_batches(
+        self,
+        *,
+        batch_size: int,
+        seed: int,
+        epoch: int,
+        start_step: int = 0,
+        device: torch.device | str = "cpu",
+        channels_last: bool = False,
+    ) -> Iterator[Batch]:
+        """Shuffled, augmented batches of one epoch from `start_step` on; the remainder is dropped.
+
+        Batch k of an epoch is bitwise the same from whichever step the iteration started.
+        Raises ValueError at the call if not one batch fits or `start_step` is beyond the epoch.
+        """
+        n = self.size("train")
+        steps = n // batch_size if batch_size > 0 else 0
+        if steps == 0:
+            raise ValueError(f"batch_size={batch_size}: {self.name} has {n} training images")
+        if not 0 <= start_step <= steps:
+            raise ValueError(f"start_step={start_step}: an epoch has {steps} steps")
+        order = generator(Stream.TRAIN_ORDER, seed, epoch).permutation(n)
+        plan = [(k, order[k * batch_size : (k + 1) * batch_size]) for k in range(start_step, steps)]
+        return self._batches(
+            "train",
+            plan,
+            augment=Augment(Stream.TRAIN_AUGMENT, seed, epoch),
+            device=torch.device(device),
+            channels_last=channels_last,
+        )
+
+    def eval_batches(
+        self,
+        split: str,
+        *,
+        batch_size: int,
+        order: int | None,
+        samples: int | None = None,
+        augment: bool = False,
+        drop_last: bool = False,
+        device: torch.device | str = "cpu",
+        channels_last: bool = False,
+    ) -> Iterator[Batch]:
+        """Batches of a split for evaluation: every image once, not augmented unless asked.
+
+        order    None: stored order (many data sets are stored by class: never for mini-batch
+                 statistics); a number: a permutation seeded with it, from a stream of its own
+        samples  only the first that many of the order
+        Without `drop_last` the last batch may be smaller. Raises ValueError at the call for an
+        unknown split, more samples than there are, or settings that leave no batch.
+        """
+        n = self.size(split)
+        if samples is not None and not 1 <= samples <= n:
+            raise ValueError(f"samples={samples}: {split} of {self.name} has {n} images")
+        wanted = n if samples is None else samples
+        end = wanted // batch_size * batch_size if drop_last and batch_size > 0 else wanted
+        if batch_size < 1 or end == 0:
+            raise ValueError(
+                f"batch_size={batch_size}: {split} of {self.name} offers {wanted} images"
+            )
+        if order is None:
+            positions = np.arange(n, dtype=np.int64)
+        else:
+            positions = generator(Stream.EVAL_ORDER, order).permutation(n)
+        plan = [
+            (k, positions[first : min(first + batch_size, end)])
+            for k, first in enumerate(range(0, end, batch_size))
+        ]
+        return self._batches(
+            split,
+            plan,
+            augment=Augment(Stream.EVAL_AUGMENT, order or 0, 0) if augment else None,
+            device=torch.device(device),
+            channels_last=channels_last,
+        )
+
+
+def unknown_split(split: str) -> ValueError:
+    return ValueError(f"unknown split '{split}': one of {', '.join(SPLITS)}")

@@ -1,0 +1,84 @@
+"""Image classification data as the Hugging Face Hub ships it: encoded images in Parquet files.
+
+A column `img` or `image` holds a struct of `bytes` (a JPEG or PNG file) and `path`; a label column
+holds class numbers.
+"""
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+IMAGE_COLUMNS = ("img", "image")
+JPEG_MAGIC = b"\xff\xd8"
+
+
+def find(folder: Path) -> dict[str, list[Path]] | None:
+    """The files of "train" and "test" in `folder` (`train.parquet` or shards `train-*.parquet`)."""
+    found = {}
+    for split in ("train", "test"):
+        single = folder / f"{split}.parquet"
+        found[split] = [single] if single.is_file() else sorted(folder.glob(f"{split}-*.parquet"))
+    return found if all(found.values()) else None
+
+
+def _read(file: Path, columns: Sequence[str], *, rows: int | None = None) -> Any:
+    """The first of `columns` that the file has, as a pyarrow array, or its first `rows` rows."""
+    import pyarrow
+    import pyarrow.parquet
+
+    try:
+        opened = pyarrow.parquet.ParquetFile(file)
+        present = [c for c in columns if c in opened.schema_arrow.names]
+        if present:
+            if rows is None:
+                return opened.read(columns=present[:1]).column(0)
+            return next(opened.iter_batches(batch_size=rows, columns=present[:1])).column(0)
+    except (pyarrow.ArrowException, OSError, StopIteration) as e:
+        raise ValueError(f"{file} cannot be read as Parquet: {str(e).splitlines()[:1]}") from e
+    raise ValueError(f"{file} has no column {' or '.join(columns)}: {opened.schema_arrow.names}")
+
+
+def is_jpeg(file: Path) -> bool:
+    """Whether the file's first image is a JPEG, so that its pixels are not the original ones."""
+    first = _read(file, IMAGE_COLUMNS, rows=1)[0].as_py()
+    return bool(first["bytes"].startswith(JPEG_MAGIC))
+
+
+def images(files: Sequence[Path], side: int) -> npt.NDArray[np.uint8]:
+    """All images decoded, (N, side, side, 3). Raises ValueError naming the first bad one."""
+    import torch
+    from torchvision.io import ImageReadMode, decode_image
+
+    columns = [_read(file, IMAGE_COLUMNS) for file in files]
+    decoded = np.empty((sum(map(len, columns)), side, side, 3), dtype=np.uint8)
+    at = 0
+    for file, column in zip(files, columns, strict=True):
+        for row, cell in enumerate(column):
+            content = cell.as_py()["bytes"]
+            try:
+                image = decode_image(
+                    torch.frombuffer(bytearray(content), dtype=torch.uint8), ImageReadMode.RGB
+                )
+            except (RuntimeError, ValueError, TypeError) as e:
+                raise ValueError(f"{file}, row {row}: not an image that can be decoded") from e
+            if image.shape != (3, side, side):
+                raise ValueError(
+                    f"{file}, row {row}: image of {tuple(image.shape)}, not (3, {side}, {side})"
+                )
+            decoded[at] = image.permute(1, 2, 0).numpy()
+            at += 1
+    return decoded
+
+
+def labels(
+    files: Sequence[Path], columns: Sequence[str], num_classes: int
+) -> npt.NDArray[np.int64]:
+    """(N,) class numbers from the first of `columns` that is present."""
+    parts = [_read(file, columns).to_numpy() for file in files]
+    joined = np.concatenate(parts)
+    if joined.dtype.kind not in "iu" or joined.min() < 0 or joined.max() >= num_classes:
+        raise ValueError(f"{files[0]}: labels must be whole numbers 0 .. {num_classes - 1}")
+    return joined.astype(np.int64)
