@@ -149,7 +149,7 @@ def _solve(
         )
     if nbs == 1:
         raise PlanError(
-            f"norm={norm}: nbs=1 is instance norm, not batch norm: use norm=in, or nbs of at least 2"
+            f"norm={norm}: nbs=1 is instance norm, not batch norm: use norm=in, or nbs=2 or more"
         )
     if batch_size % world_size:
         raise PlanError(f"world_size={world_size} does not divide batch_size={batch_size}")
@@ -166,8 +166,8 @@ def _solve(
         nbs = micro * ranks
         if nbs == 1:
             raise PlanError(
-                f"batch_size={batch_size} over world_size={world_size} leaves norm={norm} one sample"
-                " at a time (nbs=1), which is instance norm: use norm=in, or a larger batch_size"
+                f"batch_size={batch_size} over world_size={world_size} leaves norm={norm} one"
+                " sample at a time (nbs=1), which is instance norm: use norm=in, or a larger batch_size"
             )
     return BatchPlan(
         batch_size=batch_size,
@@ -242,11 +242,9 @@ def steps(n: int, plan: BatchPlan, remainder: str = "drop") -> tuple[int, int]:
         return count, dropped
     candidates = _divisors(n) + _multiples(n, plan.world_size * (plan.nbs or 1)) if n > 0 else []
     choices = {"batch_size": _nearest(size, candidates, works)}
-    said = (
-        f"batch_size={size} is more than the {n} training samples, which leaves no step"
-        if not count
-        else f"batch_size={size} leaves over {dropped} of the {n} training samples (remainder=error)"
-    )
+    said = f"batch_size={size} leaves {dropped} of {n} training samples over (remainder=error)"
+    if not count:
+        said = f"batch_size={size} is more than the {n} training samples, which leaves no step"
     raise PlanError(said + _spelled(choices), choices)
 
 

@@ -1,0 +1,23 @@
+"""What a run is: its schema, how one is composed, and by what it is known.
+
+``schema`` holds the keys, their types and ranges; ``compose`` makes a plain dictionary of them from
+``conf/`` and overrides; ``identity`` says which of them change the weights. Nothing imports torch.
+"""
+
+from normlab.config.compose import compose, options, register, resolve
+from normlab.config.identity import cell_key, run_id, training_config
+from normlab.config.schema import Config, ConfigError, check, plan_of
+
+__all__ = [
+    "Config",
+    "ConfigError",
+    "cell_key",
+    "check",
+    "compose",
+    "options",
+    "plan_of",
+    "register",
+    "resolve",
+    "run_id",
+    "training_config",
+]

@@ -1,0 +1,181 @@
+"""From ``conf/``, experiment files and overrides to one plain, validated dictionary."""
+
+import difflib
+import re
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+from omegaconf import DictConfig, OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+from yaml import YAMLError
+
+from normlab import experiment, plugins
+from normlab.config.schema import Config, ConfigError, Recipe
+
+CONFIG_NAME = "config"
+
+GROUPS = ("norm", "model", "data", "recipe", "scale", "experiment")
+"""What is chosen by an option's name; all but experiments are files of ``conf/``."""
+
+_EXTRAS = {"joblib": "joblib"}
+
+
+def compose(overrides: Sequence[str] = ()) -> dict[str, Any]:
+    """The resolved config behind command-line overrides, as `normlab train` would compose it.
+
+    Nothing is checked for making sense (see ``check``). Raises ConfigError.
+    """
+    import hydra
+
+    with explained():
+        register(overrides)
+        with hydra.initialize_config_dir(str(plugins.package_dir("conf")), version_base="1.3"):
+            return resolve(hydra.compose(CONFIG_NAME, list(overrides)))
+
+
+def resolve(cfg: DictConfig) -> dict[str, Any]:
+    """A composed config as plain data, interpolations and environment look-ups carried out.
+
+    The schema is applied once more, since Hydra lets `+key=value` past it. Raises ConfigError for
+    unknown and missing keys and for values of the wrong type.
+    """
+    with explained():
+        given = OmegaConf.to_container(cfg, resolve=True)
+        typed = OmegaConf.merge(OmegaConf.structured(Config), given)
+        plain = OmegaConf.to_container(typed, resolve=True, throw_on_missing=True)
+        assert isinstance(plain, dict)
+        return {str(key): value for key, value in plain.items()}
+
+
+def options(group: str) -> dict[str, Path]:
+    """The options of a group that need no further directory: name -> file, ours before others'."""
+    if group == "experiment":
+        return experiment.files()
+    found: dict[str, Path] = {}
+    for directory in plugins.conf_dirs():
+        for path in sorted((directory / group).glob("*.yaml")):
+            found.setdefault(path.stem, path)
+    return found
+
+
+def register(overrides: Sequence[str]) -> None:
+    """Tell Hydra about the schema, the experiments and the conf directories of installed packages.
+
+    An experiment's sweep depends on the scale, so both are read from the overrides beforehand.
+    Raises ValueError for an unknown experiment, or one that does not have the scale.
+    """
+    from hydra.core.config_store import ConfigStore
+    from hydra.core.plugins import Plugins
+
+    from normlab.config.searchpath import InstalledConf
+
+    chosen, scale = _chosen(overrides, "experiment"), _chosen(overrides, "scale")
+    store = ConfigStore.instance()
+    store.store(name="schema", node=Config)
+    for name in experiment.files():  # the others only to be listed and completed
+        node = experiment.overlay(name, scale or default_scale()) if name == chosen else {}
+        store.store(group="experiment", name=name, node=node, package="_global_")
+    if chosen not in (None, "null", *experiment.files()):
+        experiment.load(chosen)  # says which there are
+    Plugins.instance().register(InstalledConf)
+
+
+def _chosen(overrides: Sequence[str], group: str) -> str | None:
+    """The option that the overrides choose, the last one counting."""
+    value = None
+    for override in overrides:
+        key, _, text = override.partition("=")
+        if key.lstrip("+") == group:
+            value = text.strip("'\"")
+    if value and "," in value and group == "experiment":
+        raise ConfigError(f"one experiment at a time, got experiment={value}")
+    return value
+
+
+@cache
+def default_scale() -> str:
+    """The scale that ``conf/config.yaml`` names."""
+    defaults = OmegaConf.load(plugins.package_dir("conf") / f"{CONFIG_NAME}.yaml").defaults
+    return next(str(entry["scale"]) for entry in defaults if "scale" in entry)
+
+
+@contextmanager
+def explained() -> Iterator[None]:
+    """Turn what Hydra, OmegaConf and YAML raise into ConfigError, in at most four lines."""
+    from hydra.errors import HydraException
+
+    try:
+        yield
+    except (HydraException, OmegaConfBaseException, YAMLError) as error:
+        raise ConfigError(_explanation(error)) from error
+
+
+def _explanation(error: Exception) -> str:
+    cause = error.__cause__ if isinstance(error.__cause__, OmegaConfBaseException) else None
+    text = str(error)
+    if missing := re.search(r"Could not find '([^']+)/([^/']+)'", text):
+        return _no_option(*missing.groups())
+    if unknown := re.search(r"Key '([^']+)' (?:is )?not in '?(\w+)", f"{cause or ''}\n{text}"):
+        return _no_key(unknown[1], unknown[2], text)
+    first = _lines(text)
+    detail = _lines(str(cause)) if cause else first[1:]
+    said = [first[0] if first else type(error).__name__]
+    said += [line for line in detail if not line.startswith(("object_type", "reference_type"))]
+    key = re.search(r"full_key: (\S+)", f"{cause or ''}\n{text}")
+    if key and (wanted := _wanted(key[1])):
+        said = [line for line in said if not line.startswith("full_key")]
+        said.append(f"{key[1]} takes {wanted}")
+    return "\n".join(said[:4])
+
+
+def _lines(text: str) -> list[str]:
+    return [line.strip() for line in text.splitlines() if line.strip()]
+
+
+def _no_option(group: str, name: str) -> str:
+    known = list(options(group))
+    if group == "hydra/launcher":
+        hint = f": pip install 'normlab[{_EXTRAS[name]}]'" if name in _EXTRAS else ""
+        return f"no launcher '{name}'{hint} (installed: {', '.join(launchers())})"
+    return f"no {group} '{name}'{near(name, known)} ({group}: {', '.join(known)})"
+
+
+def launchers() -> list[str]:
+    """Hydra's launchers that are installed."""
+    from hydra.core.config_store import ConfigStore
+
+    return sorted(
+        name.removesuffix(".yaml") for name in ConfigStore.instance().list("hydra/launcher")
+    )
+
+
+def _no_key(key: str, parent: str, text: str) -> str:
+    known = list(Recipe.__annotations__ if parent == "Recipe" else Config.__annotations__)
+    override = re.search(r"override '([^']+)'", text)
+    full = override[1] if override else key
+    if parent not in ("Recipe", "Config"):
+        return f"no key '{full}' (`normlab train --cfg job` prints those there are)"
+    return f"no key '{full}'{near(key, known) or f' (keys: {", ".join(known)})'}"
+
+
+def near(word: str, known: Sequence[str]) -> str:
+    """What may have been meant."""
+    close = difflib.get_close_matches(word, known, 1)
+    return f"; did you mean '{close[0]}'?" if close else ""
+
+
+def _wanted(key: str) -> str:
+    """The type of a schema's key, in words."""
+    kind: Any = Config.__annotations__.get(key)
+    if key.startswith("recipe."):
+        kind = Recipe.__annotations__.get(key.removeprefix("recipe."))
+    words = {
+        int: "an integer", float: "a number", bool: "true or false", str: "a word",
+        int | None: "an integer or null", float | None: "a number or null",
+        str | None: "a word or null", list[float]: "a list of numbers: [0.5,0.75]",
+        list[str]: "a list: [train:batch,val:ema]",
+    }  # fmt: skip
+    return words.get(kind, "")

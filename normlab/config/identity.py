@@ -1,0 +1,88 @@
+"""By what a run is known: a hash over everything that changes its weights, and nothing else.
+
+Changing what enters the hash orphans every run made so far. A test freezes ids; a key that is added
+to the schema later goes into LATER with the default it came with, and then changes no old id.
+"""
+
+import hashlib
+import json
+from typing import Any
+
+from normlab.config.schema import plan_of
+
+SCHEMA_VERSION = 1
+"""Raised only when old runs shall not be found again."""
+
+LATER: dict[str, Any] = {}
+"""Dotted keys introduced after version 1, each with the default of its introduction."""
+
+# What a run reads, writes, prints or is called; none of it reaches the weights. `remainder` decides
+# only whether to refuse. The number of threads changes the last bits of sums: it is recorded, and
+# restored on resuming.
+_NOT_TRAINING = {
+    "evals", "eval_last", "ema_bank", "runs", "data_root", "skip_done", "checkpoint_every", "scale",
+    "experiment", "allocator", "device", "threads", "remainder",
+}  # fmt: skip
+
+
+def training_config(config: dict[str, Any]) -> dict[str, Any]:
+    """The part of a resolved config that changes the weights, in a canonical form.
+
+    A group's option is known by its module and settings, not by what it is called. NBS and
+    micro-batch are those of the batch plan, so that a spelt-out default changes nothing; norms that
+    look at no other sample have neither ``nbs`` nor ``decay``. Raises ``batchplan.PlanError``.
+    """
+    plan = plan_of(config)
+    kept = {key: value for key, value in config.items() if key not in _NOT_TRAINING}
+    for group in ("norm", "model", "data"):
+        kept[group] = {k: v for k, v in config[group].items() if k not in ("name", "workers")}
+        kept[group]["module"] = config[group].get("module") or config[group]["name"]
+    kept["recipe"] = {key: value for key, value in config["recipe"].items() if key != "name"}
+    kept |= {"nbs": plan.nbs, "micro_batch": plan.micro_batch}
+    if plan.nbs is None:
+        del kept["nbs"], kept["decay"]
+    for key, default in LATER.items():
+        _drop(kept, key.split("."), default)
+    return kept
+
+
+def _drop(node: Any, path: list[str], default: Any) -> None:
+    """Remove a key that has its introduction's default."""
+    for part in path[:-1]:
+        node = node.get(part, {})
+    if path[-1] in node and node[path[-1]] == default:
+        del node[path[-1]]
+
+
+def cell_key(config: dict[str, Any]) -> str:
+    """8 hex digits of everything but the seed: runs that share it are repetitions of each other."""
+    kept = training_config(config)
+    del kept["seed"]
+    return _digest(kept)
+
+
+def run_id(config: dict[str, Any], *, device: str, data_digest: str, kernels: bool) -> str:
+    """``<model>-<norm>-nbs<n>-s<seed>-<8 hex>``, the name of the run's directory.
+
+    device: the kind (cpu, cuda). data_digest: of the underlying data. kernels: whether the fused
+    kernels are on. Norms that look at no other sample have no ``nbs`` part.
+    """
+    kept = training_config(config)
+    digest = _digest(
+        {
+            "schema": SCHEMA_VERSION,
+            "config": kept,
+            "device": device,
+            "data": data_digest,
+            "kernels": kernels,
+        }
+    )
+    parts = [config["model"]["name"], config["norm"]["name"]]
+    if "nbs" in kept:
+        parts.append(f"nbs{kept['nbs']}")
+    return "-".join([*parts, f"s{config['seed']}", digest])
+
+
+def _digest(value: Any) -> str:
+    text = json.dumps(value, sort_keys=True, separators=(",", ":"), allow_nan=False)
+    return hashlib.sha256(text.encode()).hexdigest()[:8]

@@ -1,0 +1,190 @@
+"""The keys of a run, their types, and the ranges of their values.
+
+``conf/config.yaml`` gives every key its default and says what it means; the types here are what
+makes Hydra refuse a misspelt key or a word where a number belongs.
+"""
+
+import math
+from dataclasses import dataclass, field
+from typing import Any
+
+from omegaconf import MISSING
+
+from normlab import batchplan
+from normlab.protocols import Protocol
+
+
+class ConfigError(ValueError):
+    """A config that cannot be run: one line that says what is wrong and what is allowed."""
+
+
+@dataclass
+class Recipe:
+    """Optimizer and learning-rate schedule (group ``recipe``)."""
+
+    name: str = MISSING
+    momentum: float = MISSING
+    nesterov: bool = MISSING
+    weight_decay: float = MISSING
+    decay_norm: bool = MISSING
+    decay_bias: bool = MISSING
+    schedule: str = MISSING
+    warmup: float = MISSING
+    milestones: list[float] = MISSING
+    gamma: float = MISSING
+    lr_batch: int | None = MISSING
+    label_smoothing: float = MISSING
+    clip_norm: float | None = MISSING
+
+
+@dataclass
+class Config:
+    """Every key of a run; those of ``norm``, ``model`` and ``data`` are what the chosen file has."""
+
+    norm: Any = MISSING
+    model: Any = MISSING
+    data: Any = MISSING
+    recipe: Recipe = field(default_factory=Recipe)
+    nbs: int | None = MISSING
+    batch_size: int = MISSING
+    micro_batch: int | None = MISSING
+    remainder: str = MISSING
+    epochs: int = MISSING
+    lr: float = MISSING
+    decay: float = MISSING
+    seed: int = MISSING
+    precision: str = MISSING
+    world_size: int = MISSING
+    evals: list[str] = MISSING
+    eval_last: int = MISSING
+    ema_bank: list[float] = MISSING
+    channels_last: bool = MISSING
+    compile: bool = MISSING
+    device: str = MISSING
+    threads: int | None = MISSING
+    allocator: str = MISSING
+    checkpoint_every: float = MISSING
+    runs: str = MISSING
+    data_root: str = MISSING
+    skip_done: str = MISSING
+    scale: str | None = MISSING
+    experiment: str | None = MISSING
+
+
+_CHOICES = {
+    "remainder": ("drop", "error"),
+    "precision": ("fp32", "bf16"),
+    "device": ("auto", "cpu", "cuda"),
+    "allocator": ("keep", "system"),
+    "skip_done": ("all", "local", "none"),
+    "recipe.schedule": ("cosine", "step", "constant"),
+}
+
+_LEAST = {
+    "batch_size": 1,
+    "epochs": 1,
+    "seed": 0,
+    "world_size": 1,
+    "eval_last": 1,
+    "threads": 1,
+    "recipe.lr_batch": 1,
+}
+
+# Half-open ranges: (lowest allowed, first not allowed).
+_WITHIN = {
+    "decay": (0.0, 1.0),
+    "ema_bank": (0.0, 1.0),
+    "checkpoint_every": (0.0, math.inf),
+    "recipe.momentum": (0.0, 1.0),
+    "recipe.weight_decay": (0.0, math.inf),
+    "recipe.warmup": (0.0, 1.0),
+    "recipe.milestones": (0.0, 1.0),
+    "recipe.label_smoothing": (0.0, 1.0),
+}
+
+_POSITIVE = ("lr", "recipe.gamma", "recipe.clip_norm")
+
+
+def check(config: dict[str, Any]) -> None:
+    """Refuse values that have the right type and make no sense, with ConfigError naming the key.
+
+    Whether the norm, model and data set take their options is for ``normlab.build`` to see.
+    """
+    for group in ("norm", "model", "data"):
+        if not isinstance(config[group], dict) or "name" not in config[group]:
+            raise ConfigError(
+                f"{group} must be a mapping with a name, as the files of conf/{group} are"
+            )
+    for key, choices in _CHOICES.items():
+        if (value := _at(config, key)) not in choices:
+            raise ConfigError(f"{key} must be one of {', '.join(choices)}, got {key}={value}")
+    for key, least in _LEAST.items():
+        if (value := _at(config, key)) is not None and value < least:
+            raise ConfigError(f"{key} must be at least {least}, got {key}={value}")
+    for key, (low, high) in _WITHIN.items():
+        for value in _values(config, key):
+            if not low <= value < high:
+                below = "finite" if high == math.inf else f"below {high:g}"
+                raise ConfigError(f"{key} must be at least {low:g} and {below}, got {key}={value}")
+    for key in _POSITIVE:
+        for value in _values(config, key):
+            if not 0 < value < math.inf:
+                raise ConfigError(f"{key} must be a finite number above 0, got {key}={value}")
+    recipe = config["recipe"]
+    if recipe["nesterov"] and not recipe["momentum"]:
+        raise ConfigError(
+            "recipe.nesterov=true needs recipe.momentum above 0, got recipe.momentum=0"
+        )
+    if recipe["milestones"] != sorted(recipe["milestones"]):
+        raise ConfigError(f"recipe.milestones must ascend, got {recipe['milestones']}")
+    if config["eval_last"] > config["epochs"]:
+        raise ConfigError(
+            f"eval_last must be at most epochs={config['epochs']}, got eval_last={config['eval_last']}"
+        )
+    if config["world_size"] != 1:
+        raise ConfigError(
+            f"world_size={config['world_size']}: only world_size=1 runs, as there are no ranks yet"
+        )
+    _check_evals(config)
+    try:
+        plan_of(config)
+    except batchplan.PlanError as error:
+        raise ConfigError(str(error)) from None
+
+
+def _check_evals(config: dict[str, Any]) -> None:
+    for spec in config["evals"]:
+        try:
+            protocol = Protocol.parse(spec)
+        except ValueError as error:
+            raise ConfigError(str(error)) from None
+        if protocol.decay is not None and protocol.decay not in config["ema_bank"]:
+            raise ConfigError(
+                f"evals: '{spec}' reads an EMA that is not tracked: ema_bank=[{protocol.decay:g}]"
+            )
+
+
+def plan_of(config: dict[str, Any]) -> batchplan.BatchPlan:
+    """The batch plan of a config. Raises ``batchplan.PlanError``."""
+    return batchplan.plan(
+        config["batch_size"],
+        config["nbs"],
+        world_size=config["world_size"],
+        batch=config["norm"].get("batch", "none"),
+        norm=config["norm"]["name"],
+        micro_batch=config["micro_batch"],
+    )
+
+
+def _at(config: dict[str, Any], key: str) -> Any:
+    value: Any = config
+    for part in key.split("."):
+        value = value[part]
+    return value
+
+
+def _values(config: dict[str, Any], key: str) -> list[float]:
+    value = _at(config, key)
+    if value is None:
+        return []
+    return value if isinstance(value, list) else [value]
