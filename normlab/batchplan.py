@@ -167,7 +167,7 @@ def _solve(
         if nbs == 1:
             raise PlanError(
                 f"batch_size={batch_size} over world_size={world_size} leaves norm={norm} one"
-                " sample at a time (nbs=1), which is instance norm: use norm=in, or a larger batch_size"
+                " sample at a time (nbs=1), which is instance norm: use norm=in, or a larger batch"
             )
     return BatchPlan(
         batch_size=batch_size,

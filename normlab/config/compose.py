@@ -158,7 +158,7 @@ def _no_key(key: str, parent: str, text: str) -> str:
     full = override[1] if override else key
     if parent not in ("Recipe", "Config"):
         return f"no key '{full}' (`normlab train --cfg job` prints those there are)"
-    return f"no key '{full}'{near(key, known) or f' (keys: {", ".join(known)})'}"
+    return f"no key '{full}'" + (near(key, known) or f" (keys: {', '.join(known)})")
 
 
 def near(word: str, known: Sequence[str]) -> str:

@@ -39,7 +39,7 @@ class Recipe:
 
 @dataclass
 class Config:
-    """Every key of a run; those of ``norm``, ``model`` and ``data`` are what the chosen file has."""
+    """Every key of a run; ``norm``, ``model`` and ``data`` have the keys of their chosen files."""
 
     norm: Any = MISSING
     model: Any = MISSING
@@ -139,7 +139,8 @@ def check(config: dict[str, Any]) -> None:
         raise ConfigError(f"recipe.milestones must ascend, got {recipe['milestones']}")
     if config["eval_last"] > config["epochs"]:
         raise ConfigError(
-            f"eval_last must be at most epochs={config['epochs']}, got eval_last={config['eval_last']}"
+            f"eval_last must be at most epochs={config['epochs']},"
+            f" got eval_last={config['eval_last']}"
         )
     if config["world_size"] != 1:
         raise ConfigError(
