@@ -1,0 +1,324 @@
+"""What the layers share: population statistics and the four choices of a batch norm; sample norms.
+
+A batch norm is four choices: which statistics normalize, how the batch is formed, whether the
+batch updates the population statistics, and which population statistics are used at test. The first
+three are the attributes `statistics`, `group_size` and `update` of every `PopulationNorm`; the
+fourth is a value put into the buffers (`normlab.population.using`). `train()` and `eval()` are
+their defaults.
+"""
+
+import warnings
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from normlab.norms._grouped import float32_affine, group_norm, grouped_batch_norm, variance
+
+__all__ = [
+    "BatchStatistics",
+    "PopulationNorm",
+    "SampleNorm",
+    "Source",
+    "move_towards",
+    "normalization",
+    "population_layers",
+]
+
+Source = Literal["batch", "population"]
+
+
+@dataclass(frozen=True)
+class BatchStatistics:
+    """The statistics that one forward normalized with, one row per group of samples.
+
+    mean and var (biased) are (G, C), detached, float32 (float64 for a float64 input); count is the
+    number of elements behind each of them.
+    """
+
+    mean: Tensor
+    var: Tensor
+    count: int
+
+    def unbiased(self) -> Tensor:
+        return self.var * (self.count / (self.count - 1))
+
+
+def _check_common(num_features: int, eps: float) -> None:
+    if num_features < 1:
+        raise ValueError(f"num_features must be at least 1, not {num_features}")
+    if not eps > 0:
+        raise ValueError(f"eps must be above 0, not {eps}")
+
+
+def _check_input(x: Tensor, num_features: int, layer: str) -> None:
+    if not 2 <= x.dim() <= 5:
+        raise ValueError(f"{layer} takes 2 to 5 dimensions (N, C, ...), not {tuple(x.shape)}")
+    if x.size(1) != num_features:
+        raise ValueError(f"{layer}({num_features}) got {x.size(1)} channels: {tuple(x.shape)}")
+
+
+class PopulationNorm(nn.Module):
+    """A batch norm over one or more groups of samples: the base of the BatchNorm family.
+
+    y = weight * (x - mean) / sqrt(var + eps) + bias, per channel, with either the group's mean and
+    *biased* variance over its samples and positions, or the population's (the buffers).
+
+    A forward that updates moves the buffers towards the batch's mean and *unbiased* variance:
+    running = decay * running + (1 - decay) * batch (`ema_step`). `decay` is the share that stays:
+    torch's `momentum` is round(1 - decay, 12), so that 0.9 is exactly torch's 0.1.
+
+    The state_dict is that of torch.nn.BatchNorm2d: weight, bias, running_mean, running_var and
+    num_batches_tracked.
+
+    Attributes that may be set at any time, better through `normalization`:
+        statistics: what normalizes, "batch" or "population"; None: batch in train(), population in
+            eval(). A layer set to "population" is frozen: it keeps that through `normalization` and
+            `population.estimate`, and through train().
+        update: whether batch statistics move the buffers; None: in train() only.
+        group_size: samples that share one set of statistics, consecutive ones, in place of the
+            layer's own way of forming groups; None: the layer's own.
+        observers: called with the BatchStatistics of every forward that used batch statistics,
+            after any update. They change no result, and copies of the layer start without them.
+
+    Raises ValueError for a decay outside [0, 1), and in forward, before any state changes, for a
+    batch that the groups do not divide, for one element per group and channel, for a wrong shape,
+    and for `update` without batch statistics. A decay below 0.5 warns: it usually is torch's
+    momentum.
+    """
+
+    weight: nn.Parameter | None
+    bias: nn.Parameter | None
+    running_mean: Tensor
+    running_var: Tensor
+    num_batches_tracked: Tensor
+
+    def __init__(
+        self, num_features: int, *, eps: float = 1e-5, decay: float = 0.9, affine: bool = True
+    ) -> None:
+        super().__init__()
+        _check_common(num_features, eps)
+        if not 0 <= decay < 1:
+            raise ValueError(
+                f"decay must be in [0, 1), not {decay}"
+                + (": statistics that never move are statistics='population'" * (decay == 1))
+            )
+        if decay < 0.5:
+            warnings.warn(
+                f"decay={decay} keeps almost only the last batch; decay is 1 - torch's momentum",
+                stacklevel=3,
+            )
+        self.num_features = num_features
+        self.eps = eps
+        self.decay = decay
+        self.weight = nn.Parameter(torch.ones(num_features)) if affine else None
+        self.bias = nn.Parameter(torch.zeros(num_features)) if affine else None
+        self.register_buffer("running_mean", torch.zeros(num_features))
+        self.register_buffer("running_var", torch.ones(num_features))
+        self.register_buffer("num_batches_tracked", torch.tensor(0, dtype=torch.long))
+        self.statistics: Source | None = None
+        self.update: bool | None = None
+        self.group_size: int | None = None
+        self.observers: list[Callable[[BatchStatistics], None]] = []
+
+    @property
+    def momentum(self) -> float:
+        """The weight of the newest batch, torch's `momentum`."""
+        return round(1 - self.decay, 12)
+
+    @property
+    def source(self) -> Source:
+        """Which statistics a forward normalizes with now."""
+        if self.statistics not in (None, "batch", "population"):
+            raise ValueError(f"statistics is 'batch' or 'population', not {self.statistics!r}")
+        return self.statistics or ("batch" if self.training else "population")
+
+    @property
+    def updates(self) -> bool:
+        """Whether a forward that uses batch statistics moves the buffers now."""
+        return self.training if self.update is None else self.update
+
+    def forward(self, x: Tensor) -> Tensor:
+        """x (N, C), (N, C, L), (N, C, H, W) or (N, C, D, H, W) to the same shape and dtype."""
+        _check_input(x, self.num_features, type(self).__name__)
+        if self.source == "population":
+            if self.update:
+                raise ValueError("update=True needs statistics='batch'; they are 'population'")
+            return F.batch_norm(
+                x, self.running_mean, self.running_var, self.weight, self.bias, False, eps=self.eps
+            )
+        groups, interleaved = self._groups(x)
+        count = x.numel() // (groups * self.num_features)
+        if count < 2:
+            raise ValueError(
+                f"{type(self).__name__} needs more than one element per group and channel: "
+                f"{groups} groups of an input {tuple(x.shape)} leave {count}"
+            )
+        if groups == 1:
+            y, statistics = self._one_group(x, count)
+        else:
+            y, mean, var = grouped_batch_norm(
+                x,
+                groups,
+                interleaved=interleaved,
+                weight=self.weight,
+                bias=self.bias,
+                eps=self.eps,
+            )
+            statistics = BatchStatistics(mean, var, count)
+            if self.updates:
+                self.ema_step(self.running_mean, self.running_var, statistics, self.decay)
+        if self.updates:
+            self.num_batches_tracked.add_(1)
+        if statistics is not None:
+            for observe in self.observers:
+                observe(statistics)
+        return y
+
+    def ema_step(self, mean: Tensor, var: Tensor, batch: BatchStatistics, decay: float) -> None:
+        """Move `mean` and `var` (C,), in place, as one updating forward moves the buffers.
+
+        With several groups: one step towards the averages of the groups' means and unbiased
+        variances. With one, every layer's rule is torch's.
+        """
+        move_towards(mean, var, batch.mean.mean(0), batch.unbiased().mean(0), round(1 - decay, 12))
+
+    def _form_groups(self) -> tuple[int | None, bool]:
+        """The layer's own groups: samples in each (None: all), and whether they interleave."""
+        return None, False
+
+    def _groups(self, x: Tensor) -> tuple[int, bool]:
+        samples = x.size(0)
+        if samples == 0:
+            raise ValueError(f"batch statistics of an empty batch {tuple(x.shape)}")
+        name = "nbs" if self.group_size is None else "group_size"
+        size, interleaved = (
+            self._form_groups() if self.group_size is None else (self.group_size, False)
+        )
+        if size is None:
+            return 1, False
+        if size < 1 or samples % size:
+            raise ValueError(f"a batch of {samples} samples is not a multiple of {name}={size}")
+        return samples // size, interleaved
+
+    def _one_group(self, x: Tensor, count: int) -> tuple[Tensor, BatchStatistics | None]:
+        """torch's batch norm, to the bit, with the update inside; the statistics if observed."""
+        mean, var = (self.running_mean, self.running_var) if self.updates else (None, None)
+        weight: Tensor | None = self.weight
+        bias: Tensor | None = self.bias
+        if self.running_mean.dtype == torch.float32:
+            weight, bias = float32_affine(x, weight, bias)
+        if not self.observers:
+            y = F.batch_norm(x, mean, var, weight, bias, True, self.momentum, self.eps)
+            return y, None
+        # The operator behind F.batch_norm, which also returns the statistics: an observer must not
+        # change a bit of y or of the buffers.
+        y, batch_mean, rstd, _, _ = torch._batch_norm_impl_index(
+            x,
+            weight,
+            bias,
+            mean,
+            var,
+            True,
+            self.momentum,
+            self.eps,
+            torch.backends.cudnn.enabled,
+        )
+        batch_var = variance(rstd, self.eps)
+        return y, BatchStatistics(batch_mean.detach()[None], batch_var[None], count)
+
+    def __getstate__(self) -> dict[str, Any]:
+        # An observer watches this object: a copy must not report to it (and it need not pickle).
+        return {**self.__dict__, "observers": []}
+
+    def extra_repr(self) -> str:
+        affine = self.weight is not None
+        return f"{self.num_features}, eps={self.eps}, decay={self.decay}, affine={affine}"
+
+
+def move_towards(mean: Tensor, var: Tensor, to_mean: Tensor, to_var: Tensor, weight: float) -> None:
+    """Move `mean` and `var` in place by `weight` of the way to `to_mean` and `to_var`."""
+    mean.lerp_(to_mean.to(mean.dtype), weight)
+    var.lerp_(to_var.to(var.dtype), weight)
+
+
+class SampleNorm(nn.Module):
+    """The norms whose statistics are each sample's own: the base of group, layer and instance norm.
+
+    y = weight * (x - mean) / sqrt(var + eps) + bias with mean and *biased* variance per sample and
+    group of consecutive channels, weight and bias per channel; the same in train() and eval().
+    The statistics are float32 at least and centered before squaring in every memory layout, unlike
+    torch's own group norm in channels_last on a CPU.
+
+    Raises ValueError for a wrong shape, and wherever a group has a single element, whatever the
+    number of samples (torch raises for one sample only, and returns zeros for more).
+    """
+
+    weight: nn.Parameter | None
+    bias: nn.Parameter | None
+
+    def __init__(
+        self, num_features: int, num_groups: int, *, eps: float = 1e-5, affine: bool = True
+    ) -> None:
+        super().__init__()
+        _check_common(num_features, eps)
+        self.num_features = num_features
+        self.num_groups = num_groups
+        self.eps = eps
+        self.weight = nn.Parameter(torch.ones(num_features)) if affine else None
+        self.bias = nn.Parameter(torch.zeros(num_features)) if affine else None
+
+    def forward(self, x: Tensor) -> Tensor:
+        """x (N, C), (N, C, L), (N, C, H, W) or (N, C, D, H, W) to the same shape and dtype."""
+        _check_input(x, self.num_features, type(self).__name__)
+        if x[:1].numel() == self.num_groups:
+            raise ValueError(
+                f"{type(self).__name__} needs more than one element per group: "
+                f"{self.num_groups} groups of a sample of shape {tuple(x.shape[1:])} leave 1"
+            )
+        return group_norm(x, self.num_groups, weight=self.weight, bias=self.bias, eps=self.eps)
+
+    def extra_repr(self) -> str:
+        return f"{self.num_features}, eps={self.eps}, affine={self.weight is not None}"
+
+
+def population_layers(model: nn.Module) -> dict[str, PopulationNorm]:
+    """The PopulationNorm layers of `model` by name, a shared one once, under its first name."""
+    return {
+        name: module for name, module in model.named_modules() if isinstance(module, PopulationNorm)
+    }
+
+
+@contextmanager
+def normalization(
+    model: nn.Module,
+    *,
+    statistics: Source | None = None,
+    update: bool | None = None,
+    group_size: int | None = None,
+) -> Iterator[None]:
+    """Within the context, set these choices on every PopulationNorm of `model` that is not frozen.
+
+    None leaves a choice as each layer has it. A layer whose own `statistics` is "population" is
+    frozen and stays as it is. What was set before comes back at the end, also after an exception.
+    Raises ValueError for an unknown source and for a group_size below 1.
+    """
+    if statistics not in (None, "batch", "population"):
+        raise ValueError(f"statistics is 'batch' or 'population', not {statistics!r}")
+    if group_size is not None and group_size < 1:
+        raise ValueError(f"group_size must be at least 1, not {group_size}")
+    layers = [v for v in population_layers(model).values() if v.statistics != "population"]
+    before = [(layer.statistics, layer.update, layer.group_size) for layer in layers]
+    try:
+        for layer in layers:
+            layer.statistics = layer.statistics if statistics is None else statistics
+            layer.update = layer.update if update is None else update
+            layer.group_size = layer.group_size if group_size is None else group_size
+        yield
+    finally:
+        for layer, own in zip(layers, before, strict=True):
+            layer.statistics, layer.update, layer.group_size = own

@@ -1,0 +1,26 @@
+"""Layer normalization of a convolutional feature map, as the Group Normalization paper means it."""
+
+from normlab.norms.base import SampleNorm
+
+__all__ = ["LayerNorm"]
+
+
+class LayerNorm(SampleNorm):
+    """Layer norm: each sample's statistics over all its channels and positions.
+
+    y = weight * (x - mean) / sqrt(var + eps) + bias with mean and biased variance over (C, H, W)
+    per sample, weight and bias per *channel*: group norm with one group (Wu & He 2018, tensorpack).
+    Two other layers share the name: torch.nn.LayerNorm([C, H, W]) has the same statistics but a
+    weight and a bias per element, which fixes the input's size; ConvNeXt's LayerNorm2d (timm,
+    detectron2) takes its statistics over C alone, at each position.
+
+    Args:
+        num_features: channels C of the input (N, C), (N, C, L), (N, C, H, W) or (N, C, D, H, W).
+        eps: added to the variance.
+        affine: learn a weight and a bias per channel.
+
+    Errors: see SampleNorm.
+    """
+
+    def __init__(self, num_features: int, *, eps: float = 1e-5, affine: bool = True) -> None:
+        super().__init__(num_features, 1, eps=eps, affine=affine)
