@@ -144,6 +144,8 @@ def evaluate_finished(job: Job, run: RunDir, stop: Stop) -> None:
         last = epoch == final["position"]["epoch"]
         state = final if last else checkpoint.load(run.snapshot(epoch))
         job.model.load_state_dict(state["model"])
-        if job.bank and state["ema_bank"]:
+        if job.bank:
+            if not state["ema_bank"]:
+                raise ValueError(f"run {run.id} tracked no ema_bank: train it anew to have one")
             job.bank.load_state_dict(state["ema_bank"])
         evaluate_epoch(job, run, epoch, final["history"], stop)

@@ -1,0 +1,50 @@
+"""normlab with its phase on record: ``python killable.py RECORD <normlab arguments>``.
+
+RECORD holds the phase the process is in (start, epoch, checkpoint, evaluate), so that a test that
+kills it knows where the kill fell; RECORD.steps, written at a normal end, how many optimizer steps
+this process made.
+"""
+
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+record = Path(sys.argv.pop(1))
+steps = 0
+
+
+def within(phase: str, function: Callable[..., Any]) -> Callable[..., Any]:
+    def wrapped(*args: Any, **kwargs: Any) -> Any:
+        before = record.read_text()
+        record.write_text(phase)
+        try:
+            return function(*args, **kwargs)
+        finally:
+            record.write_text(before)
+
+    return wrapped
+
+
+def counted(function: Callable[..., Any]) -> Callable[..., Any]:
+    def wrapped(*args: Any, **kwargs: Any) -> Any:
+        global steps
+        steps += 1
+        return function(*args, **kwargs)
+
+    return wrapped
+
+
+record.write_text("start")
+
+from normlab import checkpoint, cli, train, worker  # noqa: E402
+
+checkpoint.save = within("checkpoint", checkpoint.save)
+train.Trainer.train_epoch = within("epoch", train.Trainer.train_epoch)
+train.Trainer._train_step = counted(train.Trainer._train_step)
+worker.evaluate_epoch = within("evaluate", worker.evaluate_epoch)
+
+try:
+    cli.main()
+finally:
+    record.with_suffix(".steps").write_text(str(steps))

@@ -1,0 +1,155 @@
+"""Evaluation protocols against plain loops, and that evaluating leaves no trace."""
+
+import copy
+
+import numpy as np
+import pytest
+import torch
+from torch.nn import functional as F
+
+from normlab import build, checkpoint, config, evaluate, worker
+from normlab.evaluate import Evaluator
+from normlab.protocols import Protocol
+from normlab.train import Trainer
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory):
+    cfg = config.compose(
+        ["scale=demo", "norm=ghost", "nbs=8", "batch_size=64", "epochs=1", "device=cpu",
+         "threads=1", "ema_bank=[0.5]", "decay=0.9"]
+    )  # fmt: skip
+    job = worker.construct(cfg)
+    trainer = Trainer(
+        model=job.model, optimizer=job.optimizer, data=job.data, plan=job.plan, steps=job.steps,
+        settings=build.settings(cfg), path=tmp_path_factory.mktemp("t") / "c.pt",
+        stop=checkpoint.Stop(), bank=job.bank,
+    )  # fmt: skip
+    trainer.train_epoch()
+    return job
+
+
+def evaluator(job, **kwargs):
+    return Evaluator(job.model, job.data, nbs=8, seed=0, device=torch.device("cpu"), bank=job.bank, **kwargs)
+
+
+def plain(model, batches):
+    wrong = n = 0
+    loss = 0.0
+    with torch.no_grad():
+        for x, y in batches:
+            logits = model(x)
+            wrong += int((logits.argmax(1) != y).sum())
+            loss += F.cross_entropy(logits, y, reduction="sum").item()
+            n += len(y)
+    return {"n": n, "error": 100 * wrong / n, "loss": pytest.approx(loss / n, rel=1e-5)}
+
+
+def numbers(row):
+    return {key: row[key] for key in ("n", "error", "loss")}
+
+
+def test_ema_is_inference_as_everybody_does_it(trained):
+    model = copy.deepcopy(trained.model).eval()
+    expected = plain(model, trained.data.eval_batches("val", batch_size=100, order=None))
+    assert numbers(evaluator(trained).run(Protocol.parse("val:ema"))) == expected
+    assert expected["n"] == trained.data.size("val")
+
+
+def test_mini_batch_statistics_are_those_of_groups_of_nbs(trained):
+    row = evaluator(trained).run(Protocol.parse("val:batch"))
+    model = copy.deepcopy(trained.model).train()  # ghost batches of 8: one group per forward
+    batches = trained.data.eval_batches("val", batch_size=8, order=0, drop_last=True)
+    assert numbers(row) == plain(model, batches)
+    assert row["batch"] == 8
+    assert row["n"] == trained.data.size("val") // 8 * 8
+
+
+def test_the_batch_can_be_another_than_the_runs(trained):
+    row = evaluator(trained).run(Protocol.parse("val:batch/batch:20"))
+    model = copy.deepcopy(trained.model)
+    from normlab.norms.base import normalization
+
+    with normalization(model.eval(), statistics="batch", update=False, group_size=20):
+        expected = plain(model, trained.data.eval_batches("val", batch_size=20, order=0))
+    assert numbers(row) == expected
+
+
+def test_precise_statistics_are_those_of_the_whole_training_set_when_one_batch_holds_it(trained):
+    n = trained.data.size("train")
+    row = evaluator(trained).run(Protocol.parse(f"val:precise/batch:{n}"))
+    model = copy.deepcopy(trained.model).double()
+    (x, _), *rest = trained.data.eval_batches("train", batch_size=n, order=0, augment=True)
+    assert not rest
+    layers = [m for m in model.modules() if hasattr(m, "running_mean")]
+    inputs = {}
+    for layer in layers:
+        layer.register_forward_hook(lambda m, args, _: inputs.update({m: args[0]}))
+    from normlab.norms.base import normalization
+
+    with normalization(model.eval(), statistics="batch", update=False, group_size=n), torch.no_grad():
+        model(x.double())
+    for layer, value in inputs.items():
+        flat = value.transpose(0, 1).flatten(1)
+        layer.running_mean.copy_(flat.mean(1))
+        layer.running_var.copy_(flat.var(1, unbiased=False))
+    model.float()
+    expected = plain(model, trained.data.eval_batches("val", batch_size=100, order=None))
+    assert row["samples"] == n
+    assert row["error"] == pytest.approx(expected["error"], abs=0.4)  # one image in 300
+    assert row["loss"] == pytest.approx(expected["loss"].expected, rel=1e-3)
+
+
+def test_a_tracked_decay_equal_to_the_layers_own_gives_the_same_evaluation(trained):
+    own = evaluator(trained).run(Protocol.parse("val:ema"))
+    other = evaluator(trained).run(Protocol.parse("val:ema/decay:0.5"))
+    assert own["loss"] != other["loss"]
+    with pytest.raises(ValueError, match="ema_bank"):
+        Evaluator(trained.model, trained.data, nbs=8, seed=0, device=torch.device("cpu")).run(
+            Protocol.parse("val:ema/decay:0.5")
+        )
+
+
+@pytest.mark.parametrize(
+    "spec", ["train:batch", "val:ema", "val:precise", "val:precise_mean/batch:2", "val:ema/decay:0.5"]
+)
+def test_evaluating_leaves_no_trace(trained, spec):
+    before = {k: v.clone() for k, v in trained.model.state_dict().items()}
+    bank = copy.deepcopy(trained.bank.state_dict())
+    modes = [m.training for m in trained.model.modules()]
+    rng, np_rng = torch.get_rng_state(), np.random.get_state()[1].copy()
+    first = evaluator(trained).run(Protocol.parse(spec))
+    assert all(torch.equal(v, before[k]) for k, v in trained.model.state_dict().items())
+    assert str(trained.bank.state_dict()) == str(bank)
+    assert [m.training for m in trained.model.modules()] == modes
+    assert torch.equal(torch.get_rng_state(), rng)
+    assert (np.random.get_state()[1] == np_rng).all()
+    assert evaluator(trained).run(Protocol.parse(spec)) == first
+
+
+def test_how_many_samples_go_through_at_once_does_not_matter(trained, monkeypatch):
+    protocols = [Protocol.parse(s) for s in ("val:ema", "val:batch", "val:precise/samples:96")]
+    many = [numbers(evaluator(trained).run(p)) for p in protocols]
+    monkeypatch.setattr(evaluate, "_FORWARD", 24)
+    few = [numbers(evaluator(trained).run(p)) for p in protocols]
+    for a, b in zip(many, few, strict=True):
+        assert (a["n"], a["error"]) == (b["n"], b["error"])
+        assert a["loss"] == pytest.approx(b["loss"], rel=1e-4)
+
+
+def test_without_a_population_every_protocol_is_the_plain_forward():
+    cfg = config.compose(["scale=demo", "norm=gn", "device=cpu", "batch_size=64"])
+    job = worker.construct(cfg)
+    gn = Evaluator(job.model, job.data, nbs=None, seed=0, device=torch.device("cpu"))
+    rows = [numbers(gn.run(Protocol.parse(f"val:{s}"))) for s in ("batch", "ema", "precise")]
+    assert rows[0] == rows[1] == rows[2]
+    assert rows[0]["n"] == job.data.size("val")
+
+
+def test_a_stop_is_honoured_between_batches(trained):
+    def stop():
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        evaluator(trained, tick=stop).run(Protocol.parse("val:precise"))
+    assert all(m.statistics is None for m in trained.model.modules() if hasattr(m, "statistics"))

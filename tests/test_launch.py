@@ -1,0 +1,202 @@
+"""What becomes of a config: run, resume, skip, evaluate more, fail, diverge."""
+
+import csv
+import json
+import logging
+
+import pytest
+import torch
+import yaml
+
+from normlab import config, experiment, launch, runs, worker
+
+QUICK = ["scale=demo", "norm=ghost", "nbs=8", "batch_size=64", "epochs=1", "device=cpu",
+         "threads=1", "allocator=system", "evals=[val:ema]"]  # fmt: skip
+
+
+@pytest.fixture(autouse=True)
+def elsewhere(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    launch._committed.cache_clear()
+    threads = torch.get_num_threads()
+    yield
+    torch.set_num_threads(threads)
+
+
+def start(*overrides):
+    return launch.run(config.compose([*QUICK, *overrides]))
+
+
+def steps_made(monkeypatch):
+    made = []
+    original = worker.Trainer._train_step
+    monkeypatch.setattr(
+        worker.Trainer, "_train_step", lambda self, x, y: (made.append(1), original(self, x, y))[1]
+    )
+    return made
+
+
+def test_a_run_leaves_what_the_contract_names():
+    outcome = start("evals=[train:augmented,train:batch,val:batch,val:ema,val:precise]")
+    assert (outcome.status, outcome.skipped) == ("done", False)
+    assert outcome.id.startswith("tiny-ghost-nbs8-s0-")
+    names = {path.name for path in outcome.path.iterdir()} - {".lock"}
+    assert names == {
+        "config.yaml", "env.json", "metrics.csv", "evals.csv", "checkpoint.pt", "log.txt", "status.json",
+    }  # fmt: skip
+    recorded = yaml.safe_load((outcome.path / "config.yaml").read_text())
+    assert recorded["nbs"] == 8
+    assert "oc.env" not in (outcome.path / "config.yaml").read_text()
+    env = json.loads((outcome.path / "env.json").read_text())
+    assert env["torch"] == torch.__version__
+    assert env["threads"] == 1
+    assert env["chance"] == 90
+    assert f"nbs:{experiment.load('nbs').claims_digest}" in env["claims"].split()
+    with (outcome.path / "evals.csv").open(newline="") as file:
+        rows = {row["protocol"]: row for row in csv.DictReader(file)}
+    assert set(rows) == set(outcome.summary)
+    assert rows["val:batch"]["batch"] == "8"
+    assert rows["val:ema"]["n"] == "300"
+    with (outcome.path / "metrics.csv").open(newline="") as file:
+        (row,) = csv.DictReader(file)
+    assert row["train_error"] == rows["train:augmented"]["error"]
+    assert torch.load(outcome.path / "checkpoint.pt", weights_only=True)["position"]["epoch"] == 1
+
+
+def test_a_finished_run_is_skipped(monkeypatch):
+    first = start()
+    made = steps_made(monkeypatch)
+    before = {p: p.stat().st_mtime_ns for p in first.path.iterdir() if p.name != "log.txt"}
+    second = start()
+    assert second.skipped
+    assert second.summary == first.summary
+    assert not made
+    assert {p: p.stat().st_mtime_ns for p in before} == before
+
+
+def test_a_finished_run_computes_only_the_protocols_it_lacks(monkeypatch):
+    first = start()
+    made = steps_made(monkeypatch)
+    second = start("evals=[val:ema,test:ema,val:precise/samples:96]")
+    assert not made
+    assert not second.skipped
+    assert second.summary["val:ema"] == first.summary["val:ema"]
+    assert set(second.summary) == {"val:ema", "test:ema", "val:precise/samples:96"}
+
+
+def test_evaluating_later_is_evaluating_at_once():
+    at_once = start("evals=[val:ema,val:precise,val:batch]", "eval_last=1")
+    later = start("seed=1")
+    later = launch.evaluate(later.id, ["val:precise", "val:batch"], root="runs", device="cpu")
+    both = start("seed=1", "evals=[val:ema,val:precise,val:batch]", "runs=elsewhere")
+    assert later.summary == both.summary
+    assert at_once.summary != both.summary
+
+
+def test_the_last_epochs_can_be_evaluated_later():
+    at_once = start("epochs=3", "eval_last=2", "evals=[val:ema,val:precise]", "runs=a")
+    later = start("epochs=3", "eval_last=2")
+    later = launch.evaluate(later.id, ["val:precise"], root="runs", device="cpu")
+    def rows(path):
+        with (path / "evals.csv").open(newline="") as file:
+            return {(r["epoch"], r["protocol"]): r["error"] for r in csv.DictReader(file)}
+    assert rows(later.path) == rows(at_once.path)
+    assert len(rows(later.path)) == 4
+
+
+def test_evaluating_changes_no_weight_and_no_metric():
+    few = start("epochs=3", "runs=few")
+    many = start("epochs=3", "runs=many", "eval_last=3", "evals=[train:batch,val:precise,val:ema]")
+    for key, value in torch.load(few.path / "checkpoint.pt", weights_only=True)["model"].items():
+        other = torch.load(many.path / "checkpoint.pt", weights_only=True)["model"][key]
+        assert torch.equal(value, other), key
+    assert (few.path / "metrics.csv").read_text() == (many.path / "metrics.csv").read_text()
+    assert few.id == many.id
+
+
+def test_committed_results_count_as_done(monkeypatch):
+    first = start()
+    results = first.path.parent.parent / "results" / "nbs"
+    results.mkdir(parents=True)
+    runs.table(first.path.parent).to_csv(results / "runs.csv", index=False)
+    launch._committed.cache_clear()
+    made = steps_made(monkeypatch)
+    assert start("runs=fresh").skipped
+    assert not made
+    assert not start("runs=fresh", "skip_done=local").skipped
+    assert made
+
+
+def test_a_run_that_explodes_is_recorded_as_diverged_and_not_tried_again(monkeypatch):
+    outcome = start("norm=none", "nbs=null", "lr=1e30", "epochs=3", "evals=[val:ema]")
+    assert outcome.status == "diverged"
+    assert outcome.summary == {}
+    status = json.loads((outcome.path / "status.json").read_text())
+    assert "epoch" in status["reason"]
+    made = steps_made(monkeypatch)
+    assert start("norm=none", "nbs=null", "lr=1e30", "epochs=3").skipped
+    assert not made
+
+
+def test_a_failure_is_one_line_outside_and_a_traceback_in_the_log(monkeypatch):
+    def broken(self, x, y):
+        raise RuntimeError("the disk is on fire\nand more")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(worker.Trainer, "_train_step", broken)
+        with pytest.raises(launch.JobError, match="the disk is on fire") as error:
+            start()
+    assert "\n" not in str(error.value)
+    (run,) = runs.listed(runs.Path("runs"))
+    assert run.status()["status"] == "failed"
+    assert "Traceback" in run.log.read_text()
+    assert start().status == "done"
+
+
+@pytest.mark.parametrize(
+    ("overrides", "says"),
+    [
+        (["norm=gn", "nbs=null", "norm.groups=5"], "5"),
+        (["norm.grouping=striped"], "norm.grouping.*contiguous, interleaved"),
+        (["model.width=wide"], "model.width.*int"),
+        (["data.subset=7"], "subset"),
+        (["batch_size=2048"], "batch_size=2048"),
+        (["batch_size=96", "remainder=error"], "remainder"),
+    ],
+)
+def test_what_cannot_be_built_is_refused_before_anything_is_written(tmp_path, overrides, says):
+    with pytest.raises(ValueError, match=says) as error:
+        start(*overrides)
+    assert "\n" not in str(error.value)
+    assert not list(tmp_path.iterdir())
+
+
+def test_an_ema_that_was_not_tracked_is_refused():
+    first = start()
+    with pytest.raises(ValueError, match="not tracked"):
+        launch.evaluate(first.id, ["val:ema/decay:0.5"], root="runs", device="cpu")
+
+
+def test_what_is_not_finished_is_not_evaluated():
+    first = start()
+    (first.path / "status.json").unlink()
+    with pytest.raises(ValueError, match="unfinished"):
+        launch.evaluate(first.id, ["val:ema"], root="runs", device="cpu")
+
+
+def test_a_spoilt_checkpoint_is_refused_and_nothing_is_lost():
+    first = start()
+    (first.path / "status.json").unlink()
+    (first.path / "checkpoint.pt").write_bytes(b"spoilt")
+    before = {p.name: p.read_bytes() for p in first.path.iterdir()}
+    with pytest.raises(ValueError, match="checkpoint"):
+        start()
+    assert {p.name: p.read_bytes() for p in first.path.iterdir()} == before
+
+
+def test_threads_are_those_the_run_began_with(caplog):
+    first = start("threads=2")
+    (first.path / "status.json").unlink()
+    with caplog.at_level(logging.INFO, "normlab"):
+        start("threads=1")
+    assert torch.get_num_threads() == 2

@@ -1,0 +1,172 @@
+"""Real processes, killed with SIGKILL: the resumed run ends bit for bit where it would have.
+
+Three kills, one in each phase, run always; twenty at moments uniform over the run's wall time are
+slow. Every row of the slow test's output says in which phase its kill fell.
+"""
+
+import csv
+import random
+import signal
+import subprocess
+import sys
+import time
+from collections import Counter
+from pathlib import Path
+
+import pytest
+import torch
+
+EPOCHS, BATCH = 8, 32
+ARGUMENTS = [
+    "train", "norm=ghost", "nbs=8", f"batch_size={BATCH}", f"epochs={EPOCHS}", "scale=demo",
+    "ema_bank=[0.5]", "eval_last=4", "checkpoint_every=0", "threads=1", "device=cpu",
+    "evals=[train:augmented,train:batch,val:batch,val:ema,val:ema/decay:0.5,val:precise,"
+    "test:precise/batch:2,test:precise_mean]",
+]  # fmt: skip
+PHASES = ("epoch", "checkpoint", "evaluate")
+
+
+def start(where: Path) -> subprocess.Popen[bytes]:
+    where.mkdir(exist_ok=True)
+    return subprocess.Popen(
+        [sys.executable, str(Path(__file__).with_name("killable.py")), str(where / "phase"), *ARGUMENTS],
+        cwd=where,
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.PIPE,
+    )
+
+
+def finish(where: Path) -> float:
+    """Run to the end; returns the seconds it took."""
+    began = time.monotonic()
+    process = start(where)
+    _, stderr = process.communicate(timeout=180)
+    assert process.returncode == 0, stderr.decode()
+    return time.monotonic() - began
+
+
+def phase(where: Path) -> str:
+    try:
+        return (where / "phase").read_text() or "start"
+    except FileNotFoundError:
+        return "start"
+
+
+def run_directory(where: Path) -> Path | None:
+    found = list((where / "runs").glob("*-*")) if (where / "runs").exists() else []
+    return found[0] if found else None
+
+
+def position(where: Path) -> int:
+    """Optimizer steps that the last checkpoint holds, 0 without one."""
+    run = run_directory(where)
+    if run is None or not (run / "checkpoint.pt").exists():
+        return 0
+    at = torch.load(run / "checkpoint.pt", weights_only=True)["position"]
+    return int(at["epoch"]) * steps_per_epoch() + int(at["step"])
+
+
+def steps_per_epoch() -> int:
+    from normlab import data
+
+    return data.find("digits")("data", seed=0).size("train") // BATCH
+
+
+def assert_identical(run: Path, reference: Path) -> None:
+    for name in ("metrics.csv", "evals.csv"):
+        assert (run / name).read_bytes() == (reference / name).read_bytes(), name
+    ours, theirs = (
+        torch.load(path / "checkpoint.pt", weights_only=True) for path in (run, reference)
+    )
+    assert ours["position"] == theirs["position"]
+    assert ours["history"] == theirs["history"]
+    for key in ("model", "ema_bank", "optimizer"):
+        assert_same(ours[key], theirs[key], key)
+
+
+def assert_same(ours: object, theirs: object, where: str) -> None:
+    if isinstance(ours, torch.Tensor):
+        assert torch.equal(ours, theirs), where
+    elif isinstance(ours, dict):
+        assert ours.keys() == theirs.keys()
+        for key in ours:
+            assert_same(ours[key], theirs[key], f"{where}.{key}")
+    elif isinstance(ours, list):
+        for number, (a, b) in enumerate(zip(ours, theirs, strict=True)):
+            assert_same(a, b, f"{where}[{number}]")
+    else:
+        assert ours == theirs, where
+
+
+def assert_resumes(where: Path, reference: Path) -> None:
+    """Start again after a kill: only the missing steps are made, and the end is the same."""
+    done = position(where)
+    finish(where)
+    made = int((where / "phase.steps").read_text())
+    assert made == EPOCHS * steps_per_epoch() - done
+    run = run_directory(where)
+    assert run is not None
+    assert run.name == reference.name
+    assert_identical(run, reference)
+
+
+@pytest.fixture(scope="module")
+def reference(tmp_path_factory) -> tuple[Path, float]:
+    """An uninterrupted run and its wall time."""
+    where = tmp_path_factory.mktemp("reference")
+    seconds = finish(where)
+    run = run_directory(where)
+    assert run is not None
+    with (run / "evals.csv").open(newline="") as file:
+        assert len(list(csv.DictReader(file))) == 4 * 8
+    return run, seconds
+
+
+@pytest.mark.parametrize("wanted", PHASES)
+def test_a_kill_in_each_phase(tmp_path, reference, wanted):
+    process = start(tmp_path)
+    while phase(tmp_path) != wanted or not list(tmp_path.glob("runs/*/checkpoint.pt")):
+        assert process.poll() is None, "ended before it could be killed"
+        time.sleep(0.0005)
+    process.kill()
+    process.communicate()
+    assert run_directory(tmp_path) is not None
+    assert not (run_directory(tmp_path) / "status.json").exists()
+    assert_resumes(tmp_path, reference[0])
+
+
+@pytest.mark.parametrize(("number", "code"), [(signal.SIGTERM, 143), (signal.SIGINT, 130)])
+def test_a_signal_saves_and_ends(tmp_path, reference, number, code):
+    process = start(tmp_path)
+    while phase(tmp_path) != "epoch":
+        assert process.poll() is None
+        time.sleep(0.0005)
+    process.send_signal(number)
+    process.communicate(timeout=60)
+    assert process.returncode == code
+    assert position(tmp_path) > 0
+    assert_resumes(tmp_path, reference[0])
+
+
+@pytest.mark.slow
+def test_twenty_kills_uniform_over_the_wall_time(tmp_path, reference):
+    run, seconds = reference
+    rng = random.Random(20)
+    quota = {"epoch": 5, "checkpoint": 2, "evaluate": 2}
+    fell: Counter[str] = Counter()
+    number = 0
+    while number < 20 or any(fell[name] < least for name, least in quota.items()):
+        assert number < 60, f"the phases cannot be hit: {fell}"
+        where = tmp_path / str(number)
+        process = start(where)
+        moment = rng.uniform(0, seconds)
+        time.sleep(moment)
+        ended = process.poll() is not None
+        process.kill()
+        process.communicate()
+        name = "finished" if ended else phase(where)
+        fell[name] += 1
+        number += 1
+        print(f"kill {number}: at {moment:.2f} s of {seconds:.2f} s, in {name}, {position(where)} steps saved")
+        assert_resumes(where, run)
+    print(dict(fell))

@@ -1,0 +1,160 @@
+"""Run directories as files, and the table made of them."""
+
+import csv
+import json
+import multiprocessing
+import os
+import time
+from pathlib import Path
+
+import pytest
+import yaml
+
+from normlab import runs
+from normlab.runs import RunDir
+
+CONFIG = {
+    "model": {"name": "tiny"},
+    "norm": {"name": "ghost", "batch": "ghost"},
+    "data": {"name": "digits"},
+    "nbs": 8,
+    "batch_size": 64,
+    "epochs": 2,
+    "lr": 0.1,
+    "decay": 0.9,
+    "seed": 100,
+    "scale": "demo",
+}
+ROW = {
+    "protocol": "val:ema", "split": "val", "statistics": "ema", "batch": "", "samples": "",
+    "order": "", "epoch": 2, "n": 300, "error": 12.5, "loss": 0.5,
+}  # fmt: skip
+
+
+def finished(root: Path, name: str = "tiny-ghost-nbs8-s100-0123abcd", **env) -> RunDir:
+    run = RunDir(root / name)
+    with run.lock():
+        run.write_config(CONFIG)
+        run.write_env({"nbs": 8, "cell": "c0ffee00", "torch": "2.11.0", "device": "cpu", **env})
+        run.add_eval(ROW)
+        run.write_status({"status": "done", "seconds": 1.5})
+    return run
+
+
+def test_the_table_has_a_row_per_evaluation(tmp_path):
+    run = finished(tmp_path)
+    run.add_eval({**ROW, "protocol": "val:batch", "statistics": "batch", "batch": 8})
+    table = runs.table(tmp_path)
+    assert list(table.columns) == runs.COLUMNS
+    assert list(table["protocol"]) == ["val:ema", "val:batch"]
+    assert set(table["nbs"]) == {8}
+    assert set(table["norm"]) == {"ghost"}
+    assert set(table["status"]) == {"done"}
+    assert table["error"].tolist() == [12.5, 12.5]
+
+
+def test_an_unfinished_run_is_a_row_without_an_evaluation(tmp_path):
+    run = RunDir(tmp_path / "tiny-bn-s0-00000000")
+    with run.lock():
+        run.write_config(CONFIG)
+    (row,) = runs.table(tmp_path).to_dict("records")
+    assert row["status"] == "unfinished"
+    assert row["protocol"] != row["protocol"]
+
+
+def test_an_empty_or_absent_root_is_an_empty_table(tmp_path):
+    assert len(runs.table(tmp_path / "nowhere")) == 0
+    assert list(runs.table(tmp_path).columns) == runs.COLUMNS
+
+
+def test_an_unreadable_run_is_left_out_with_a_warning(tmp_path, caplog):
+    finished(tmp_path)
+    broken = tmp_path / "broken"
+    broken.mkdir()
+    (broken / "config.yaml").write_text("{")
+    assert len(runs.table(tmp_path)) == 1
+    assert "broken" in caplog.text
+
+
+def test_an_evaluation_made_again_replaces_its_row(tmp_path):
+    run = finished(tmp_path)
+    run.add_eval({**ROW, "error": 11.0})
+    assert [row["error"] for row in run.evals()] == ["11.0"]
+    run.add_eval({**ROW, "epoch": 1})
+    assert len(run.evals()) == 2
+
+
+def test_a_run_is_found_by_id_prefix_and_path(tmp_path):
+    run = finished(tmp_path)
+    for name in (run.id, run.id[:12], str(run.path)):
+        assert runs.find(name, tmp_path).path.resolve() == run.path.resolve()
+    finished(tmp_path, "tiny-ghost-nbs8-s101-0123abcd")
+    with pytest.raises(ValueError, match="ambiguous"):
+        runs.find("tiny-ghost", tmp_path)
+    with pytest.raises(ValueError, match="no run 'resnet' .*tiny-ghost"):
+        runs.find("resnet", tmp_path)
+    with pytest.raises(ValueError, match="there are none"):
+        runs.find("resnet", tmp_path / "empty")
+
+
+def test_committed_results_are_read(tmp_path):
+    (tmp_path / "nbs").mkdir()
+    with (tmp_path / "nbs" / "runs.csv").open("w", newline="") as file:
+        writer = csv.DictWriter(file, ["id", "status", "protocol"])
+        writer.writeheader()
+        writer.writerow({"id": "a", "status": "done", "protocol": "val:ema"})
+        writer.writerow({"id": "a", "status": "done", "protocol": "val:batch"})
+        writer.writerow({"id": "b", "status": "failed", "protocol": ""})
+    assert runs.committed(tmp_path) == {"a": {"val:ema", "val:batch"}}
+
+
+def hold(path: str, seconds: float) -> None:
+    with RunDir(Path(path)).lock():
+        (Path(path) / "held").touch()
+        time.sleep(seconds)
+
+
+def test_the_second_process_waits_for_the_first_and_says_so(tmp_path, caplog):
+    run = RunDir(tmp_path / "run")
+    holder = multiprocessing.get_context("spawn").Process(target=hold, args=(str(run.path), 1.0))
+    holder.start()
+    while not (run.path / "held").exists():
+        time.sleep(0.01)
+    with run.lock():
+        assert "waiting" in caplog.text
+        assert not holder.is_alive() or holder.join(1) is None
+    holder.join()
+
+
+def test_a_killed_process_holds_no_lock(tmp_path):
+    run = RunDir(tmp_path / "run")
+    holder = multiprocessing.get_context("spawn").Process(target=hold, args=(str(run.path), 60.0))
+    holder.start()
+    while not (run.path / "held").exists():
+        time.sleep(0.01)
+    holder.kill()
+    holder.join()
+    with run.lock():
+        pass
+
+
+def test_files_are_plain(tmp_path):
+    run = finished(tmp_path)
+    assert yaml.safe_load((run.path / "config.yaml").read_text()) == CONFIG
+    assert json.loads((run.path / "status.json").read_text())["status"] == "done"
+    assert not [name for name in os.listdir(run.path) if name.endswith(str(os.getpid()))]
+
+
+def test_the_source_digest_ignores_what_no_run_executes(tmp_path, monkeypatch):
+    package = tmp_path / "normlab"
+    (package / "norms").mkdir(parents=True)
+    (package / "report").mkdir()
+    for name in ("runs.py", "train.py", "norms/bn.py", "report/page.py"):
+        (package / name).write_text("x = 1\n")
+    monkeypatch.setattr(runs, "__file__", str(package / "runs.py"))
+    digest = runs.source_digest.__wrapped__
+    before = digest()
+    (package / "report" / "page.py").write_text("x = 2\n")
+    assert digest() == before
+    (package / "norms" / "bn.py").write_text("x = 2\n")
+    assert digest() != before

@@ -1,0 +1,198 @@
+"""The loop against a loop written by hand, micro-batches against ghost batches, and divergence."""
+
+import math
+
+import pytest
+import torch
+from torch import nn
+from torch.nn import functional as F
+
+from normlab import build, checkpoint, config, data, worker
+from normlab.train import Diverged, Trainer
+
+
+def resolved(*overrides):
+    return config.compose(
+        ["scale=demo", "device=cpu", "threads=1", "epochs=2", "batch_size=64", "seed=3", *overrides]
+    )
+
+
+def trainer(cfg, tmp_path):
+    job = worker.construct(cfg)
+    return Trainer(
+        model=job.model, optimizer=job.optimizer, data=job.data, plan=job.plan, steps=job.steps,
+        settings=build.settings(cfg), path=tmp_path / "c.pt", stop=checkpoint.Stop(), bank=job.bank,
+    )  # fmt: skip
+
+
+def by_hand(cfg, *, micro=None):
+    """The same run without the trainer: torch's optimizer, the formula of the schedule, one loop."""
+    dataset = build.data(cfg)
+    model = build.model(cfg, dataset)
+    decayed = [p for n, p in model.named_parameters() if p.ndim > 1]
+    others = [p for n, p in model.named_parameters() if p.ndim == 1]
+    recipe = cfg["recipe"]
+    optimizer = torch.optim.SGD(
+        [{"params": decayed, "weight_decay": recipe["weight_decay"]}, {"params": others}],
+        lr=0.1, momentum=recipe["momentum"], nesterov=recipe["nesterov"],
+    )  # fmt: skip
+    size = cfg["batch_size"]
+    total = cfg["epochs"] * (dataset.size("train") // size)
+    warm = round(recipe["warmup"] * total)
+    step, rows = 0, []
+    for epoch in range(cfg["epochs"]):
+        loss_sum, wrong, seen = 0.0, 0, 0
+        for x, y in dataset.train_batches(batch_size=size, seed=cfg["seed"], epoch=epoch):
+            lr = cfg["lr"] * (
+                (step + 1) / warm
+                if step < warm
+                else (1 + math.cos(math.pi * (step - warm) / (total - warm))) / 2
+            )
+            for group in optimizer.param_groups:
+                group["lr"] = lr
+            optimizer.zero_grad()
+            for xs, ys in zip(x.split(micro or size), y.split(micro or size), strict=True):
+                logits = model(xs)
+                loss = F.cross_entropy(logits, ys)
+                (loss * (len(ys) / size)).backward()
+                loss_sum += loss.item() * len(ys)
+                wrong += int((logits.argmax(1) != ys).sum())
+            optimizer.step()
+            step, seen = step + 1, seen + size
+        rows.append((loss_sum / seen, 100 * wrong / seen))
+    return model, rows
+
+
+@pytest.mark.parametrize("norm", [["norm=bn"], ["norm=ghost", "nbs=8"], ["norm=gn"]])
+def test_the_loop_is_the_loop_written_by_hand(tmp_path, norm):
+    cfg = resolved(*norm)
+    ours = trainer(cfg, tmp_path)
+    for _ in range(2):
+        ours.train_epoch()
+    model, rows = by_hand(cfg)
+    for (name, a), b in zip(ours.model.state_dict().items(), model.state_dict().values(), strict=True):
+        assert torch.equal(a, b), name
+    for row, (loss, error) in zip(ours.history, rows, strict=True):
+        assert row["train_loss"] == pytest.approx(loss, rel=1e-6)
+        assert row["train_error"] == pytest.approx(error)
+
+
+def test_micro_batches_are_taken_as_planned(tmp_path):
+    cfg = resolved("norm=bn", "nbs=16")
+    ours = trainer(cfg, tmp_path)
+    ours.train_epoch()
+    ours.train_epoch()
+    model, _ = by_hand(cfg, micro=16)
+    for (name, a), b in zip(ours.model.state_dict().items(), model.state_dict().values(), strict=True):
+        assert torch.equal(a, b), name
+
+
+def test_accumulation_and_ghost_give_the_same_gradient(tmp_path):
+    """E21: k micro-batches of NBS samples are k ghost chunks, up to rounding; float64 shows it."""
+    weights = []
+    for norm in (["norm=bn", "nbs=16"], ["norm=ghost", "nbs=16"]):
+        ours = trainer(resolved(*norm), tmp_path)
+        ours.model.double()
+        x, y = next(iter(ours.data.train_batches(batch_size=64, seed=3, epoch=0)))
+        ours._train_step(x.double(), y)
+        weights.append([p.detach() for p in ours.model.parameters()])
+    for a, b in zip(*weights, strict=True):
+        assert (a - b).abs().max() < 1e-12
+
+
+def test_weight_decay_reaches_what_the_recipe_says():
+    def decayed(*overrides):
+        cfg = resolved("norm=bn", "model=resnet8", *overrides)
+        model = build.model(cfg, build.data(cfg))
+        groups = build.optimizer(cfg, model).param_groups
+        by_id = {id(p): g["weight_decay"] for g in groups for p in g["params"]}
+        return {name: by_id[id(p)] for name, p in model.named_parameters()}, model
+
+    plain, model = decayed("recipe.weight_decay=0.01")
+    norm_names = {
+        f"{m}.{p}"
+        for m, layer in model.named_modules()
+        if type(layer).__name__ == "BatchNorm"
+        for p in ("weight", "bias")
+    }
+    assert norm_names <= plain.keys()
+    for name, value in plain.items():
+        expected = 0.0 if name in norm_names or name.endswith("bias") else 0.01
+        assert value == expected, name
+    everything, _ = decayed(
+        "recipe.weight_decay=0.01", "recipe.decay_norm=true", "recipe.decay_bias=true"
+    )
+    assert set(everything.values()) == {0.01}
+
+
+def test_gradient_clipping_bounds_the_step(tmp_path):
+    ours = trainer(resolved("norm=bn", "recipe.clip_norm=0.001", "recipe.momentum=0",
+                            "recipe.nesterov=false", "recipe.weight_decay=0"), tmp_path)  # fmt: skip
+    before = [p.detach().clone() for p in ours.model.parameters()]
+    x, y = next(iter(ours.data.train_batches(batch_size=64, seed=3, epoch=0)))
+    lr = ours.lr
+    ours._train_step(x, y)
+    moved = math.sqrt(
+        sum(float((a - b).square().sum()) for a, b in zip(before, ours.model.parameters(), strict=True))
+    )
+    assert moved == pytest.approx(lr * 0.001, rel=1e-3)
+
+
+def test_a_run_that_explodes_is_diverged_not_failed(tmp_path):
+    ours = trainer(resolved("norm=none", "lr=1e30"), tmp_path)
+    with pytest.raises(Diverged, match="epoch 1"):
+        ours.train_epoch()
+        ours.train_epoch()
+
+
+@pytest.mark.parametrize("stop_at", [1, 7, 15])
+def test_a_state_restored_anywhere_continues_bit_for_bit(tmp_path, stop_at):
+    cfg = resolved("norm=ghost", "nbs=8", "ema_bank=[0.5]")
+    whole = trainer(cfg, tmp_path)
+    parted = trainer(cfg, tmp_path)
+
+    class Enough(Exception):
+        pass
+
+    def stop_there():
+        if parted.step == stop_at:
+            parted.save()
+            raise Enough
+
+    parted._save_if_due = stop_there
+    with pytest.raises(Enough):
+        parted.train_epoch()
+    torch.manual_seed(999)  # whatever happened to the global generator in between
+    resumed = trainer(cfg, tmp_path)
+    resumed.load_state_dict(checkpoint.load(tmp_path / "c.pt"))
+    for run in (whole, resumed):
+        while run.epoch < 2:
+            run.train_epoch()
+    assert whole.history == resumed.history
+    for a, b in zip(whole.model.state_dict().values(), resumed.model.state_dict().values(), strict=True):
+        assert torch.equal(a, b)
+    for name, value in whole.bank.population(0.5).items():
+        assert torch.equal(value.var, resumed.bank.population(0.5)[name].var)
+
+
+def test_bf16_keeps_weights_and_statistics_in_float32(tmp_path):
+    ours = trainer(resolved("norm=ghost", "nbs=8", "precision=bf16"), tmp_path)
+    ours.train_epoch()
+    assert {v.dtype for v in ours.model.state_dict().values()} == {torch.float32, torch.int64}
+    assert math.isfinite(ours.history[0]["train_loss"])
+
+
+def test_channels_last_changes_only_rounding(tmp_path):
+    rows = []
+    for layout in ("false", "true"):
+        ours = trainer(resolved("norm=bn", f"channels_last={layout}"), tmp_path)
+        ours.train_epoch()
+        rows.append(ours.history[0]["train_loss"])
+    assert rows[0] == pytest.approx(rows[1], rel=1e-2)
+
+
+def test_the_data_of_an_epoch_is_every_image_once():
+    dataset = data.find("digits")("data", seed=0)
+    seen = sum(len(y) for _, y in dataset.train_batches(batch_size=1, seed=0, epoch=0))
+    assert seen == dataset.size("train")
+    assert isinstance(build.norm(resolved("norm=none"))(3), nn.Module)
