@@ -2,9 +2,10 @@
 
 A 3x3 stem, then stages of n basic blocks with `width`, 2*`width`, 4*`width` channels, the first
 block of each further stage halving the image; mean over pixels; linear. With three stages the depth
-is 6n + 2. Two differences from the paper: where the shape changes, the shortcut is a 1x1 convolution
-with a norm (its option B, as in torchvision; the paper's CIFAR nets pad with zeros, option A), and a
-fourth stage of n blocks with 8*`width` channels can be added, which ends at 4x4 for 32x32 images.
+is 6n + 2. Two differences from the paper: where the shape changes, the shortcut is a 1x1
+convolution with a norm (its option B, as in torchvision; the paper's CIFAR nets pad with zeros,
+option A), and a fourth stage of n blocks with 8*`width` channels can be added, which ends at 4x4
+for 32x32 images.
 """
 
 from torch import Tensor, nn
@@ -16,7 +17,7 @@ STAGES = (3, 4)
 
 
 class BasicBlock(nn.Module):
-    """relu(shortcut(x) + norm(conv(relu(norm(conv(x)))))); (B, c_in, H, W) to (B, c_out, H/s, W/s)."""
+    """relu(shortcut(x) + norm(conv(relu(norm(conv(x)))))); H and W are divided by `stride`."""
 
     def __init__(
         self, norm: NormConstructor, c_in: int, c_out: int, stride: int, conv_bias: bool

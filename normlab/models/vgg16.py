@@ -10,8 +10,8 @@ SHRINK = 32  # five poolings
 
 
 class VGG(nn.Module):
-    """`features`, `avgpool` and `classifier` as in torchvision's VGG; with `conv_bias` the state_dict
-    has the same keys."""
+    """`features`, `avgpool` and `classifier` as in torchvision's VGG: the same state_dict keys with
+    `conv_bias`."""
 
     def __init__(self, features: nn.Module, pooled: int, hidden: int, num_classes: int) -> None:
         super().__init__()
