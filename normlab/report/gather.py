@@ -1,0 +1,160 @@
+"""All runs of an experiment in one table: the committed ones, never dropped, and the local ones.
+
+The committed ``results/<experiment>/runs.csv`` is the record. A local run adds to it; it replaces a
+committed run only when asked to, and where both exist they are compared instead. Everything here is
+text, so that what is written is read back as the same bytes.
+"""
+
+import csv
+import io
+import math
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pandas as pd
+
+from normlab.runs import COLUMNS, FINISHED, RUN_COLUMNS
+
+Row = dict[str, str]
+"""One evaluation of one run (or a run without any): column -> text, "" for nothing."""
+
+RunKey = tuple[str, str]
+"""Run id and torch version: what makes two rows the same run."""
+
+INTEGERS = {
+    "nbs", "seed", "batch_size", "epochs", "world_size", "threads", "batch", "samples", "order",
+    "epoch", "n",
+}  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Again:
+    """Committed runs that were run here once more, compared with the record.
+
+    `difference` is the largest difference of an error, in percentage points; nan when nothing could
+    be compared.
+    """
+
+    runs: int
+    difference: float
+    replaced: bool
+
+    def __str__(self) -> str:
+        if math.isnan(self.difference):
+            outcome = "no evaluation in common"
+        elif self.difference == 0:
+            outcome = "identical"
+        else:
+            outcome = f"largest difference {self.difference:.3g} points"
+        fate = "; the new numbers replaced them" if self.replaced else ""
+        noun = "run was" if self.runs == 1 else "runs were"
+        return f"{self.runs} committed {noun} run again here: {outcome}{fate}"
+
+
+def text(column: str, value: Any) -> str:
+    """A cell of the table as it stands in the CSV: numbers by their shortest exact spelling."""
+    if value is None or value is pd.NA or value is pd.NaT or value != value:
+        return ""
+    if isinstance(value, str):
+        return value
+    if column in INTEGERS and float(value).is_integer():
+        return str(int(value))
+    if isinstance(value, float):
+        return repr(float(value))  # through float: numpy's own repr names its type
+    return str(value).lower() if isinstance(value, bool) else str(value)
+
+
+def rows_of(frame: pd.DataFrame) -> list[Row]:
+    """The rows of a tidy table as text; columns it lacks are empty."""
+    return [
+        {column: text(column, record.get(column)) for column in COLUMNS}
+        for record in frame.astype(object).to_dict(orient="records")
+    ]
+
+
+def read(path: Path) -> list[Row]:
+    """The committed rows, or none where there is no file. Raises ValueError for another table."""
+    if not path.is_file():
+        return []
+    with path.open(newline="", encoding="utf-8") as file:
+        reader = csv.DictReader(file)
+        if not {"id", "cell", "protocol", "error"} <= set(reader.fieldnames or ()):
+            raise ValueError(f"{path} is not a table of runs: its first line names no id and cell")
+        return [{column: row.get(column) or "" for column in COLUMNS} for row in reader]
+
+
+def csv_text(rows: Iterable[Mapping[str, Any]], columns: list[str]) -> str:
+    """Rows as CSV with a header, empty for what is missing or nan."""
+    out = io.StringIO()
+    writer = csv.writer(out, lineterminator="\n")
+    writer.writerow(columns)
+    writer.writerows([text(column, row.get(column)) for column in columns] for row in rows)
+    return out.getvalue()
+
+
+def by_run(rows: Iterable[Row]) -> dict[RunKey, list[Row]]:
+    runs: dict[RunKey, list[Row]] = {}
+    for row in rows:
+        runs.setdefault((row["id"], row["torch"]), []).append(row)
+    return runs
+
+
+def merge(
+    committed: list[Row], local: list[Row], *, refresh: bool = False
+) -> tuple[list[Row], Again | None]:
+    """The committed rows and what the local ones add, and how runs that are in both compare.
+
+    A finished local run takes the place of a committed one that failed (a failed run holds no
+    result) and, with `refresh`, of any. Without, a run that was executed again is only compared;
+    its further evaluations are added if all that both have are identical. Local runs that have
+    not ended are left out.
+    """
+    merged = by_run(committed)
+    again, differences = 0, []
+    for key, new in by_run(local).items():
+        old = merged.get(key)
+        if old is None:
+            if new[0]["status"] in (*FINISHED, "failed"):
+                merged[key] = new
+        elif new[0]["status"] not in FINISHED:
+            continue
+        elif old[0]["status"] not in FINISHED:
+            merged[key] = new
+        else:
+            # A run keeps its starting time through resumption: another one is another execution.
+            same = old[0]["started"] == new[0]["started"]
+            difference = _difference(old, new)
+            if not same:
+                again += 1
+                differences.append(difference)
+            if refresh:
+                merged[key] = new
+            elif same or difference == 0:
+                merged[key] = _add_evaluations(old, new)
+    rows = [row for run in merged.values() for row in run]
+    if not again:
+        return rows, None
+    comparable = [value for value in differences if not math.isnan(value)]
+    return rows, Again(again, max(comparable, default=math.nan), refresh)
+
+
+def _evaluation(row: Row) -> tuple[str, ...]:
+    return tuple(row[column] for column in ("protocol", "epoch", "batch", "samples", "order"))
+
+
+def _difference(old: list[Row], new: list[Row]) -> float:
+    """Largest difference in error over the evaluations in common; nan without any."""
+    there = {_evaluation(row): row["error"] for row in old}
+    pairs = [(there[_evaluation(row)], row["error"]) for row in new if _evaluation(row) in there]
+    return max((abs(float(a) - float(b)) for a, b in pairs if a and b), default=math.nan)
+
+
+def _add_evaluations(old: list[Row], new: list[Row]) -> list[Row]:
+    """The record first; further evaluations carry the columns of the run they are added to."""
+    there = {_evaluation(row) for row in old}
+    run = {column: old[0][column] for column in RUN_COLUMNS}
+    added = [row | run for row in new if row["protocol"] and _evaluation(row) not in there]
+    kept = [row for row in old if row["protocol"]] if added else old
+    return kept + added

@@ -1,0 +1,243 @@
+"""``results/index.html``: every experiment, claim and number on one page, needing nothing else."""
+
+import re
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from html import escape
+
+from normlab.experiment import Experiment
+from normlab.report import provenance, tables
+from normlab.report.gather import Again
+from normlab.report.grid import Grid, Results
+from normlab.report.tables import number
+from normlab.report.verdicts import NOT_RUN, VERDICTS, Verdict
+
+
+@dataclass(frozen=True)
+class ScaleReport:
+    """One experiment at one scale as it will be shown."""
+
+    grid: Grid
+    results: Results
+    verdicts: list[Verdict]
+    marks: list[str]
+    figure: str
+    """The figure as SVG, or "" when there is no run."""
+
+
+@dataclass(frozen=True)
+class ExperimentReport:
+    experiment: Experiment
+    scales: dict[str, ScaleReport]
+    again: Again | None
+    orphans: int
+    """Committed runs that are no cell of any grid today."""
+
+
+STYLE = """
+:root {
+  color-scheme: light dark;
+  --ink: #1c1c1c; --soft: #5a5a5a; --line: #d9d9d9; --paper: #fff; --card: #f3f3f0;
+  --good: #00785a; --bad: #b84a00;
+}
+@media (prefers-color-scheme: dark) {
+  :root {
+    --ink: #ececec; --soft: #a8a8a8; --line: #444; --paper: #161616; --card: #262626;
+    --good: #4ccba6; --bad: #ff9a57;
+  }
+}
+* { box-sizing: border-box; }
+body {
+  margin: 0 auto; padding: 1rem; max-width: 64rem;
+  color: var(--ink); background: var(--paper); font: 16px/1.5 system-ui, sans-serif;
+}
+h1 { font-size: 1.5rem; }
+h2 { margin-top: 2.5rem; border-top: 1px solid var(--line); padding-top: 1rem; }
+h3 { margin-top: 2rem; }
+a { color: inherit; }
+.soft, caption { color: var(--soft); }
+.wide { overflow-x: auto; margin: 1rem 0; }
+table { border-collapse: collapse; font-size: .875rem; font-variant-numeric: tabular-nums; }
+caption { text-align: left; padding-bottom: .4rem; }
+th, td {
+  padding: .3rem .6rem; border-bottom: 1px solid var(--line);
+  text-align: right; vertical-align: top;
+}
+td { white-space: nowrap; }
+td:first-child, th:first-child, td.text, th.text { text-align: left; }
+td.text { white-space: normal; min-width: 14rem; }
+figure { margin: 1rem 0; }
+figure svg { width: 100%; height: auto; background: #fff; border-radius: .4rem; }
+code { background: var(--card); padding: .1rem .3rem; border-radius: .2rem; }
+.mark { border-left: .25rem solid var(--bad); padding-left: .6rem; }
+.verdict { font-weight: 600; }
+.reproduced { color: var(--good); }
+.contradicted { color: var(--bad); }
+details { margin: .5rem 0; }
+summary { cursor: pointer; }
+"""
+
+
+def page(reports: Sequence[ExperimentReport]) -> str:
+    """The whole page. Every value that is not written here is escaped."""
+    parts = [
+        "<!doctype html>",
+        '<html lang="en"><head><meta charset="utf-8">',
+        '<meta name="viewport" content="width=device-width, initial-scale=1">',
+        f"<title>normlab results</title><style>{STYLE}</style></head><body>",
+        "<h1>normlab results</h1>",
+        '<p class="soft">Made by <code>normlab report</code>. Errors in %, differences in '
+        "percentage points, intervals over seeds. A claim is declared before its runs; "
+        "docs/claims.md says how it is judged. All runs stand in "
+        "<code>&lt;experiment&gt;/runs.csv</code>, all verdicts in <code>verdicts.csv</code>.</p>",
+        *_summary(reports),
+    ]
+    for report in reports:
+        parts += _experiment(report)
+    return "\n".join([*parts, "</body></html>"]) + "\n"
+
+
+def _summary(reports: Sequence[ExperimentReport]) -> list[str]:
+    """How many claims are resolved, by experiment and scale. Agreement is not the score."""
+    rows = []
+    for report in reports:
+        for scale, one in report.scales.items():
+            found = [verdict.verdict for verdict in one.verdicts]
+            if set(found) <= {NOT_RUN}:
+                continue
+            name = escape(report.experiment.name)
+            link = f'<a href="#{name}-{escape(scale)}">{name}, {escape(scale)}</a>'
+            counts = "".join(f"<td>{found.count(verdict)}</td>" for verdict in VERDICTS)
+            rows.append(f"<tr><td>{link}</td>{counts}</tr>")
+    if not rows:
+        return ["<p>Nothing has been run yet.</p>"]
+    return _table("Claims by verdict", ["", *VERDICTS], rows)
+
+
+def _experiment(report: ExperimentReport) -> list[str]:
+    experiment = report.experiment
+    parts = [
+        f'<h2 id="{escape(experiment.name)}">{escape(experiment.title)}</h2>',
+        f"<p>{escape(experiment.source)}</p>",
+    ]
+    if report.again:
+        parts.append(f'<p class="mark">{escape(str(report.again))}.</p>')
+    if report.orphans:
+        parts.append(
+            f'<p class="mark">{report.orphans} committed runs are no cell of today\'s grid: '
+            "kept in runs.csv, judged nowhere.</p>"
+        )
+    for scale, one in report.scales.items():
+        parts += _scale(experiment, scale, one)
+    return parts
+
+
+def _scale(experiment: Experiment, scale: str, one: ScaleReport) -> list[str]:
+    command = f"<code>{escape(experiment.command(scale))}</code>"
+    parts = [f'<h3 id="{escape(experiment.name)}-{escape(scale)}">Scale {escape(scale)}</h3>']
+    results = one.results
+    if one.grid.problem:
+        return [*parts, f'<p class="mark">Not reported: {escape(one.grid.problem)}.</p>']
+    if not results.rows:
+        return [*parts, f"<p>Not run. {command}</p>"]
+    parts += ["<ul>", *(f"<li>{escape(fact)}</li>" for fact in provenance.facts(results))]
+    parts += [*(f'<li class="mark">{escape(mark)}</li>' for mark in one.marks), "</ul>"]
+    if one.figure:
+        caption = f"{experiment.title}: {provenance.subtitle(results)}"
+        svg = inline_svg(one.figure, f"{experiment.name}-{scale}-", caption)
+        parts += ["<figure>", svg, "</figure>"]
+    parts += _verdicts(one.verdicts)
+    for table in tables.texts(results):
+        parts += _table(table.caption, table.header, map(_row, table.rows))
+    quoted = "; ".join(tables.sources(experiment))
+    if quoted:
+        parts.append(f'<p class="soft">Paper: {escape(quoted)}.</p>')
+    gone = provenance.missing(results)
+    if gone or results.lacking:
+        parts.append(f"<p>Missing cells, filled by {command}:</p>")
+        parts += ["<ul>", *(f"<li>{escape(cell)}</li>" for cell in gone), "</ul>"]
+    return parts
+
+
+def _verdicts(verdicts: Iterable[Verdict]) -> list[str]:
+    rows = []
+    for one in verdicts:
+        style = escape(one.verdict.replace(" ", "-"))
+        exploratory = ["exploratory"] if not one.claim.primary else []
+        cells = [
+            _cell(one.claim.sentence, "text"),
+            f'<td><span class="verdict {style}">{escape(one.verdict)}</span></td>',
+            _cell(one.claim.kind),
+            _cell(number(one.effect, sign=True)),
+            _cell(tables.interval(one.low, one.high, one.level)),
+            _cell(f"{one.claim.margin:g}"),
+            _cell(str(one.n)),
+            _cell(p_value(one.p_holm)),
+            _cell(one.claim.paper),
+            _cell("; ".join([*exploratory, *one.notes]), "text"),
+        ]
+        rows.append(f"<tr>{''.join(cells)}</tr>")
+    head = ["claim", "verdict", "kind", "effect", "interval", "margin", "n", "p (Holm)", "paper"]
+    parts = _table("Verdicts; of a shape, the contrast that decides", [*head, "note"], rows)
+    shapes = [one for one in verdicts if len(one.contrasts) > 1]
+    if not shapes:
+        return parts
+    parts.append("<details><summary>Every contrast of the shapes</summary>")
+    for one in shapes:
+        lines = [
+            [
+                each.label,
+                str(each.sample.n),
+                number(each.sample.mean, sign=True),
+                tables.interval(*each.sample.interval(), 95),
+                each.verdict,
+            ]
+            for each in one.contrasts
+        ]
+        head = ["contrast", "n", "effect", "interval", f"beyond {one.claim.margin:g}?"]
+        parts += _table(one.claim.sentence, head, map(_row, lines))
+    return [*parts, "</details>"]
+
+
+def p_value(p: float) -> str:
+    """Two digits, "< 0.001" below that, the missing mark for nan."""
+    if p != p:
+        return tables.MISSING
+    return "< 0.001" if p < 0.001 else f"{p:.2g}"
+
+
+def _cell(text: str, style: str = "") -> str:
+    return f'<td class="{style}">{escape(text)}</td>' if style else f"<td>{escape(text)}</td>"
+
+
+def _row(cells: Iterable[str]) -> str:
+    return f"<tr>{''.join(map(_cell, cells))}</tr>"
+
+
+def _table(caption: str, header: Iterable[str], rows: Iterable[str]) -> list[str]:
+    """A table that scrolls by itself on a narrow screen; `rows` are HTML already."""
+    head = "".join(
+        f"<th{' class=text' if name in ('claim', 'note') else ''}>{escape(name)}</th>"
+        for name in header
+    )
+    return [
+        '<div class="wide"><table>',
+        f"<caption>{escape(caption)}</caption><thead><tr>{head}</tr></thead><tbody>",
+        *rows,
+        "</tbody></table></div>",
+    ]
+
+
+def inline_svg(svg: str, prefix: str, title: str) -> str:
+    """An SVG file as an element of the page: no prolog, its identifiers made unique by `prefix`.
+
+    matplotlib numbers glyphs and clip paths alike in every figure: without a prefix the second
+    figure of a page would borrow from the first.
+    """
+    body = svg[svg.index("<svg") :]
+    body = re.sub(r"<metadata>.*?</metadata>", "", body, flags=re.DOTALL)
+    body = re.sub(r'\bid="([^"]+)"', rf'id="{prefix}\1"', body)
+    body = re.sub(r'href="#([^"]+)"', rf'href="#{prefix}\1"', body)
+    body = re.sub(r"url\(#([^)]+)\)", rf"url(#{prefix}\1)", body)
+    label = f'<svg role="img" aria-label="{escape(title)}"'
+    return body.replace("<svg", label, 1)

@@ -1,0 +1,97 @@
+"""What was run where: the sentences and marks that stand beside every number."""
+
+import statistics
+from collections.abc import Iterable
+
+from normlab.report.grid import Results
+from normlab.report.tables import axis_name
+from normlab.report.verdicts import edited
+
+
+def seeds(results: Results) -> str:
+    """How many seeds the cells have: "10", or "3-10" where they differ."""
+    counts = sorted(
+        {len(results.grid.seeds) - len(gone) for gone in results.missing.values()} or {0}
+    )
+    return str(counts[0]) if len(counts) == 1 else f"{counts[0]}-{counts[-1]}"
+
+
+def data_name(results: Results) -> str:
+    """The data set's name with its note, for example "cifar10 (JPEG copy, lossy)"."""
+    names = _distinct(row["data"] for row in results.rows)
+    notes = _distinct(row["data_note"] for row in results.rows)
+    return names + (f" ({notes})" if notes else "")
+
+
+def subtitle(results: Results) -> str:
+    """Scale, model, data and n: the end of a figure's title."""
+    models = _distinct(row["model"] for row in results.rows)
+    return f"scale {results.scale}, {models} on {data_name(results)}, n = {seeds(results)} seeds"
+
+
+def facts(results: Results) -> list[str]:
+    """One sentence each: data, device, versions, commit, seeds, time."""
+    rows, here = results.rows, results.environment
+    if here is None or not rows:
+        return []
+    seconds = sorted(float(row["seconds"]) for row in rows if row["seconds"])
+    threads = _distinct(row["threads"] for row in rows)
+    said = [
+        f"Model {_distinct(row['model'] for row in rows)}, data {data_name(results)}, "
+        f"digest {here.data_digest[:12] or 'unknown'}",
+        f"{len(rows)} runs, {seeds(results)} seeds a cell "
+        f"(seeds {_ranges(int(row['seed']) for row in rows)})",
+        f"Run on {here.device}" + (f" with {threads} threads" if threads else "")
+        + f", torch {here.torch}, "
+        + f"{_distinct(row['precision'] for row in rows)}, "
+        + f"commit {_distinct(row['commit'] for row in rows) or 'unknown'}",
+    ]  # fmt: skip
+    if seconds:
+        said.append(f"{statistics.median(seconds):.0f} s a run (median)")
+    return said
+
+
+def marks(results: Results, source_today: str) -> list[str]:
+    """What a reader has to know before believing the numbers; empty when there is nothing."""
+    rows = results.rows
+    dirty = sum(row["dirty"] == "true" for row in rows)
+    older = sum(row["source"] != source_today for row in rows)
+    possible = {
+        "were run with uncommitted changes": dirty,
+        "were made by a source that differs from today's": older,
+        "diverged and score chance error": results.diverged,
+        "failed and are missing": results.failed,
+        "lack an evaluation that the experiment asks for": results.lacking,
+        "were not run for the claims as they stand: every claim is exploratory": edited(results),
+        "repeat a cell and seed that another run fills, and are left out": results.surplus,
+    }
+    said = [f"{count} of {len(rows)} runs {what}" for what, count in possible.items() if count]
+    return said + [
+        f"not pooled with these: {count} runs with {there}"
+        for there, count in results.others.items()
+    ]
+
+
+def missing(results: Results) -> list[str]:
+    """The grid's cells without a finished run: "NBS 2: seeds 103-109"."""
+    return [
+        f"{', '.join(f'{axis_name(axis)} {value}' for axis, value in point) or 'all'}: "
+        f"seeds {_ranges(gone)}"
+        for point, gone in results.missing.items()
+        if gone
+    ]
+
+
+def _distinct(values: Iterable[str]) -> str:
+    return ", ".join(sorted({value for value in values if value}))
+
+
+def _ranges(numbers: Iterable[int]) -> str:
+    """1, 2, 3, 7 -> "1-3, 7"."""
+    runs: list[list[int]] = []
+    for number in sorted(set(numbers)):
+        if runs and number == runs[-1][-1] + 1:
+            runs[-1].append(number)
+        else:
+            runs.append([number])
+    return ", ".join(str(run[0]) if len(run) == 1 else f"{run[0]}-{run[-1]}" for run in runs)

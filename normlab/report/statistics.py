@@ -1,0 +1,82 @@
+"""Intervals and tests over seeds: the arithmetic behind every verdict, and nothing else.
+
+A sample holds one number per seed (percentage points). Intervals are Student's t intervals. The
+tests are the one-sided t tests that the intervals invert, so that an interval and its p-value can
+never disagree.
+"""
+
+import math
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+from scipy.stats import t as student
+
+
+@dataclass(frozen=True)
+class Sample:
+    """`n` seeds with their mean and standard deviation (n - 1 in the denominator).
+
+    `mean` is nan for n = 0, `sd` is nan for n < 2.
+    """
+
+    n: int
+    mean: float
+    sd: float
+
+    @classmethod
+    def of(cls, values: Iterable[float]) -> "Sample":
+        # Sorted, so that the last bits of the sums do not depend on the order of the rows.
+        data = np.sort(np.fromiter(values, dtype=np.float64))
+        n = len(data)
+        mean = float(data.mean()) if n else math.nan
+        return cls(n, mean, float(data.std(ddof=1)) if n > 1 else math.nan)
+
+    def half(self, level: float = 0.95) -> float:
+        """Half the width of the two-sided t interval at `level`; nan for n < 2."""
+        if self.n < 2:
+            return math.nan
+        quantile = float(student.ppf(0.5 + level / 2, self.n - 1))
+        return quantile * self.sd / math.sqrt(self.n)
+
+    def interval(self, level: float = 0.95) -> tuple[float, float]:
+        half = self.half(level)
+        return self.mean - half, self.mean + half
+
+    def p_above(self, bound: float) -> float:
+        """p-value of the one-sided t test that the mean lies above `bound`; 1 for n < 2."""
+        if self.n < 2:
+            return 1.0
+        distance = self.mean - bound
+        if self.sd == 0:  # every seed says the same: no spread, no t distribution
+            return 0.0 if distance > 0 else 1.0
+        return float(student.sf(distance / (self.sd / math.sqrt(self.n)), self.n - 1))
+
+    def p_below(self, bound: float) -> float:
+        """p-value of the one-sided t test that the mean lies below `bound`; 1 for n < 2."""
+        return Sample(self.n, -self.mean, self.sd).p_above(-bound)
+
+
+def contrast(terms: Sequence[tuple[float, Mapping[int, float]]]) -> Sample:
+    """The sum of factor times value, taken within a seed: only seeds that every term has count.
+
+    terms: (factor, {seed: value}).
+    """
+    shared = set.intersection(*(set(values) for _, values in terms)) if terms else set()
+    return Sample.of(
+        math.fsum(factor * values[seed] for factor, values in terms) for seed in shared
+    )
+
+
+def holm(p_values: Sequence[float]) -> list[float]:
+    """Holm's step-down adjusted p-values, in the order given (Holm 1979).
+
+    The k-th smallest of m is multiplied by m - k + 1, made monotone, and cut at 1.
+    """
+    order = sorted(range(len(p_values)), key=lambda i: p_values[i])
+    adjusted = [1.0] * len(p_values)
+    running = 0.0
+    for rank, i in enumerate(order):
+        running = max(running, (len(p_values) - rank) * p_values[i])
+        adjusted[i] = min(1.0, running)
+    return adjusted

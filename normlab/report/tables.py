@@ -1,0 +1,282 @@
+"""The table of one experiment at one scale, ours beside the paper's, as CSV, Markdown and LaTeX."""
+
+import math
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from normlab.experiment import Experiment, Published
+from normlab.report.gather import csv_text
+from normlab.report.grid import Point, Results
+from normlab.report.statistics import Sample
+from normlab.report.verdicts import Verdict
+
+MISSING = "–"
+
+TABLE_COLUMNS = [
+    "protocol", "n", "error", "half_width", "change", "change_half_width",
+    "paper_error", "paper_change", "paper_source",
+]  # fmt: skip
+VERDICT_COLUMNS = [
+    "experiment", "claim", "kind", "scale", "n", "effect", "low", "high", "level", "delta",
+    "p_holm", "paper", "verdict", "label", "note",
+]  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Paper:
+    """A published number (error in %) and its difference to the same source's baseline."""
+
+    error: float
+    change: float
+    source: str
+
+
+@dataclass(frozen=True)
+class Entry:
+    """Ours and the papers' at one point of the grid under one protocol."""
+
+    point: Point
+    protocol: str
+    error: Sample
+    change: Sample
+    papers: tuple[Paper, ...]
+
+
+def entries(results: Results) -> list[list[Entry]]:
+    """Rows of the table (grid points), each with an entry per column (protocol)."""
+    columns = results.experiment.table["columns"]
+    return [
+        [
+            Entry(
+                point,
+                protocol,
+                results.sample(point, protocol),
+                results.change(point, protocol),
+                tuple(published(results.experiment, point, protocol)),
+            )
+            for protocol in columns
+        ]
+        for point in results.points
+    ]
+
+
+def published(experiment: Experiment, point: Point, protocol: str) -> Iterable[Paper]:
+    """What the sources say at a point under a protocol."""
+    at = dict(point)
+    for source in experiment.published:
+        values = source.values.get(protocol, {})
+        if source.x in at and at[source.x] in values:
+            error = values[at[source.x]]
+            yield Paper(error, error - paper_baseline(experiment, source, protocol), source.label)
+
+
+def paper_baseline(experiment: Experiment, source: Published, protocol: str) -> float:
+    """A source's own number at the experiment's baseline; nan if it has none."""
+    return source.values.get(protocol, {}).get(experiment.baseline.get(source.x), math.nan)
+
+
+def table_csv(results: Results) -> str:
+    """One line per point, protocol and source: means and 95 % half-widths, in % and points."""
+    axes = [axis for axis, _ in results.points[0]] if results.points else []
+    lines: list[dict[str, Any]] = []
+    for entry in (entry for row in entries(results) for entry in row):
+        ours = {
+            **dict(entry.point),
+            "protocol": entry.protocol,
+            "n": entry.error.n,
+            "error": rounded(entry.error.mean),
+            "half_width": rounded(entry.error.half()),
+            "change": rounded(entry.change.mean),
+            "change_half_width": rounded(entry.change.half()),
+        }
+        for paper in entry.papers or (None,):
+            theirs = paper and {
+                "paper_error": paper.error,
+                "paper_change": rounded(paper.change),
+                "paper_source": paper.source,
+            }
+            lines.append(ours | (theirs or {}))
+    return csv_text(lines, axes + TABLE_COLUMNS)
+
+
+def number(value: float, *, sign: bool = False, digits: int = 2) -> str:
+    """A number as people read it, with a real minus sign; the missing mark for nan."""
+    if math.isnan(value):
+        return MISSING
+    value = round(value, digits) + 0.0  # no "-0.00"
+    return f"{value:{'+' if sign else ''}.{digits}f}".replace("-", "−")
+
+
+def estimate(sample: Sample, *, sign: bool = False) -> str:
+    """Mean ± half-width of the 95 % interval; the mean alone for one seed."""
+    mean = number(sample.mean, sign=sign)
+    return mean if sample.n < 2 else f"{mean} ± {number(sample.half())}"
+
+
+def interval(low: float, high: float, level: int) -> str:
+    """An interval with its confidence, for example "[0.12, 0.80] 95 %"."""
+    return MISSING if math.isnan(low) else f"[{number(low)}, {number(high)}] {level} %"
+
+
+@dataclass(frozen=True)
+class Text:
+    """A table ready to be set: a caption, a header and cells."""
+
+    caption: str
+    header: list[str]
+    rows: list[list[str]]
+
+
+def texts(results: Results) -> list[Text]:
+    """Two tables for the eye: errors, and each side's differences to its own baseline."""
+    experiment, rows = results.experiment, entries(results)
+    axes = [axis_name(axis) for axis, _ in results.points[0]]
+    cited = {
+        protocol: [s for s in experiment.published if protocol in s.values]
+        for protocol in experiment.table["columns"]
+    }
+    header = [*axes, "n"]
+    for protocol, sources in cited.items():
+        header += [experiment.protocols[protocol].label, *(["paper"] if sources else [])]
+    errors, changes = [], []
+    for row in rows:
+        counts = sorted({entry.error.n for entry in row})
+        head = [str(value) for _, value in row[0].point]
+        head.append("-".join(map(str, counts[:: max(1, len(counts) - 1)])))
+        one, two = list(head), list(head)
+        for entry in row:
+            one.append(estimate(entry.error))
+            two.append(estimate(entry.change, sign=True))
+            if cited[entry.protocol]:
+                one.append(" / ".join(f"{p.error:g}" for p in entry.papers) or MISSING)
+                theirs = [number(p.change, sign=True, digits=1) for p in entry.papers]
+                two.append(" / ".join(theirs) or MISSING)
+        errors.append(one)
+        changes.append(two)
+    return [
+        Text("Error in %, mean ± half-width of the 95 % interval over seeds", header, errors),
+        Text(
+            f"Difference to the same side's own {baseline_name(experiment)} in percentage points, "
+            "paired over seeds",
+            header,
+            changes,
+        ),
+    ]
+
+
+def axis_name(axis: str) -> str:
+    return "NBS" if axis == "nbs" else axis.replace("_", " ")
+
+
+def baseline_name(experiment: Experiment) -> str:
+    """The baseline as a reader says it, for example "NBS 32"."""
+    return ", ".join(f"{axis_name(axis)} {value}" for axis, value in experiment.baseline.items())
+
+
+def sources(experiment: Experiment) -> list[str]:
+    """Which source the "paper" columns quote, by protocol label."""
+    return [
+        f"{source.label}: {', '.join(experiment.protocols[p].label for p in source.values)}"
+        for source in experiment.published
+    ]
+
+
+def markdown(results: Results, facts: Sequence[str]) -> str:
+    """The table page of one scale. `facts`: what was run where, one sentence each."""
+    experiment = results.experiment
+    lines = [
+        f"<!-- normlab report {experiment.name} -->",
+        f"# {experiment.title}, scale {results.scale}",
+        "",
+        *(f"- {fact}" for fact in facts),
+        *(f"- Paper: {source}" for source in sources(experiment)),
+    ]
+    for table in texts(results):
+        lines += ["", f"{table.caption}:", "", *grid_lines(table.header, table.rows)]
+    return "\n".join(lines) + "\n"
+
+
+def grid_lines(header: list[str], rows: list[list[str]]) -> list[str]:
+    """A Markdown table; everything but the first column is aligned right."""
+    safe = [[cell.replace("|", "\\|") for cell in row] for row in [header, *rows]]
+    widths = [max(3, *(len(row[i]) for row in safe)) for i in range(len(header))]
+    rule = ["-" * width if i == 0 else "-" * (width - 1) + ":" for i, width in enumerate(widths)]
+    body = [
+        [
+            cell.ljust(w) if i == 0 else cell.rjust(w)
+            for i, (cell, w) in enumerate(zip(row, widths, strict=True))
+        ]
+        for row in safe
+    ]
+    return [f"| {' | '.join(row)} |" for row in [body[0], rule, *body[1:]]]
+
+
+_LATEX = {
+    "\\": r"\textbackslash{}", "&": r"\&", "%": r"\%", "$": r"\$", "#": r"\#", "_": r"\_",
+    "{": r"\{", "}": r"\}", "~": r"\textasciitilde{}", "^": r"\textasciicircum{}",
+    "±": r"$\pm$", "−": "$-$", "–": "--",
+}  # fmt: skip
+
+
+def latex_escape(text: str) -> str:
+    return "".join(_LATEX.get(character, character) for character in text)
+
+
+def latex(results: Results, facts: Sequence[str]) -> str:
+    """The same two tables as `table` environments for the booktabs package."""
+    experiment = results.experiment
+    lines = [f"% normlab report {experiment.name}", *(f"% {fact}" for fact in facts)]
+    for table in texts(results):
+        caption = f"{experiment.title}, scale {results.scale}. {table.caption}."
+        lines += [
+            "",
+            r"\begin{table}",
+            r"\centering",
+            rf"\caption{{{latex_escape(caption)}}}",
+            rf"\begin{{tabular}}{{l{'r' * (len(table.header) - 1)}}}",
+            r"\toprule",
+            " & ".join(map(latex_escape, table.header)) + r" \\",
+            r"\midrule",
+            *(" & ".join(map(latex_escape, row)) + r" \\" for row in table.rows),
+            r"\bottomrule",
+            r"\end{tabular}",
+            r"\end{table}",
+        ]
+    return "\n".join(lines) + "\n"
+
+
+def verdicts_csv(verdicts: Iterable[tuple[str, Verdict]]) -> str:
+    """Every verdict of every experiment: (experiment name, verdict) -> one line each.
+
+    `low` and `high` bound the interval of confidence `level` %; `effect`, `delta` and both bounds
+    in percentage points; `p_holm` only for primary claims that have runs.
+    """
+    return csv_text(
+        (
+            {
+                "experiment": name,
+                "claim": one.claim.name,
+                "kind": one.claim.kind,
+                "scale": one.scale,
+                "n": one.n,
+                "effect": rounded(one.effect),
+                "low": rounded(one.low),
+                "high": rounded(one.high),
+                "level": one.level,
+                "delta": one.claim.margin,
+                "p_holm": rounded(one.p_holm, 6),
+                "paper": one.claim.paper,
+                "verdict": one.verdict,
+                "label": one.label,
+                "note": "; ".join(one.notes),
+            }
+            for name, one in verdicts
+        ),
+        VERDICT_COLUMNS,
+    )
+
+
+def rounded(value: float, digits: int = 4) -> float:
+    """Rounded for the CSV: the last bits of scipy's quantiles differ between its versions."""
+    return value if math.isnan(value) else round(value, digits) + 0.0

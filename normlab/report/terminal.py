@@ -1,0 +1,53 @@
+"""What ``normlab report`` prints: verdicts in short, files, and how to fill what is missing."""
+
+from pathlib import Path
+
+from normlab.report import provenance
+from normlab.report.page import ExperimentReport, ScaleReport
+from normlab.report.tables import interval, number
+
+
+def experiment(report: ExperimentReport, written: list[Path]) -> str:
+    """One experiment over its scales, ready to print."""
+    lines = [f"{report.experiment.name}: {report.experiment.title}"]
+    if report.again:
+        lines.append(f"  note: {report.again}")
+    if report.orphans:
+        lines.append(f"  note: {report.orphans} committed runs are no cell of today's grid")
+    for name, scale in report.scales.items():
+        lines += ["", *_scale(report, name, scale)]
+    lines += ["", *(f"wrote {path}" for path in written)]
+    return "\n".join(lines).rstrip() + "\n"
+
+
+def _scale(report: ExperimentReport, name: str, scale: ScaleReport) -> list[str]:
+    command, found = report.experiment.command(name), scale.results
+    if scale.grid.problem:
+        return [f"  scale {name}: not reported, {scale.grid.problem}"]
+    if not found.rows:
+        return [f"  scale {name}: not run, fill it with: {command}"]
+    lines = [f"  {provenance.subtitle(found)}"]
+    rows = [["claim", "verdict", "effect", "interval", "margin", "n", "p (Holm)"]]
+    for one in scale.verdicts:
+        rows.append([
+            one.claim.name + ("" if one.label == "primary" else " (exploratory)"),
+            one.verdict,
+            number(one.effect, sign=True),
+            interval(one.low, one.high, one.level),
+            f"{one.claim.margin:g}",
+            str(one.n),
+            number(one.p_holm, digits=3),
+        ])  # fmt: skip
+    widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
+    for row in rows:
+        cells = [
+            cell.ljust(width) if i < 2 else cell.rjust(width)
+            for i, (cell, width) in enumerate(zip(row, widths, strict=True))
+        ]
+        lines.append("    " + "  ".join(cells).rstrip())
+    lines += [f"    note: {mark}" for mark in scale.marks]
+    if not found.complete:
+        gone = sum(map(len, found.missing.values()))
+        total = len(found.points) * len(found.grid.seeds)
+        lines.append(f"    {gone} of {total} runs are missing, fill them with: {command}")
+    return lines

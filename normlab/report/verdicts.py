@@ -1,0 +1,199 @@
+"""The verdict on every claim of an experiment at one scale; docs/claims.md says it in words."""
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+
+from normlab.experiment import Claim
+from normlab.report.grid import Results
+from normlab.report.statistics import Sample, holm
+
+LEVEL = 0.05
+"""What a wrong verdict may cost: 95 % intervals, and Holm's limit over the primary claims."""
+
+SEEDS_OF_A_PRIMARY = 10
+
+REPRODUCED, CONTRADICTED, NEGLIGIBLE = "reproduced", "contradicted", "negligible"
+NOT_RESOLVED, NOT_RUN = "not resolved", "not run"
+VERDICTS = (REPRODUCED, CONTRADICTED, NEGLIGIBLE, NOT_RESOLVED, NOT_RUN)
+
+
+@dataclass(frozen=True)
+class Judged:
+    """One contrast of a claim: percentage points within a seed, its own verdict and p-values."""
+
+    label: str
+    sample: Sample
+    verdict: str
+    p_for: float
+    p_against: float
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """A claim judged at one scale. The deciding contrast stands for it; `contrasts` has all."""
+
+    claim: Claim
+    scale: str
+    verdict: str
+    label: str
+    n: int
+    effect: float
+    low: float
+    high: float
+    level: int
+    """The interval's confidence in %: 90 where an equivalence is established by it, else 95."""
+    p: float
+    p_holm: float
+    notes: tuple[str, ...]
+    contrasts: tuple[Judged, ...]
+
+
+def judge_direction(sample: Sample, margin: float) -> tuple[str, float, float]:
+    """Verdict, p for and p against "the mean exceeds +margin".
+
+    Each p is the smallest level at which the two-sided interval lies on that side: reproduced and
+    contradicted are exactly "the 95 % interval lies above +margin" and "below -margin".
+    """
+    p_for = min(1.0, 2 * sample.p_above(margin))
+    p_against = min(1.0, 2 * sample.p_below(-margin))
+    if p_for <= LEVEL:
+        return REPRODUCED, p_for, p_against
+    if p_against <= LEVEL:
+        return CONTRADICTED, p_for, p_against
+    inside = p_inside(sample, margin, sides=2) <= LEVEL
+    return (NEGLIGIBLE if inside else NOT_RESOLVED), p_for, p_against
+
+
+def judge_equivalence(sample: Sample, margin: float) -> tuple[str, float, float]:
+    """Verdict, p for and p against "the mean lies inside +-margin".
+
+    For: two one-sided tests, which is the 90 % interval inside. Against: the 95 % interval outside.
+    """
+    p_for = p_inside(sample, margin, sides=1)
+    outside = min(sample.p_above(margin), sample.p_below(-margin))
+    p_against = min(1.0, 2 * outside)
+    if p_for <= LEVEL:
+        return REPRODUCED, p_for, p_against
+    return (CONTRADICTED if p_against <= LEVEL else NOT_RESOLVED), p_for, p_against
+
+
+def p_inside(sample: Sample, margin: float, *, sides: int) -> float:
+    """Smallest level at which the interval lies inside +-margin: one-sided (TOST) or two-sided."""
+    return min(1.0, sides * max(sample.p_below(margin), sample.p_above(-margin)))
+
+
+_KINDS: dict[str, Callable[[Sample, float], tuple[str, float, float]]] = {
+    "direction": judge_direction,
+    "equivalence": judge_equivalence,
+    "shape": judge_direction,  # of every contrast
+}
+
+
+def judge(claim: Claim, results: Results) -> Verdict:
+    """One claim before Holm's correction.
+
+    A claim holds if all its contrasts do (intersection-union: its p is their largest) and is
+    contradicted if one of them is (its p is the smallest times their number: Bonferroni).
+    """
+    notes = list(_marks(results))
+    try:
+        axes = results.experiment.scales[results.scale].axes
+        wanted = claim.contrasts(axes)
+        samples = [results.contrast(one) for one in wanted]
+    except ValueError as error:
+        return _empty(claim, results.scale, (str(error),), ())
+    contrasts = tuple(
+        Judged(one.label, sample, *_KINDS[claim.kind](sample, claim.margin))
+        for one, sample in zip(wanted, samples, strict=True)
+    )
+    run = sum(one.sample.n > 0 for one in contrasts)
+    if run < len(contrasts) or not contrasts:
+        note = (f"{run} of {len(contrasts)} contrasts have runs",) if run else ()
+        return _empty(claim, results.scale, note, contrasts)
+
+    found = {one.verdict for one in contrasts}
+    if CONTRADICTED in found:
+        verdict, decides = CONTRADICTED, min(contrasts, key=lambda one: one.p_against)
+    else:
+        verdict = found.pop() if len(found) == 1 else NOT_RESOLVED
+        if claim.kind == "shape" and verdict == NEGLIGIBLE:
+            verdict = NOT_RESOLVED
+        decides = max(contrasts, key=lambda one: one.p_for)
+    p = {
+        REPRODUCED: decides.p_for,
+        CONTRADICTED: min(1.0, len(contrasts) * decides.p_against),
+        NEGLIGIBLE: p_inside(decides.sample, claim.margin, sides=2),
+    }.get(verdict, min(1.0, decides.p_for, len(contrasts) * decides.p_against))
+    if claim.kind == "shape":
+        held = sum(one.verdict == REPRODUCED for one in contrasts)
+        notes.append(f"{held} of {len(contrasts)} contrasts hold; shown: {decides.label}")
+    n = min(one.sample.n for one in contrasts)
+    if n < 2:
+        notes.append("one seed gives no interval")
+    level = 90 if claim.kind == "equivalence" and verdict != CONTRADICTED else 95
+    low, high = decides.sample.interval(level / 100)
+    exploratory = not claim.primary or n < SEEDS_OF_A_PRIMARY or edited(results) > 0
+    if claim.primary and n < SEEDS_OF_A_PRIMARY:
+        notes.append(f"exploratory: {n} of the {SEEDS_OF_A_PRIMARY} seeds of a primary claim")
+    return Verdict(
+        claim=claim,
+        scale=results.scale,
+        verdict=verdict,
+        label="exploratory" if exploratory else "primary",
+        n=n,
+        effect=decides.sample.mean,
+        low=low,
+        high=high,
+        level=level,
+        p=p,
+        p_holm=math.nan,
+        notes=tuple(notes),
+        contrasts=contrasts,
+    )
+
+
+def judge_all(results: Results) -> list[Verdict]:
+    """Every claim at one scale, Holm's correction over the primary ones.
+
+    All declared primary claims count in the correction, those without runs with p = 1. A verdict
+    that does not survive becomes "not resolved" and says what it was.
+    """
+    verdicts = [judge(claim, results) for claim in results.experiment.claims.values()]
+    primary = [i for i, verdict in enumerate(verdicts) if verdict.claim.primary]
+    adjusted = holm([verdicts[i].p for i in primary])
+    for i, p_holm in zip(primary, adjusted, strict=True):
+        one = verdicts[i]
+        if one.verdict == NOT_RUN:
+            continue
+        one = replace(one, p_holm=p_holm)
+        if one.verdict in (REPRODUCED, CONTRADICTED, NEGLIGIBLE) and p_holm > LEVEL:
+            note = f"{one.verdict} alone, but does not survive Holm's correction"
+            one = replace(one, verdict=NOT_RESOLVED, notes=(note, *one.notes))
+        verdicts[i] = one
+    return verdicts
+
+
+def edited(results: Results) -> int:
+    """Judged runs that were not run for the claims as they stand."""
+    return sum(row["claims"] != results.experiment.claims_digest for row in results.rows)
+
+
+def _marks(results: Results) -> list[str]:
+    digest, name = results.experiment.claims_digest, results.experiment.name
+    before = sum(r["experiment"] == name and r["claims"] != digest for r in results.rows)
+    apart = edited(results) - before
+    marks = []
+    if before:
+        marks.append(f"exploratory: the claims were edited after {before} of the runs")
+    if apart:
+        marks.append(f"exploratory: {apart} of the runs were not run for this experiment")
+    return marks
+
+
+def _empty(
+    claim: Claim, scale: str, notes: tuple[str, ...], contrasts: tuple[Judged, ...]
+) -> Verdict:
+    nan = math.nan
+    label = "primary" if claim.primary else "exploratory"
+    return Verdict(claim, scale, NOT_RUN, label, 0, nan, nan, nan, 95, 1.0, nan, notes, contrasts)

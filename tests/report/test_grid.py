@@ -1,0 +1,133 @@
+"""A run's number, what may be pooled, and what is missing."""
+
+import math
+
+import pytest
+
+from normlab import config, experiment
+from normlab.report import grid
+from normlab.report.grid import run_number
+
+
+def point(nbs: int) -> grid.Point:
+    return (("nbs", nbs),)
+
+
+def test_the_last_epoch_counts_at_desk(make_run):
+    run = make_run("desk", 2, 100, {"test_precise": [50.0, 39.0, 40.0]})
+    assert run_number(run, "test:precise", "desk") == 40.0
+
+
+def test_the_median_of_the_last_five_counts_at_gpu(make_run):
+    run = make_run("gpu", 2, 100, {"test_precise": [1.0, 9.0, 5.0, 7.0, 6.0, 30.0]})
+    assert run_number(run, "test:precise", "gpu") == 7.0
+
+
+def test_rows_in_any_order_give_the_same_number(make_run):
+    run = make_run("gpu", 2, 100, {"test_precise": [1.0, 9.0, 5.0, 7.0, 6.0, 30.0]})
+    assert run_number(run[::-1], "test:precise", "gpu") == 7.0
+
+
+def test_draws_of_one_epoch_are_averaged(make_run):
+    run = make_run("desk", 2, 100, {"test_precise": 40.0})
+    again = [row | {"order": "1", "error": "41.0"} for row in run]
+    assert run_number(run + again, "test:precise", "desk") == 40.5
+
+
+def test_a_diverged_run_scores_chance(make_run, results_of):
+    rows = make_run("desk", 2, 100, {"test_precise": 12.0}, status="diverged", chance="90.0")
+    found = results_of(rows)
+    assert found.values[point(2), "test_precise"] == {100: 90.0}
+    assert found.values[point(2), "train_batch"] == {100: 90.0}
+    assert (found.diverged, found.lacking) == (1, 0)
+
+
+def test_a_failed_run_is_missing_and_counted(make_run, results_of):
+    rows = make_run("desk", 2, 100, {}, status="failed")
+    rows += make_run("desk", 2, 101, {"test_precise": 40.0})
+    found = results_of(rows)
+    assert found.failed == 1
+    assert 100 in found.missing[point(2)]
+    assert 101 not in found.missing[point(2)]
+
+
+def test_seeds_that_the_experiment_does_not_name_are_not_judged(make_run, results_of):
+    """Seeds 0-9 chose the settings: they may not judge them."""
+    rows = make_run("desk", 2, 0, {"test_precise": 10.0}) + make_run("desk", 2, 100, {"test_precise": 40.0})
+    assert results_of(rows).values[point(2), "test_precise"] == {100: 40.0}
+
+
+@pytest.mark.parametrize(
+    "other", [{"torch": "2.15.0"}, {"device": "cuda"}, {"data_digest": "0ther"}]
+)
+def test_environments_are_never_pooled(make_run, results_of, other):
+    rows = [row for seed in (100, 101) for row in make_run("desk", 2, seed, {"test_precise": 40.0})]
+    rows += make_run("desk", 2, 102, {"test_precise": 90.0}, **other)
+    found = results_of(rows)
+    assert found.values[point(2), "test_precise"] == {100: 40.0, 101: 40.0}
+    assert list(found.others.values()) == [1]
+
+
+def test_the_most_complete_environment_is_judged_failures_not_counted(make_run, results_of):
+    rows = [row for s in (100, 101) for row in make_run("desk", 2, s, {}, status="failed")]
+    rows += make_run("desk", 2, 102, {"test_precise": 40.0}, torch="2.15.0")
+    found = results_of(rows)
+    assert found.environment is not None
+    assert found.environment.torch == "2.15.0"
+
+
+def test_a_second_run_of_a_cell_and_seed_is_left_out_and_counted(make_run, results_of):
+    rows = make_run("desk", 2, 100, {"test_precise": 40.0}, started="2026-01-01")
+    rows += make_run("desk", 2, 100, {"test_precise": 10.0}, started="2026-01-02", id="other")
+    for order in (rows, rows[::-1]):
+        found = results_of(order)
+        assert found.values[point(2), "test_precise"] == {100: 40.0}
+        assert found.surplus == 1
+
+
+def test_a_run_without_an_evaluation_lacks_it(make_run, results_of):
+    found = results_of(make_run("desk", 2, 100, {"test_precise": 40.0}))
+    assert found.lacking == 1
+    assert not found.complete
+
+
+def test_changes_are_paired(make_run, results_of):
+    rows = make_run("desk", 2, 100, {"test_precise": 45.0})
+    rows += make_run("desk", 2, 101, {"test_precise": 55.0})
+    rows += make_run("desk", 32, 100, {"test_precise": 40.0})
+    rows += make_run("desk", 32, 101, {"test_precise": 50.0})
+    rows += make_run("desk", 32, 102, {"test_precise": 0.0})
+    change = results_of(rows).change(point(2), "test_precise")
+    assert (change.n, change.mean, change.sd) == (2, 5.0, 0.0)
+
+
+def test_a_grid_that_cannot_be_composed_says_why(small, monkeypatch):
+    def refuse(overrides: list[str]) -> dict[str, object]:
+        raise ValueError("nbs=2: no such thing\nsecond line")
+
+    monkeypatch.setattr(grid.config, "compose", refuse)
+    found = grid.compose(small, "desk")
+    assert found.points == {}
+    assert found.problem == "its cells cannot be composed: nbs=2: no such thing"
+
+
+def test_the_real_experiments_compose_into_distinct_cells():
+    for name in experiment.names():
+        loaded = experiment.load(name)
+        for scale in loaded.scales:
+            found = grid.compose(loaded, scale)
+            assert not found.problem
+            assert len(found.points) == len(grid.first_cells(loaded, scale))
+
+
+def test_the_seed_is_no_part_of_a_cell():
+    loaded = experiment.load("nbs")
+    first, second = loaded.cells("demo")[:2]
+    assert first.axes["seed"] != second.axes["seed"]
+    keys = {config.cell_key(config.compose(cell.overrides)) for cell in (first, second)}
+    assert len(keys) == 1
+
+
+def test_chance_without_a_record_is_nan(make_run):
+    run = make_run("desk", 2, 100, {}, status="diverged", chance="")
+    assert math.isnan(run_number(run, "test:precise", "desk"))
