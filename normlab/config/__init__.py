@@ -4,7 +4,14 @@
 ``conf/`` and overrides; ``identity`` says which of them change the weights. Nothing imports torch.
 """
 
-from normlab.config.compose import compose, options, register, resolve
+from normlab.config.compose import (
+    compose,
+    explained,
+    near,
+    options,
+    register,
+    resolve,
+)
 from normlab.config.identity import cell_key, run_id, training_config
 from normlab.config.schema import Config, ConfigError, check, plan_of
 
@@ -14,6 +21,8 @@ __all__ = [
     "cell_key",
     "check",
     "compose",
+    "explained",
+    "near",
     "options",
     "plan_of",
     "register",

@@ -1,0 +1,227 @@
+"""`normlab train` and `normlab sweep`: the Hydra applications around ``normlab.launch.run``.
+
+Hydra composes, sweeps and launches, and leaves nothing behind: run directories are made by the
+runs. Every job notes what became of it in a scratch directory, because launchers in other processes
+hand nothing back; the exit code and the closing lines are made from these notes.
+"""
+
+import json
+import os
+import sys
+import tempfile
+from collections import Counter
+from collections.abc import Iterator
+from contextlib import contextmanager, redirect_stderr
+from io import StringIO
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from omegaconf import DictConfig
+
+from normlab import config, experiment, plugins
+
+if TYPE_CHECKING:
+    from normlab.launch import Outcome
+
+NOTES = "outcomes.jsonl"
+
+_WITH_VALUE = {
+    "-c", "--cfg", "-p", "--package", "-cp", "--config-path", "-cn", "--config-name", "-cd",
+    "--config-dir", "-i", "--info",
+}  # fmt: skip
+_ONLY_SHOWS = {"-h", "--help", "--hydra-help", "-c", "--cfg", "-i", "--info"}
+
+
+def train(argv: list[str]) -> int:
+    """Run what the overrides describe, once or as a sweep; returns the exit code.
+
+    0: all done. 1: a run failed or diverged. 2: something was refused before it wrote anything.
+    Raises ConfigError where not even a job could be composed.
+    """
+    flags, overrides = _split(argv)
+    _parse(flags, overrides)
+    config.register(overrides)
+    with _scratch(overrides) as scratch, _hydra_argv(flags, overrides, scratch):
+        import hydra
+
+        conf = str(plugins.package_dir("conf"))
+        application = hydra.main(config_path=conf, config_name="config", version_base="1.3")(task)
+        try:
+            with config.explained():
+                application()
+        except KeyboardInterrupt:
+            _close(_notes(scratch))
+            raise
+        return _close(_notes(scratch))
+
+
+def sweep(argv: list[str]) -> int:
+    """`normlab sweep <name> ...`: an experiment's missing cells, as `train -m experiment=<name>`."""
+    if not argv or argv[0].startswith("-") or "=" in argv[0]:
+        if {"-h", "--help"} & set(argv):
+            return train(argv)
+        known = ", ".join(experiment.names())
+        raise config.ConfigError(f"sweep which experiment? normlab sweep <name> (names: {known})")
+    experiment.load(argv[0])
+    multirun = [] if _ONLY_SHOWS & set(argv) else ["-m"]
+    return train([*multirun, f"experiment={argv[0]}", *argv[1:]])
+
+
+def task(cfg: DictConfig) -> None:
+    """One job, from the composed config to a finished run; launchers pickle it by its name."""
+    from hydra.core.hydra_config import HydraConfig
+    from hydra.types import RunMode
+
+    from normlab import launch
+
+    hydra = HydraConfig.get()
+    sweeping = hydra.mode == RunMode.MULTIRUN
+    note: dict[str, Any] = {"sweep": sweeping}
+    try:
+        outcome = launch.run(config.resolve(cfg))
+    except launch.JobError as error:
+        note |= {"status": "failed", "message": str(error)}
+    except (ValueError, OSError) as error:
+        if os.environ.get("NORMLAB_TRACEBACK"):
+            raise
+        note |= {"status": "refused", "message": in_words(error)}
+    else:
+        note |= {"status": outcome.status, "skipped": outcome.skipped}
+        if outcome.status == "diverged":
+            note["message"] = (
+                f"{outcome.id} diverged: its last finite numbers are in {outcome.path}"
+            )
+        print(_line(outcome) if sweeping else _table(outcome), flush=True)
+    with (Path(hydra.sweep.dir) / NOTES).open("a") as file:
+        file.write(json.dumps(note) + "\n")  # one short write, whole beside those of other jobs
+
+
+def evaluate(run: str, specs: list[str], *, root: str, device: str) -> int:
+    """`normlab eval`: a finished run under further protocols; returns the exit code.
+
+    Raises ValueError or OSError for what cannot be evaluated.
+    """
+    from normlab import launch
+
+    try:
+        outcome = launch.evaluate(run, specs, root=root, device=device)
+    except launch.JobError as error:
+        print(f"normlab: {error}", file=sys.stderr)
+        return 1
+    print(_table(outcome))
+    return 0
+
+
+def in_words(error: Exception) -> str:
+    """An exception as one to five lines; files are named with what is wrong with them."""
+    if isinstance(error, OSError) and error.filename and error.strerror:
+        return f"{error.filename}: {error.strerror}"
+    lines = [line for line in str(error).splitlines() if line.strip()]
+    return "\n".join(lines[:5]) or type(error).__name__
+
+
+def _line(outcome: "Outcome") -> str:
+    errors = "  ".join(f"{spec} {error:.2f}" for spec, error in outcome.summary.items())
+    return f"{outcome.id}  {'skipped' if outcome.skipped else outcome.status}  {errors}".rstrip()
+
+
+def _table(outcome: "Outcome") -> str:
+    """id, status, the error of each evaluation, and where the run lies."""
+    rows = [("run", outcome.id), ("status", outcome.status + ", skipped" * outcome.skipped)]
+    rows += [(spec, f"{error:.2f} % error") for spec, error in outcome.summary.items()]
+    rows.append(("directory", str(outcome.path)))
+    width = max(len(key) for key, _ in rows)
+    return "\n".join(f"{key:<{width}}  {value}" for key, value in rows)
+
+
+def _notes(scratch: Path) -> list[dict[str, Any]]:
+    path = scratch / NOTES
+    return [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
+
+
+def _close(notes: list[dict[str, Any]]) -> int:
+    """Print a sweep's summary and what went wrong (at most five lines); returns the exit code."""
+    if any(note["sweep"] for note in notes):
+        count = Counter(note["status"] for note in notes)
+        skipped = sum(note["status"] == "done" and note["skipped"] for note in notes)
+        print(
+            f"{len(notes)} cells: {count['done']} done ({count['done'] - skipped} run, "
+            f"{skipped} skipped), {count['diverged']} diverged, "
+            f"{count['failed'] + count['refused']} failed"
+        )
+    messages = Counter(note["message"] for note in notes if "message" in note)
+    said = [
+        f"normlab: {message}" + (f" ({times} cells)" if times > 1 else "")
+        for message, times in messages.items()
+    ]
+    if len(said) > 1:  # five lines at most, one for each kind of trouble
+        more = f"normlab: and {len(said) - 4} more" if len(said) > 5 else ""
+        said = [text.splitlines()[0] for text in said[: 4 if more else 5]] + (
+            [more] if more else []
+        )
+    print("\n".join(said), end="\n" if said else "", file=sys.stderr)
+    statuses = {note["status"] for note in notes}
+    return 2 if "refused" in statuses else 1 if statuses & {"failed", "diverged"} else 0
+
+
+def _split(argv: list[str]) -> tuple[list[str], list[str]]:
+    """Flags with their values, and overrides: Hydra 1.3 does not take the two interleaved."""
+    flags, overrides = [], []
+    words = iter(argv)
+    for word in words:
+        if not word.startswith("-"):
+            overrides.append(word)
+            continue
+        flags.append(word)
+        if word in _WITH_VALUE and (value := next(words, None)) is not None:
+            takes = "=" not in value or word not in ("-i", "--info")
+            (flags if takes else overrides).append(value)
+    return flags, overrides
+
+
+def _parse(flags: list[str], overrides: list[str]) -> None:
+    """Refuse what Hydra's argument parser would refuse, in one line."""
+    from hydra._internal.utils import get_args_parser  # hydra.main has no other way to say it
+
+    parser, said = get_args_parser(), StringIO()
+    try:
+        with redirect_stderr(said):
+            parser.parse_args([*flags, "--", *overrides])
+    except SystemExit:
+        message = said.getvalue().rpartition("error: ")[2].strip()
+        known = [option for action in parser._actions for option in action.option_strings]
+        unknown = message.removeprefix("unrecognized arguments: ").split()[0]
+        raise config.ConfigError(message + config.near(unknown, known)) from None
+
+
+@contextmanager
+def _scratch(overrides: list[str]) -> Iterator[Path]:
+    """A directory for the notes, and for what Hydra itself writes during a sweep.
+
+    submitit keeps its own files there and needs one that all machines see: it stays in the runs.
+    """
+    given = {key: value for key, _, value in (word.partition("=") for word in overrides)}
+    if "hydra.sweep.dir" in given:
+        yield Path(given["hydra.sweep.dir"])
+    elif given.get("hydra/launcher", "").startswith("submitit"):
+        yield Path(given.get("runs", "runs")) / ".sweep" / str(os.getpid())
+    else:
+        with tempfile.TemporaryDirectory(prefix="normlab-") as temporary:
+            yield Path(temporary)
+
+
+@contextmanager
+def _hydra_argv(flags: list[str], overrides: list[str], scratch: Path) -> Iterator[None]:
+    """Hydra reads the command line, and with HYDRA_FULL_ERROR leaves the printing to us."""
+    from hydra.core.global_hydra import GlobalHydra
+
+    argv, full = sys.argv, os.environ.get("HYDRA_FULL_ERROR")
+    sys.argv = ["normlab", *flags, "--", *overrides, f"hydra.sweep.dir={scratch}"]
+    os.environ["HYDRA_FULL_ERROR"] = "1"
+    GlobalHydra.instance().clear()
+    try:
+        yield
+    finally:
+        sys.argv = argv
+        if full is None:
+            del os.environ["HYDRA_FULL_ERROR"]

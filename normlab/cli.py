@@ -1,0 +1,188 @@
+"""`normlab <command> ...`: each command in one line, imported only when it is the one.
+
+Exit codes: 0 done, 1 a run failed or diverged, 2 refused (one to five lines say why, and nothing
+was written), 130 Ctrl-C, 143 SIGTERM. NORMLAB_TRACEBACK=1 shows where a refusal comes from.
+"""
+
+import os
+import signal
+import sys
+from types import FrameType
+from typing import TYPE_CHECKING, NoReturn
+
+if TYPE_CHECKING:
+    from argparse import ArgumentParser
+
+HELP = """\
+usage: normlab <command> [arguments]
+
+  train   [key=value ...]       one run, or with -m a sweep: normlab train norm=ghost nbs=32
+  sweep   EXPERIMENT [...]      the missing runs of an experiment: normlab sweep nbs scale=desk
+  report  [EXPERIMENT ...]      tables, figures and verdicts from runs/ into results/
+  eval    RUN [SPEC ...]        a finished run under further evaluation protocols
+  plan    [key=value ...]       how a step's batch is formed: normlab plan batch_size=1024 nbs=32
+  show    [WHAT]                norms, models, data, recipes, scales, experiments, protocols, runs
+  bench   [--quick]             the speed of training, data and statistics
+
+normlab <command> --help tells more; normlab --version.
+Shell completion: eval "$(normlab -sc install=bash)"
+"""
+
+
+def train(argv: list[str]) -> int:
+    from normlab import app
+
+    return app.train(argv)
+
+
+def sweep(argv: list[str]) -> int:
+    from normlab import app
+
+    return app.sweep(argv)
+
+
+def report(argv: list[str]) -> int:
+    parser = _parser("report", "Tables, figures, verdicts and one page over all experiments.")
+    parser.add_argument("experiment", nargs="*", help="whose report to print (default: all)")
+    parser.add_argument("--runs", default="runs", help="where run directories lie")
+    parser.add_argument(
+        "--results", default="results", help="where to write, and what is committed"
+    )
+    parser.add_argument(
+        "--refresh", action="store_true", help="let local runs replace committed ones"
+    )
+    given = parser.parse_args(argv)
+    from normlab.report import main as write
+
+    return write(given.experiment, runs=given.runs, results=given.results, refresh=given.refresh)
+
+
+def evaluate(argv: list[str]) -> int:
+    parser = _parser("eval", "A finished run under further protocols, added to its evals.csv.")
+    parser.add_argument("run", help="a run's id, its beginning, or its directory")
+    parser.add_argument("spec", nargs="+", help="e.g. test:ema; see normlab show protocols")
+    parser.add_argument("--runs", default="runs", help="where run directories lie")
+    parser.add_argument("--device", default="auto", help="auto, cpu or cuda")
+    given = parser.parse_args(argv)
+    from normlab import app
+
+    return app.evaluate(given.run, given.spec, root=given.runs, device=given.device)
+
+
+def plan(argv: list[str]) -> int:
+    parser = _parser("plan", "How the batch of one SGD step is formed.")
+    parser.add_argument("override", nargs="*", help="batch_size=1024 nbs=32 ...")
+    from normlab import show
+
+    return show.plan(parser.parse_args(argv).override)
+
+
+def show(argv: list[str]) -> int:
+    from normlab import show
+
+    parser = _parser("show", "What there is.")
+    parser.add_argument(
+        "what", nargs="?", choices=list(show.TABLES), help="default: a list of these"
+    )
+    parser.add_argument("--runs", default="runs", help="where run directories lie")
+    given = parser.parse_args(argv)
+    return show.main(given.what, root=given.runs)
+
+
+def bench(argv: list[str]) -> int:
+    from normlab.bench import main as measure
+
+    return measure(argv)
+
+
+COMMANDS = {
+    "train": train,
+    "sweep": sweep,
+    "report": report,
+    "eval": evaluate,
+    "plan": plan,
+    "show": show,
+    "bench": bench,
+}
+
+
+def main(argv: list[str] | None = None) -> int:
+    """The command line; returns the exit code."""
+    argv = sys.argv[1:] if argv is None else argv
+    before = signal.signal(signal.SIGTERM, _terminate)
+    try:
+        return _dispatch(argv)
+    except BrokenPipeError:  # whoever read our output has seen enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 0
+    except (ValueError, OSError) as error:
+        if os.environ.get("NORMLAB_TRACEBACK"):
+            raise
+        from normlab.app import in_words
+
+        print(f"normlab: {in_words(error)}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print("normlab: interrupted", file=sys.stderr)
+        return 130
+    except SystemExit as stop:  # argparse and Hydra leave through it after --help
+        return stop.code if isinstance(stop.code, int) else 0 if stop.code is None else 2
+    finally:
+        signal.signal(signal.SIGTERM, before)
+
+
+def _dispatch(argv: list[str]) -> int:
+    if not argv or argv[0] in ("-h", "--help"):
+        print(HELP, end="", file=sys.stdout if argv else sys.stderr)
+        return 0 if argv else 2
+    if argv[0] in ("-V", "--version"):
+        from normlab import __version__
+
+        print(f"normlab {__version__}")
+        return 0
+    if argv[0] in ("-sc", "--shell-completion"):
+        return _complete(argv)
+    if argv[0] not in COMMANDS:
+        raise ValueError(
+            f"no command '{argv[0]}'{_near(argv[0], list(COMMANDS))} "
+            f"(commands: {', '.join(COMMANDS)})"
+        )
+    return COMMANDS[argv[0]](argv[1:])
+
+
+def _complete(argv: list[str]) -> int:
+    """Hydra's completion knows no commands: offer ours, and hand it the words after one of its."""
+    if any(word.startswith("query=") for word in argv):
+        words = os.environ.get("COMP_LINE", "").split(" ")
+        if len(words) < 3:
+            print(" ".join(COMMANDS))
+            return 0
+        if words[1] not in ("train", "sweep"):
+            return 0
+        os.environ["COMP_LINE"] = " ".join(words[:1] + words[2:])
+    return train(argv)
+
+
+def _terminate(signum: int, _: FrameType | None) -> NoReturn:
+    sys.exit(128 + signum)
+
+
+def _near(word: str, known: list[str]) -> str:
+    from difflib import get_close_matches
+
+    close = get_close_matches(word, known, 1)
+    return f"; did you mean '{close[0]}'?" if close else ""
+
+
+def _parser(command: str, description: str) -> "ArgumentParser":
+    """argparse, whose complaints are one line like all others."""
+    from argparse import ArgumentParser
+
+    class Parser(ArgumentParser):
+        def error(self, message: str) -> NoReturn:
+            unknown = message.removeprefix("unrecognized arguments: ").split(" ")[0].split("=")[0]
+            options = [option for action in self._actions for option in action.option_strings]
+            near = _near(unknown, options) if unknown.startswith("-") else ""
+            raise ValueError(f"{command}: {message}{near} (normlab {command} --help)")
+
+    return Parser(prog=f"normlab {command}", description=description, allow_abbrev=False)

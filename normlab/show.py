@@ -1,0 +1,131 @@
+"""The tables of `normlab show` and `normlab plan`: what there is to choose from, without torch."""
+
+import sys
+from collections.abc import Callable, Sequence
+from itertools import zip_longest
+from pathlib import Path
+from textwrap import wrap
+from typing import Any
+
+from omegaconf import OmegaConf
+
+from normlab import config, experiment, protocols, runs
+
+
+def main(what: str | None, *, root: str) -> int:
+    """Print one table, or without a choice the names of all; returns the exit code."""
+    if what is None:
+        print("normlab show WHAT, where WHAT is one of:", ", ".join(TABLES))
+    else:
+        _print(TABLES[what](Path(root)))
+    return 0
+
+
+def plan(overrides: Sequence[str]) -> int:
+    """Print how one step's batch is formed. Raises ``batchplan.PlanError`` where it cannot be."""
+    composed = config.compose(overrides)
+    planned = config.plan_of(composed)
+    _print([["norm", composed["norm"]["name"], _FORMED[planned.batch]], *map(list, planned.rows())])
+    return 0
+
+
+_FORMED = {
+    "per_rank": "a normalization batch is the micro-batch of a rank",
+    "ghost": "normalization batches are chunks of a micro-batch",
+    "sync": "a normalization batch is the micro-batches of a group of ranks",
+    "virtual": "a normalization batch is a micro-batch and extra samples",
+    "none": "no sample is normalized with the help of another",
+}
+
+
+def _group(group: str) -> Callable[[Path], list[list[str]]]:
+    """A table of one of ``conf/``'s groups: name, keys with their defaults, the file's comment."""
+
+    def rows(_: Path) -> list[list[str]]:
+        table = []
+        for name, path in sorted(config.options(group).items()):
+            keys = OmegaConf.to_container(OmegaConf.load(path))
+            assert isinstance(keys, dict)
+            said = [_spelled(key, value) for key, value in keys.items() if key not in _LABELS]
+            lines = wrap(_comment(path), _WIDTH) + wrap(" ".join(said), _WIDTH)
+            table += [[name, *lines[:1]], *(["", line] for line in lines[1:])]
+        return table
+
+    return rows
+
+
+_LABELS = ("name", "module", "scale")
+_WIDTH = 88
+
+
+def _spelled(key: Any, value: Any, prefix: str = "") -> str:
+    """A YAML node as the overrides that would make it, `override /group` as group=option."""
+    if key == "defaults":
+        chosen = [entry for entry in value if isinstance(entry, dict)]
+        return " ".join(
+            f"{str(group).removeprefix('override /')}={option}"
+            for entry in chosen
+            for group, option in entry.items()
+        )
+    if isinstance(value, dict):
+        return " ".join(_spelled(inner, below, f"{prefix}{key}.") for inner, below in value.items())
+    if isinstance(value, list):
+        return f"{prefix}{key}=[{','.join(map(str, value))}]"
+    if value is None or isinstance(value, bool):
+        value = {None: "null", True: "true", False: "false"}[value]
+    return f"{prefix}{key}={value}"
+
+
+def _comment(path: Path) -> str:
+    """The comment at the top of a file."""
+    said = []
+    for line in path.read_text().splitlines():
+        if not line.startswith("#"):
+            break
+        if not line.startswith("# @package"):
+            said.append(line.removeprefix("#").strip())
+    return " ".join(said)
+
+
+def _protocols(_: Path) -> list[list[str]]:
+    return [[line] for line in (protocols.__doc__ or "").strip().splitlines()]
+
+
+def _experiments(_: Path) -> list[list[str]]:
+    table = [["name", "runs", "title"]]
+    for name in experiment.names():
+        loaded = experiment.load(name)
+        cells = ", ".join(f"{scale} {len(loaded.cells(scale))}" for scale in loaded.scales)
+        table.append([name, cells, loaded.title])
+    return table
+
+
+def _runs(root: Path) -> list[list[str]]:
+    """One row per run; read without pandas."""
+    table = [["id", "status", "scale", "experiment", "evaluations", "seconds"]]
+    for run in runs.listed(root):
+        row = runs.summary(run)
+        cells = [row.get(key) for key in ("id", "status", "scale", "experiment")]
+        table.append(["" if cell is None else str(cell) for cell in cells])
+        seconds = row.get("seconds")
+        table[-1] += [str(len(run.evals())), f"{float(seconds):.1f}" if seconds else ""]
+    return table
+
+
+TABLES: dict[str, Callable[[Path], list[list[str]]]] = {
+    "norms": _group("norm"),
+    "models": _group("model"),
+    "data": _group("data"),
+    "recipes": _group("recipe"),
+    "scales": _group("scale"),
+    "experiments": _experiments,
+    "protocols": _protocols,
+    "runs": _runs,
+}
+
+
+def _print(table: list[list[str]]) -> None:
+    widths = [max(map(len, column)) for column in zip_longest(*table, fillvalue="")]
+    for row in table:
+        cells = (cell.ljust(width) for cell, width in zip(row, widths, strict=False))
+        sys.stdout.write("  ".join(cells).rstrip() + "\n")
