@@ -80,7 +80,7 @@ class RunDir:
 
     def snapshot(self, epoch: int) -> Path:
         """The weights at the end of an epoch that was evaluated before the last one."""
-        return self.path / "epochs" / f"{epoch}.pt"
+        return self.path / f"epoch-{epoch}.pt"
 
     @contextmanager
     def lock(self) -> Iterator[None]:

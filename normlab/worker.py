@@ -91,11 +91,11 @@ def work(job: Job, run: RunDir, stop: Stop) -> dict[str, Any]:
                 break
             trainer.train_epoch()
             run.write_metrics(trainer.history)
-            # The weights of an evaluated epoch must outlive a kill during its evaluation.
+            # The weights of an evaluated epoch must outlive a kill, and the epochs after it.
             if trainer.epoch >= first_evaluated:
-                trainer.save()
                 if trainer.epoch < config["epochs"]:
                     checkpoint.save(run.snapshot(trainer.epoch), _snapshot(trainer))
+                trainer.save()
     except Diverged as error:
         log.warning("diverged: %s", error)
         last = trainer.history[-1] if trainer.history else {}

@@ -45,6 +45,6 @@ train.Trainer._train_step = counted(train.Trainer._train_step)
 worker.evaluate_epoch = within("evaluate", worker.evaluate_epoch)
 
 try:
-    cli.main()
+    sys.exit(cli.main())
 finally:
     record.with_suffix(".steps").write_text(str(steps))

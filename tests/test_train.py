@@ -133,7 +133,7 @@ def test_gradient_clipping_bounds_the_step(tmp_path):
     lr = ours.lr
     ours._train_step(x, y)
     moved = math.sqrt(
-        sum(float((a - b).square().sum()) for a, b in zip(before, ours.model.parameters(), strict=True))
+        sum((a - b).square().sum().item() for a, b in zip(before, ours.model.parameters(), strict=True))
     )
     assert moved == pytest.approx(lr * 0.001, rel=1e-3)
 
