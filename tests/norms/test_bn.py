@@ -1,0 +1,175 @@
+import copy
+
+import numpy as np
+import pytest
+import torch
+from torch import nn
+
+from normlab.norms import BatchNorm
+
+from .formulas import LAYOUTS, SHAPES, check_against_formula, lay_out, sets_per_channel
+
+TORCH = {2: nn.BatchNorm1d, 3: nn.BatchNorm1d, 4: nn.BatchNorm2d, 5: nn.BatchNorm3d}
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("shape", SHAPES)
+def test_formula(shape, dtype, layout):
+    sets = sets_per_channel(shape, np.zeros(8, int))
+    check_against_formula(BatchNorm(6), shape, sets, dtype, layout)
+
+
+@pytest.mark.parametrize("observed", [False, True])
+@pytest.mark.parametrize("affine", [False, True])
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("shape", SHAPES)
+def test_bitwise_torch(shape, dtype, layout, affine, observed):
+    """Outputs, gradients and buffers over three steps and an evaluation, observed or not."""
+    torch.manual_seed(0)
+    ours = BatchNorm(6, decay=0.9, affine=affine)
+    theirs = TORCH[len(shape)](6, momentum=0.1, affine=affine)
+    if dtype == torch.float64:
+        ours.double()
+        theirs.double()
+    if observed:
+        ours.observers.append([].append)
+    for _ in range(3):
+        x = lay_out(torch.randn(shape).to(dtype), layout)
+        dy = torch.randn(shape).to(dtype)
+        results = []
+        for layer in (ours, theirs):
+            leaf = x.detach().requires_grad_()
+            y = layer(leaf)
+            y.backward(dy)
+            results.append([y, leaf.grad, *(p.grad for p in layer.parameters())])
+            assert y.stride() == results[0][0].stride()
+        assert all(torch.equal(a, b) for a, b in zip(*results, strict=True))
+        assert_same_state(ours.state_dict(), theirs.state_dict())
+    assert torch.equal(ours.eval()(x), theirs.eval()(x))
+
+
+def assert_same_state(one, other):
+    assert list(one) == list(other)
+    for name, value in one.items():
+        assert value.dtype == other[name].dtype
+        assert torch.equal(value, other[name]), name
+
+
+@pytest.mark.parametrize("affine", [False, True])
+def test_state_dict_moves_to_and_from_torch(affine):
+    torch.manual_seed(0)
+    ours, theirs = BatchNorm(4, affine=affine), nn.BatchNorm2d(4, affine=affine)
+    theirs(torch.randn(8, 4, 3, 3))
+    ours.load_state_dict(theirs.state_dict(), strict=True)
+    assert_same_state(ours.state_dict(), theirs.state_dict())
+    ours(torch.randn(8, 4, 3, 3))
+    fresh = nn.BatchNorm2d(4, affine=affine)
+    fresh.load_state_dict(ours.state_dict(), strict=True)
+    assert_same_state(fresh.state_dict(), ours.state_dict())
+
+
+def test_running_average_closed_form():
+    """After t identical batches the running mean is (1 - d^t) of the batch's; var_u, not var_b."""
+    x = torch.tensor([[1.0], [4.0]], dtype=torch.float64)
+    layer = BatchNorm(1, decay=0.8).double()
+    for _ in range(7):
+        layer(x)
+    left = 0.8**7
+    assert layer.running_mean.item() == pytest.approx((1 - left) * 2.5, rel=1e-12)
+    unbiased = 4.5  # ((1 - 2.5)^2 + (4 - 2.5)^2) / (2 - 1); the biased one is half of it
+    assert layer.running_var.item() == pytest.approx(left + (1 - left) * unbiased, rel=1e-12)
+
+
+def test_eval_row_is_independent_of_its_batch():
+    torch.manual_seed(0)
+    layer = BatchNorm(4)
+    layer(torch.randn(16, 4, 5, 5))
+    layer.eval()
+    x = torch.randn(8, 4, 5, 5)
+    assert all(torch.equal(layer(x)[i : i + 1], layer(x[i : i + 1])) for i in range(8))
+
+
+def test_decay_twin():
+    assert BatchNorm(2, decay=0.9).momentum == 0.1
+    assert BatchNorm(2, decay=0.99).momentum == 0.01
+
+
+@pytest.mark.parametrize("decay", [1, 1.0, -0.1, 1.5, float("nan")])
+def test_decay_out_of_range_is_refused(decay):
+    with pytest.raises(ValueError, match="decay must be in"):
+        BatchNorm(2, decay=decay)
+
+
+def test_a_torch_momentum_as_decay_warns_once():
+    with pytest.warns(UserWarning, match=r"decay=0\.1") as caught:
+        BatchNorm(2, decay=0.1)(torch.randn(4, 2))
+    assert len(caught) == 1
+
+
+def test_there_is_no_momentum_argument():
+    with pytest.raises(TypeError, match="momentum"):
+        BatchNorm(2, momentum=0.1)
+
+
+@pytest.mark.parametrize("eps", [0, -1e-5])
+def test_eps_must_be_positive(eps):
+    with pytest.raises(ValueError, match="eps"):
+        BatchNorm(2, eps=eps)
+
+
+@pytest.mark.parametrize(
+    ("shape", "message"),
+    [
+        ((4,), "2 to 5 dimensions"),
+        ((4, 3, 2, 2), "got 3 channels"),
+        ((1, 2), "more than one element"),
+        ((1, 2, 1, 1), "more than one element"),
+        ((0, 2, 4, 4), "empty batch"),
+    ],
+)
+def test_bad_input_changes_nothing(shape, message):
+    layer = BatchNorm(2)
+    before = copy.deepcopy(layer.state_dict())
+    with pytest.raises(ValueError, match=message):
+        layer(torch.randn(shape))
+    assert_same_state(layer.state_dict(), before)
+
+
+def test_autocast_keeps_statistics_in_float32():
+    torch.manual_seed(0)
+    layer, conv = BatchNorm(4), nn.Conv2d(3, 4, 3)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        x = conv(torch.randn(8, 3, 9, 9))
+        y = layer(x)
+    assert x.dtype == y.dtype == torch.bfloat16
+    assert layer.running_mean.dtype == layer.running_var.dtype == torch.float32
+    mean = x.double().mean((0, 2, 3))
+    torch.testing.assert_close(layer.running_mean.double(), 0.1 * mean, rtol=1e-5, atol=1e-7)
+
+
+def test_float16_does_not_overflow():
+    x = (torch.randn(8, 4, 9, 9) + 300).half()
+    layer = BatchNorm(4)
+    assert layer(x).isfinite().all()
+    expected = 0.9 + 0.1 * x.double().var((0, 2, 3))
+    torch.testing.assert_close(layer.running_var.double(), expected, rtol=1e-3, atol=0)
+
+
+@pytest.mark.parametrize("group_size", [2, 4])
+def test_group_size_overrides_the_batch(group_size):
+    """Each consecutive group normalized with its own statistics; one step towards their average."""
+    torch.manual_seed(0)
+    x = torch.randn(8, 3, 4, 4, dtype=torch.float64)
+    layer = BatchNorm(3).double()
+    layer.group_size = group_size
+    y = layer(x)
+    parts = [nn.BatchNorm2d(3).double() for _ in range(8 // group_size)]
+    chunks = x.split(group_size)
+    expected = torch.cat([part(chunk) for part, chunk in zip(parts, chunks, strict=True)])
+    torch.testing.assert_close(y, expected, rtol=0, atol=1e-12)
+    for name in ("running_mean", "running_var"):
+        average = torch.stack([getattr(part, name) for part in parts]).mean(0)
+        torch.testing.assert_close(getattr(layer, name), average, rtol=0, atol=1e-12)
+    assert layer.num_batches_tracked == 1
