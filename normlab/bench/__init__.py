@@ -1,0 +1,48 @@
+"""`normlab bench`: speed against the stock ways of doing the same, on this machine.
+
+Each topic is a file with one small function per row; ``measure`` holds how anything is timed.
+"""
+
+import argparse
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+
+from normlab.bench.measure import Row
+
+OUT = Path("results") / "bench"
+
+
+def main(argv: Sequence[str]) -> int:
+    """Measure, print each row as it is done, write ``results/bench``; the exit code."""
+    parser = argparse.ArgumentParser(prog="normlab bench", description=__doc__)
+    parser.add_argument("--quick", action="store_true", help="fewer rounds: under two minutes")
+    arguments = parser.parse_args(argv)
+
+    from normlab.bench import write
+
+    rows = []
+    for row in measured(quick=arguments.quick):
+        print(write.line(row), flush=True)
+        rows.append(row)
+    for path in write.results(rows, OUT):
+        print(f"wrote {path}")
+    return 0
+
+
+def measured(*, quick: bool) -> Iterator[Row]:
+    """Every row, cheapest first; one whose peer is not installed is said and left out."""
+    from normlab.bench import loading, precise, starting, training
+
+    few = 5 if quick else 15
+    topics: list[Callable[[], list[Row]]] = [
+        lambda: [starting.help_row(rounds=few)],
+        lambda: [starting.second_run_row(rounds=few)],
+        lambda: [loading.row(rounds=few, batches=16)],
+        lambda: training.rows(rounds=few, steps=4 if quick else 8),
+        lambda: [precise.row(rounds=2 if quick else 5, images=2_000 if quick else 10_000)],
+    ]
+    for topic in topics:
+        try:
+            yield from topic()
+        except ImportError as missing:
+            print(f"left out: {missing} (pip install 'normlab[bench]')", flush=True)

@@ -1,0 +1,149 @@
+"""How anything is measured here: contestants take turns, and ratios are taken within a turn.
+
+Another program that slows the machine down then slows both sides of a ratio. Where a row says so,
+the clock is the CPU time of a process with one thread, which other programs disturb least.
+"""
+
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from statistics import median, quantiles
+from types import TracebackType
+from typing import Self
+
+Measured = dict[str, list[float]]
+"""Contestant -> seconds, one per round."""
+
+
+@dataclass(frozen=True)
+class Spread:
+    """Median and quartiles of repeated measurements."""
+
+    median: float
+    low: float
+    high: float
+
+    @classmethod
+    def of(cls, values: Sequence[float]) -> Self:
+        if len(values) < 2:
+            return cls(values[0], values[0], values[0])
+        low, _, high = quantiles(values, n=4, method="inclusive")
+        return cls(median(values), low, high)
+
+
+@dataclass(frozen=True)
+class Row:
+    """One comparison: ``ratio`` above 1 says that normlab is faster, ``bar`` is the target."""
+
+    name: str
+    peer: str
+    unit: str
+    clock: str
+    ours: Spread
+    theirs: Spread
+    ratio: Spread
+    bar: float
+    rounds: int
+
+    @property
+    def met(self) -> bool:
+        return self.ratio.median >= self.bar
+
+
+def rate_row(
+    name: str,
+    peer: str,
+    ours: list[float],
+    theirs: list[float],
+    *,
+    unit: str,
+    amount: int,
+    bar: float,
+) -> Row:
+    """A comparison of rates: ``amount`` units of work in the given CPU seconds, round by round."""
+    return Row(
+        name=name,
+        peer=peer,
+        unit=unit,
+        clock="CPU time, 1 thread",
+        ours=Spread.of([amount / seconds for seconds in ours]),
+        theirs=Spread.of([amount / seconds for seconds in theirs]),
+        ratio=Spread.of([b / a for a, b in zip(ours, theirs, strict=True)]),
+        bar=bar,
+        rounds=len(ours),
+    )
+
+
+def limit_row(name: str, seconds: list[float], *, limit: float, clock: str) -> Row:
+    """A comparison with a fixed limit: the ratio says how often the measured time fits into it."""
+    milliseconds = [1000 * value for value in seconds]
+    return Row(
+        name=name,
+        peer="the limit",
+        unit="ms",
+        clock=clock,
+        ours=Spread.of(milliseconds),
+        theirs=Spread.of([1000 * limit]),
+        ratio=Spread.of([limit / value for value in seconds]),
+        bar=1.0,
+        rounds=len(seconds),
+    )
+
+
+def take_turns(contestants: dict[str, Callable[[], object]], rounds: int) -> Measured:
+    """CPU seconds of each contestant in each round, after one round that does not count.
+
+    The order is reversed in every other round, so that none always follows the same one.
+    """
+    seconds: Measured = {name: [] for name in contestants}
+    for number in range(rounds + 1):
+        names = list(contestants)
+        for name in names if number % 2 else reversed(names):
+            started = time.process_time()
+            contestants[name]()
+            if number:
+                seconds[name].append(time.process_time() - started)
+    return seconds
+
+
+class Process:
+    """A contestant in a process of its own, for what is set once per process; see ``serve``."""
+
+    def __init__(self, code: str) -> None:
+        self._process = subprocess.Popen(
+            [sys.executable, "-c", code], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+        )
+
+    def __call__(self) -> float:
+        """Let it run once; its CPU seconds. Raises RuntimeError if it is gone."""
+        assert self._process.stdin
+        assert self._process.stdout
+        try:
+            self._process.stdin.write("\n")
+            self._process.stdin.flush()
+            return float(self._process.stdout.readline())
+        except (BrokenPipeError, ValueError):
+            raise RuntimeError("a benchmark's process ended early; its error is above") from None
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        at: TracebackType | None,
+    ) -> None:
+        assert self._process.stdin
+        self._process.stdin.close()
+        self._process.wait()
+
+
+def serve(action: Callable[[], object]) -> None:
+    """The other end of ``Process``: run the action for each line, answer its CPU seconds."""
+    for _ in sys.stdin:
+        started = time.process_time()
+        action()
+        print(time.process_time() - started, flush=True)
