@@ -1,0 +1,426 @@
+import copy
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import nn
+
+from normlab.norms import BatchNorm, GhostBatchNorm, GroupNorm
+from normlab.population import EmaBank, Statistics, estimate, using
+
+SPLIT = [2, 2, 4, 8, 16, 32, 64]
+
+
+def exact(x):
+    """Mean and biased variance per channel, in numpy's float64."""
+    rows = x.double().movedim(1, -1).reshape(-1, x.size(1)).numpy()
+    return rows.mean(0), rows.var(0)
+
+
+def assert_statistics(statistics, mean, var, rtol=1e-12, atol=1e-12):
+    assert statistics.mean.dtype == statistics.var.dtype == torch.float64
+    np.testing.assert_allclose(statistics.mean.numpy(), mean, rtol=rtol, atol=atol)
+    np.testing.assert_allclose(statistics.var.numpy(), var, rtol=rtol, atol=atol)
+
+
+def network():
+    torch.manual_seed(0)
+    return nn.Sequential(
+        nn.Conv2d(2, 4, 3),
+        BatchNorm(4),
+        nn.ReLU(),
+        nn.Dropout(0.5),
+        nn.Conv2d(4, 3, 3),
+        GhostBatchNorm(3, nbs=2),
+        nn.Flatten(),
+    )
+
+
+def everything(model):
+    """All of a model that an evaluation might disturb."""
+    settings = [
+        (m.training, *(getattr(m, k, None) for k in ("statistics", "update", "group_size")))
+        for m in model.modules()
+    ]
+    observers = [list(getattr(m, "observers", [])) for m in model.modules()]
+    grads = [p.grad for p in model.parameters()]
+    return settings, observers, grads, copy.deepcopy(model.state_dict())
+
+
+def assert_unchanged(model, before):
+    settings, observers, grads, state = everything(model)
+    assert (settings, observers, grads) == before[:3]
+    assert all(torch.equal(value, before[3][name]) for name, value in state.items())
+
+
+class TestPooled:
+    @settings(max_examples=40, deadline=None)
+    @given(
+        split=st.lists(st.integers(2, 20), min_size=1, max_size=8),
+        spatial=st.sampled_from([(), (3,), (2, 3)]),
+        seed=st.integers(0, 1000),
+    )
+    def test_any_split_gives_the_whole(self, split, spatial, seed):
+        generator = torch.Generator().manual_seed(seed)
+        x = torch.randn(sum(split), 3, *spatial, generator=generator, dtype=torch.float64)
+        x += torch.arange(len(x)).view(-1, *[1] * (x.dim() - 1))  # batches that differ
+        result = estimate(BatchNorm(3).double(), x.split(split), estimator="pooled")
+        assert_statistics(result[""], *exact(x))
+        assert result[""].count == x.numel() // 3
+
+    @pytest.mark.parametrize("layer", [BatchNorm(3), GhostBatchNorm(3, nbs=2)])
+    @pytest.mark.parametrize("group_size", [None, 2])
+    def test_fvcore_s_split(self, layer, group_size):
+        x = torch.randn(128, 3, 5, 5)
+        result = estimate(layer, x.split(SPLIT), estimator="pooled", group_size=group_size)
+        assert_statistics(result[""], *exact(x), rtol=1e-6, atol=1e-7)
+
+    @pytest.mark.parametrize("offset", [1e4, 1e5, 1e6])
+    def test_large_means(self, offset):
+        """float32, spread 1: both are off by no more than the rounding of the batches' means."""
+        x = torch.randn(128, 3, 5, 5) + offset
+        mean, var = exact(x)
+        result = estimate(BatchNorm(3), x.split(SPLIT), estimator="pooled")[""]
+        rounding = 2.0**-23 * offset
+        assert_statistics(result, mean, var, rtol=0, atol=rounding)
+
+    @pytest.mark.parametrize("offset", [1e4, 1e5, 1e6])
+    def test_large_means_in_float64(self, offset):
+        x = torch.randn(128, 3, 5, 5, dtype=torch.float64) + offset
+        result = estimate(BatchNorm(3).double(), x.split(SPLIT), estimator="pooled")
+        assert_statistics(result[""], *exact(x), rtol=1e-9)
+
+    def test_a_deep_layer_sees_batch_normalized_inputs(self):
+        """The second layer's statistics are those of its inputs under batch statistics."""
+        model = network().double()
+        x = torch.randn(12, 2, 9, 9, dtype=torch.float64)
+        inputs = []
+        for part in x.split(4):
+            z = model[2](nn.functional.batch_norm(model[0](part), None, None, training=True))
+            inputs.append(model[4](z))
+        result = estimate(model, x.split(4), estimator="pooled")
+        assert_statistics(result["5"], *exact(torch.cat(inputs).detach()), rtol=1e-10)
+
+
+class TestMean:
+    def test_means_weighted_by_elements(self):
+        x = torch.randn(128, 3, 5, 5, dtype=torch.float64)
+        parts = x.split(SPLIT)
+        weights = np.array(SPLIT) / 128
+        result = estimate(BatchNorm(3).double(), parts, estimator="mean")
+        mean = weights @ np.array([exact(part)[0] for part in parts])
+        unbiased = [exact(p)[1] * (len(p) * 25) / (len(p) * 25 - 1) for p in parts]
+        assert_statistics(result[""], mean, weights @ np.array(unbiased))
+
+    def test_groups_count_one_by_one(self):
+        x = torch.randn(8, 3, dtype=torch.float64)
+        result = estimate(BatchNorm(3).double(), [x], estimator="mean", group_size=2)
+        var = np.mean([exact(part)[1] * 2 for part in x.split(2)], axis=0)
+        assert_statistics(result[""], exact(x)[0], var)
+
+    def test_equals_torch_s_cumulative_average_for_equal_batches(self):
+        x = torch.randn(32, 3, 4, 4, dtype=torch.float64)
+        theirs = nn.BatchNorm2d(3, momentum=None).double()
+        for part in x.split(8):
+            theirs(part)
+        result = estimate(BatchNorm(3).double(), x.split(8), estimator="mean")
+        assert_statistics(result[""], theirs.running_mean.numpy(), theirs.running_var.numpy())
+
+
+def test_estimators_differ_where_batches_are_of_one_class():
+    torch.manual_seed(0)
+    classes = 6 * torch.arange(6.0).repeat_interleave(32).view(-1, 1)
+    x = classes + torch.randn(192, 1)
+    in_order, mixed = x.split(32), x[torch.randperm(192)].split(32)
+    layer = BatchNorm(1)
+    pooled = [estimate(layer, b, estimator="pooled")[""].var.item() for b in (in_order, mixed)]
+    mean = [estimate(layer, b, estimator="mean")[""].var.item() for b in (in_order, mixed)]
+    assert pooled[0] == pytest.approx(pooled[1], rel=1e-5)
+    assert pooled[0] > 100
+    assert mean[0] < 2
+    assert mean[1] == pytest.approx(pooled[1], rel=0.1)
+
+
+@pytest.mark.parametrize("estimator", ["pooled", "mean"])
+class TestEstimate:
+    def test_leaves_the_model_alone(self, estimator):
+        model = network()
+        model[2].eval()  # a mixture of modes
+        model[1].update = False
+        model[5].observers.append([].append)
+        before = everything(model)
+        estimate(model, torch.randn(12, 2, 9, 9).split(4), estimator=estimator, group_size=2)
+        assert_unchanged(model, before)
+
+    def test_draws_no_random_number(self, estimator):
+        model, x = network(), torch.randn(12, 2, 9, 9)
+        before = torch.get_rng_state()
+        estimate(model, x.split(4), estimator=estimator)
+        assert torch.equal(torch.get_rng_state(), before)
+
+    @pytest.mark.parametrize("where", ["batches", "forward", "layer"])
+    def test_restores_after_an_exception(self, estimator, where):
+        model = network()
+        model[2].eval()
+        before = everything(model)
+
+        def batches():
+            yield torch.randn(4, 2, 9, 9)
+            if where == "batches":
+                raise KeyError
+            yield torch.randn(4 if where == "forward" else 3, 2, 9, 9)
+
+        calls = []
+
+        def forward(model, batch):
+            calls.append(batch)
+            if where == "forward" and len(calls) == 2:
+                raise KeyError
+            return model(batch)
+
+        with pytest.raises((KeyError, ValueError)):
+            estimate(model, batches(), estimator=estimator, forward=forward)
+        assert_unchanged(model, before)
+        assert torch.is_grad_enabled()
+
+    def test_no_batch_is_an_error(self, estimator):
+        model = network()
+        before = everything(model)
+        with pytest.raises(ValueError, match="at least one batch"):
+            estimate(model, [], estimator=estimator)
+        assert_unchanged(model, before)
+
+    def test_a_layer_used_twice_pools(self, estimator):
+        class Twice(nn.Module):
+            def __init__(self):
+                super().__init__()
+                self.norm = BatchNorm(3)
+
+            def forward(self, x):
+                self.norm(x)
+                return self.norm(3 * x + 1)
+
+        x = torch.randn(16, 3, 4, 4, dtype=torch.float64)
+        result = estimate(Twice().double(), x.split(8), estimator=estimator)
+        seen = [part for half in x.split(8) for part in (half, 3 * half + 1)]
+        alone = estimate(BatchNorm(3).double(), seen, estimator=estimator)[""]
+        assert_statistics(result["norm"], alone.mean.numpy(), alone.var.numpy())
+
+    def test_unseen_and_frozen_layers_are_absent(self, estimator):
+        model = nn.Sequential(BatchNorm(3), BatchNorm(3))
+        model.unseen = BatchNorm(3)
+        model.forward = lambda x: model[1](model[0](x))
+        model[1].statistics = "population"
+        result = estimate(model, [torch.randn(8, 3)], estimator=estimator)
+        assert list(result) == ["0"]
+
+    def test_a_model_without_batch_norm_has_no_statistics(self, estimator):
+        assert estimate(GroupNorm(4, groups=2), [], estimator=estimator) == {}
+
+    def test_batches_may_be_tuples_or_anything_forward_takes(self, estimator):
+        x = torch.randn(8, 3)
+        plain = estimate(BatchNorm(3), [x], estimator=estimator)
+        labelled = estimate(BatchNorm(3), [(x, None)], estimator=estimator)
+        named = estimate(
+            BatchNorm(3), [{"x": x}], estimator=estimator, forward=lambda model, b: model(b["x"])
+        )
+        for other in (labelled, named):
+            assert torch.equal(other[""].mean, plain[""].mean)
+            assert torch.equal(other[""].var, plain[""].var)
+
+    def test_twice_is_once(self, estimator):
+        """An estimate does not depend on the statistics in the model, nor leave a trace."""
+        model, a, b = network(), torch.randn(8, 2, 9, 9), torch.randn(8, 2, 9, 9)
+        fresh = estimate(model, [b], estimator=estimator)
+        with using(model, estimate(model, [a], estimator=estimator)):
+            again = estimate(model, [b], estimator=estimator)
+        for name, statistics in fresh.items():
+            assert torch.equal(again[name].mean, statistics.mean)
+            assert torch.equal(again[name].var, statistics.var)
+
+
+def test_an_unknown_estimator_is_refused():
+    with pytest.raises(ValueError, match="estimator is one of"):
+        estimate(BatchNorm(3), [torch.randn(4, 3)], estimator="precise")
+
+
+class TestUsing:
+    def population(self, model):
+        return estimate(model, [torch.randn(8, 2, 9, 9)], estimator="pooled")
+
+    def test_evaluates_with_the_values_and_restores(self):
+        model = network().eval()
+        population = self.population(model)
+        before = everything(model)
+        with using(model, population):
+            torch.testing.assert_close(
+                model[1].running_mean, population["1"].mean.float(), rtol=0, atol=0
+            )
+            assert torch.equal(model[5].running_var, population["5"].var.float())
+        assert_unchanged(model, before)
+        with pytest.raises(KeyError), using(model, population):
+            raise KeyError
+        assert_unchanged(model, before)
+
+    def test_layers_that_are_not_named_stay(self):
+        model = network()
+        before = copy.deepcopy(model[5].state_dict())
+        with using(model, {"1": self.population(model)["1"]}):
+            assert all(torch.equal(v, model[5].state_dict()[k]) for k, v in before.items())
+
+    @pytest.mark.parametrize(
+        ("name", "channels", "message"),
+        [("7", 4, "is called '7'"), ("0", 4, "is called '0'"), ("5", 4, "has 3 channels")],
+    )
+    def test_refuses_before_any_change(self, name, channels, message):
+        model = network()
+        before = everything(model)
+        values = Statistics(torch.ones(channels).double(), torch.ones(channels).double(), 1)
+        population = {"1": Statistics(torch.ones(4).double(), torch.ones(4).double(), 1)}
+        with pytest.raises(ValueError, match=message), using(model, {**population, name: values}):
+            pass
+        assert_unchanged(model, before)
+
+
+def train(model, batches, optimizer=None):
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1) if optimizer is None else optimizer
+    for x in batches:
+        optimizer.zero_grad()
+        model(x).square().mean().backward()
+        optimizer.step()
+
+
+class TestEmaBank:
+    def test_closed_form(self):
+        x = torch.randn(5, 8, 3, dtype=torch.float64)
+        layer = BatchNorm(3).double()
+        bank = EmaBank(layer, [0.5, 0.99])
+        for batch in x:
+            layer(batch)
+        for decay in (0.5, 0.99):
+            weights = (1 - decay) * decay ** np.arange(4, -1, -1)
+            mean = weights @ x.mean(1).numpy()
+            var = decay**5 * 1 + weights @ x.var(1).numpy()
+            assert_statistics(bank.population(decay)[""], mean, var, rtol=1e-10)
+        assert bank.population(0.5)[""].count == 40
+
+    @pytest.mark.parametrize("rule", ["mean", "pooled", "first", "sequential"])
+    @pytest.mark.parametrize("decay", [0.9, 0.6])
+    def test_the_layers_own_decay_gives_their_buffers(self, rule, decay):
+        model = nn.Sequential(
+            nn.Conv2d(2, 4, 3),
+            BatchNorm(4, decay=decay),
+            nn.ReLU(),
+            GhostBatchNorm(4, nbs=2, population=rule, decay=decay),
+        )
+        bank = EmaBank(model, [decay])
+        train(model, torch.randn(6, 8, 2, 7, 7))
+        population = bank.population(decay)
+        assert list(population) == ["1", "3"]
+        for name in population:
+            layer = model.get_submodule(name)
+            assert_statistics(
+                population[name],
+                layer.running_mean.numpy(),
+                layer.running_var.numpy(),
+                rtol=1e-5,
+                atol=1e-6,
+            )
+
+    def test_watching_changes_no_bit_of_the_training(self):
+        batches = torch.randn(4, 8, 2, 9, 9)
+        watched, alone = network(), network()
+        EmaBank(watched, [0.5, 0.9])
+        for model in (watched, alone):
+            torch.manual_seed(7)
+            train(model, batches)
+        assert all(
+            torch.equal(value, alone.state_dict()[name])
+            for name, value in watched.state_dict().items()
+        )
+
+    def test_follows_training_only(self):
+        model = network()
+        bank = EmaBank(model, [0.9])
+        estimate(model, [torch.randn(8, 2, 9, 9)], estimator="pooled")
+        assert bank.population(0.9) == {}
+        model.eval()
+        for layer in (model[1], model[5]):
+            layer.statistics = "batch"
+        model(torch.randn(8, 2, 9, 9))
+        assert bank.population(0.9) == {}
+
+    def test_resumed_equals_uninterrupted(self, tmp_path):
+        batches = torch.randn(6, 8, 2, 9, 9)
+        model = network()
+        model[3].p = 0
+        bank = EmaBank(model, [0.5, 0.99])
+        train(model, batches)
+
+        first = network()
+        first[3].p = 0
+        half = EmaBank(first, [0.5, 0.99])
+        train(first, batches[:3])
+        torch.save({"model": first.state_dict(), "bank": half.state_dict()}, tmp_path / "c.pt")
+        train(first, batches[3:])  # what was saved must not follow
+        saved = torch.load(tmp_path / "c.pt", weights_only=True)
+        second = network()
+        second[3].p = 0
+        second.load_state_dict(saved["model"])
+        resumed = EmaBank(second, [0.5, 0.99])
+        resumed.load_state_dict(saved["bank"])
+        train(second, batches[3:])
+        for decay in (0.5, 0.99):
+            expected, actual = bank.population(decay), resumed.population(decay)
+            for name in expected:
+                assert torch.equal(actual[name].mean, expected[name].mean)
+                assert torch.equal(actual[name].var, expected[name].var)
+                assert actual[name].count == expected[name].count
+
+    def test_a_population_is_a_value(self):
+        layer = BatchNorm(3)
+        bank = EmaBank(layer, [0.9])
+        layer(torch.randn(8, 3))
+        taken = bank.population(0.9)[""]
+        before = taken.mean.clone()
+        layer(torch.randn(8, 3))
+        assert torch.equal(taken.mean, before)
+
+    def test_detach_stops_watching(self):
+        layer = BatchNorm(3)
+        other = [].append
+        layer.observers.append(other)
+        bank = EmaBank(layer, [0.9])
+        layer(torch.randn(8, 3))
+        before = bank.population(0.9)[""].mean
+        bank.detach()
+        bank.detach()
+        layer(torch.randn(8, 3))
+        assert torch.equal(bank.population(0.9)[""].mean, before)
+        assert layer.observers == [other]
+
+    def test_a_copied_model_is_not_followed(self):
+        model = network()
+        bank = EmaBank(model, [0.9])
+        train(copy.deepcopy(model), torch.randn(2, 8, 2, 9, 9))
+        assert bank.population(0.9) == {}
+
+    @pytest.mark.parametrize("decays", [[1.0], [0.9, -0.1], [1.5], [float("nan")], [0.9, 0.9]])
+    def test_bad_decays_are_refused_and_nothing_watches(self, decays):
+        layer = BatchNorm(3)
+        with pytest.raises(ValueError, match="ema_bank"):
+            EmaBank(layer, decays)
+        assert layer.observers == []
+
+    def test_an_unknown_decay_is_refused(self):
+        with pytest.raises(ValueError, match=r"decays \[0\.9\], not 0\.5"):
+            EmaBank(BatchNorm(3), [0.9]).population(0.5)
+
+    def test_another_bank_s_state_is_refused(self):
+        bank = EmaBank(network(), [0.9])
+        with pytest.raises(ValueError, match="decays"):
+            bank.load_state_dict(EmaBank(network(), [0.8]).state_dict())
+        with pytest.raises(ValueError, match="other layers"):
+            bank.load_state_dict(EmaBank(BatchNorm(4), [0.9]).state_dict())
