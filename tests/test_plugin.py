@@ -1,10 +1,10 @@
-"""An installed package adds a norm and an experiment; the package is the one that the how-tos show."""
+"""An installed package adds a norm and an experiment; it is the package that the how-tos show."""
 
 import re
 from pathlib import Path
 
 import pytest
-from conftest import ROOT, Installed, install_from_wheel
+from installing import ROOT, Installed, install_from_wheel
 
 PAGES = ("how-to-add-a-norm.md", "how-to-add-an-experiment.md")
 IMPORTED = "raise ImportError('nobody asked for the norm yet')\n"

@@ -3,7 +3,7 @@
 import zipfile
 from pathlib import Path
 
-from conftest import ROOT, Installed
+from installing import ROOT, Installed
 
 
 def test_the_wheel_holds_conf_and_experiments(installed: Installed) -> None:
