@@ -56,7 +56,7 @@ def train(argv: list[str]) -> int:
 
 
 def sweep(argv: list[str]) -> int:
-    """`normlab sweep <name> ...`: an experiment's missing cells, as `train -m experiment=<name>`."""
+    """`normlab sweep <name> ...`: the missing cells, as `train -m experiment=<name> ...`."""
     if not argv or argv[0].startswith("-") or "=" in argv[0]:
         if {"-h", "--help"} & set(argv):
             return train(argv)

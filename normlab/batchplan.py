@@ -238,12 +238,12 @@ def steps(n: int, plan: BatchPlan, remainder: str = "drop") -> tuple[int, int]:
             raise PlanError("leaves a remainder")
         _solve(other, plan.nbs, plan.world_size, plan.batch, "", None)
 
-    if count and not (dropped and remainder == "error"):
+    if count > 0 and not (dropped and remainder == "error"):
         return count, dropped
     candidates = _divisors(n) + _multiples(n, plan.world_size * (plan.nbs or 1)) if n > 0 else []
     choices = {"batch_size": _nearest(size, candidates, works)}
     said = f"batch_size={size} leaves {dropped} of {n} training samples over (remainder=error)"
-    if not count:
+    if count < 1:
         said = f"batch_size={size} is more than the {n} training samples, which leaves no step"
     raise PlanError(said + _spelled(choices), choices)
 

@@ -1,0 +1,331 @@
+"""Composition, identity and ranges of a run's config."""
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import yaml
+
+from normlab import config
+from normlab.config import (
+    Config,
+    ConfigError,
+    cell_key,
+    check,
+    compose,
+    identity,
+    run_id,
+    training_config,
+)
+from normlab.plugins import package_dir
+
+CONF = package_dir("conf")
+
+
+# What the ids below were made with, so that tuning a scale does not touch them.
+BASE = ["model=tiny", "data=digits", "recipe=cosine", "batch_size=128", "epochs=5", "lr=0.1"]
+
+
+def known_as(*overrides: str) -> str:
+    base = [] if any(word.startswith("scale=") for word in overrides) else BASE
+    composed = compose([*base, *overrides])
+    return run_id(composed, device="cpu", data_digest="0123abcd", kernels=False)
+
+
+# -- composition ----------------------------------------------------------------------------------
+
+
+def test_importing_config_does_not_import_torch() -> None:
+    code = "import sys, normlab.config as c; c.compose(['norm=gn']); print('torch' in sys.modules)"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == "False"
+
+
+def test_every_key_of_the_schema_has_its_default_and_a_comment_in_config_yaml() -> None:
+    text = (CONF / "config.yaml").read_text()
+    given = set(yaml.safe_load(text)) - {"defaults", "hydra"}
+    groups = {"norm", "model", "data", "recipe"}
+    assert given == set(Config.__annotations__) - groups
+    for key in given:
+        (line,) = (line for line in text.splitlines() if line.startswith(f"{key}:"))
+        assert " # " in line, f"{key} has no comment"
+
+
+@pytest.mark.parametrize("group", ["norm", "model", "data", "recipe", "scale"])
+def test_every_option_composes_and_is_called_like_its_file(group: str) -> None:
+    for name in config.options(group):
+        composed = compose([f"{group}={name}"])
+        assert (composed["scale"] if group == "scale" else composed[group]["name"]) == name
+
+
+def test_a_config_is_plain_and_holds_no_environment_look_up(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setenv("NORMLAB_DATA", "/some/where")
+    composed = compose(["norm=ghost", "nbs=32"])
+    assert composed["data_root"] == "/some/where"
+    assert "${" not in str(composed)
+    assert yaml.safe_load(yaml.safe_dump(composed)) == composed
+
+
+def test_an_override_beats_the_experiment_which_beats_the_scale() -> None:
+    desk = compose(["scale=desk"])
+    assert (desk["norm"]["name"], desk["model"]["name"]) == ("bn", "resnet8")
+    both = compose(["scale=desk", "experiment=nbs"])
+    assert (both["norm"]["name"], both["model"]["name"]) == ("ghost", "resnet8")
+    assert both["experiment"] == "nbs"
+    assert "test:precise" in both["evals"]
+    mine = compose(["scale=desk", "experiment=nbs", "norm=bn", "model=tiny", "epochs=3"])
+    assert (mine["norm"]["name"], mine["model"]["name"], mine["epochs"]) == ("bn", "tiny", 3)
+
+
+def test_the_desk_scale_is_protocol_d16() -> None:
+    desk = compose(["scale=desk"])
+    assert (
+        desk["data"] | {"name": "cifar10", "size": 16, "subset": 10000, "augment": "none"}
+        == (desk["data"])
+    )
+    assert (desk["model"]["depth"], desk["model"]["width"], desk["model"]["stages"]) == (8, 16, 3)
+    assert (desk["batch_size"], desk["epochs"], desk["lr"]) == (128, 10, 0.1)
+    assert (desk["precision"], desk["channels_last"]) == ("fp32", False)
+    recipe = desk["recipe"]
+    assert (recipe["schedule"], recipe["warmup"], recipe["lr_batch"]) == ("cosine", 0.05, None)
+    assert (recipe["nesterov"], recipe["momentum"], recipe["weight_decay"]) == (True, 0.9, 5e-4)
+    assert not recipe["decay_norm"]
+    assert not recipe["decay_bias"]
+
+
+def test_the_paper_scale_is_the_papers_protocol() -> None:
+    paper = compose(["scale=paper"])
+    recipe = paper["recipe"]
+    assert (paper["model"]["name"], paper["model"]["zero_init_last"]) == ("resnet50", True)
+    assert (paper["batch_size"], paper["world_size"], paper["epochs"]) == (1024, 8, 100)
+    assert (paper["lr"], recipe["lr_batch"], recipe["gamma"]) == (0.1, 256, 0.1)
+    assert [m * paper["epochs"] for m in recipe["milestones"]] == pytest.approx([30, 60, 90])
+    assert recipe["warmup"] * paper["epochs"] == 5
+    assert (recipe["weight_decay"], recipe["decay_norm"], recipe["decay_bias"]) == (
+        1e-4,
+        True,
+        True,
+    )
+    assert paper["eval_last"] == 5
+
+
+@pytest.mark.parametrize("scale", sorted(config.options("scale")))
+def test_scales_and_groups_have_a_first_line_that_says_what_they_are(scale: str) -> None:
+    lines = config.options("scale")[scale].read_text().splitlines()
+    assert lines[0] == "# @package _global_"
+    assert lines[1].startswith("# ")
+
+
+# -- identity -------------------------------------------------------------------------------------
+
+# Run directories, committed results and the report find runs by these ids. If this test fails, a
+# change has orphaned every run made before it, as far as this list can see. A new key belongs into
+# `identity.LATER` with its default, a renamed one keeps its place in the hash; only where the old
+# numbers must not be found again may the list be renewed, together with SCHEMA_VERSION.
+FROZEN = {
+    "": "tiny-bn-nbs128-s0-034b2348",
+    "norm=ghost nbs=32": "tiny-ghost-nbs32-s0-5efbb2ae",
+    "norm=ghost nbs=32 seed=7": "tiny-ghost-nbs32-s7-4b40ce6c",
+    "norm=ghost nbs=32 decay=0.99": "tiny-ghost-nbs32-s0-6f38347f",
+    "norm=gn": "tiny-gn-s0-be5d8199",
+    "norm=ln": "tiny-ln-s0-31a39aa3",
+    "norm=in": "tiny-in-s0-1d6d9111",
+    "norm=none": "tiny-none-s0-87f21ca9",
+    "nbs=16": "tiny-bn-nbs16-s0-ef76cb72",
+    "recipe=step epochs=20 lr=0.05": "tiny-bn-nbs128-s0-1f5f92a2",
+    "precision=bf16 channels_last=true": "tiny-bn-nbs128-s0-8df69242",
+    "scale=desk norm=ghost nbs=2 seed=100": "resnet8-ghost-nbs2-s100-8d65d39f",
+    "scale=desk model=resnet20 data.size=32": "resnet20-bn-nbs128-s0-b39ac838",
+    "scale=gpu norm=ghost nbs=1024": "resnet20-ghost-nbs1024-s0-ce4596a8",
+    "scale=paper norm=gn norm.groups=32": "resnet50-gn-s0-1ae00bd9",
+}
+
+
+@pytest.mark.parametrize("overrides", FROZEN)
+def test_ids_are_frozen(overrides: str) -> None:
+    assert known_as(*overrides.split()) == FROZEN[overrides]
+
+
+@pytest.mark.parametrize(
+    "overrides",
+    [
+        "evals=[test:ema]", "eval_last=3", "ema_bank=[0.5,0.99]", "runs=elsewhere",
+        "data_root=/data", "skip_done=none", "checkpoint_every=1", "allocator=system",
+        "device=cpu", "threads=1", "remainder=error",
+        # the resolved plan is what counts, however much of it was spelt out
+        "nbs=128", "micro_batch=128", "nbs=128 micro_batch=128",
+        # what an option is called does not matter, only what it is
+        "recipe.name=mine", "model.name=mine +model.module=tiny",
+    ],
+)  # fmt: skip
+def test_what_does_not_reach_the_weights_does_not_change_the_hash(overrides: str) -> None:
+    assert known_as(*overrides.split())[-8:] == known_as()[-8:]
+
+
+@pytest.mark.parametrize(
+    "overrides",
+    [
+        "seed=1", "nbs=64", "batch_size=64", "epochs=6", "lr=0.2", "decay=0.99", "precision=bf16",
+        "channels_last=true", "compile=true", "recipe.nesterov=false", "recipe.clip_norm=1",
+        "model.width=8", "data.subset=500", "norm.eps=1e-3", "norm=ghost nbs=128",
+        "norm=ghost nbs=128 micro_batch=128 norm.population=pooled",
+    ],
+)  # fmt: skip
+def test_what_reaches_the_weights_changes_the_hash(overrides: str) -> None:
+    assert known_as(*overrides.split())[-8:] != known_as()[-8:]
+
+
+def test_device_data_and_kernels_are_part_of_the_identity() -> None:
+    composed = compose()
+    ids = {
+        run_id(composed, device=device, data_digest=digest, kernels=kernels)
+        for device in ("cpu", "cuda")
+        for digest in ("aa", "bb")
+        for kernels in (False, True)
+    }
+    assert len(ids) == 8
+
+
+def test_workers_of_a_loader_are_not_part_of_the_identity() -> None:
+    assert known_as("data=imagefolder") == known_as("data=imagefolder", "data.workers=2")
+
+
+def test_an_experiments_runs_are_anybodys_runs() -> None:
+    mine = known_as("scale=desk", "norm=ghost", "nbs=4", "seed=100")
+    assert known_as("scale=desk", "experiment=nbs", "nbs=4", "seed=100") == mine
+
+
+@pytest.mark.parametrize("norm", ["gn", "ln", "in", "none"])
+def test_a_norm_that_sees_no_other_sample_has_neither_nbs_nor_decay(norm: str) -> None:
+    kept = training_config(compose([f"norm={norm}"]))
+    assert not {"nbs", "decay"} & set(kept)
+    assert "nbs" not in known_as(f"norm={norm}")
+    assert known_as(f"norm={norm}", "decay=0.5") == known_as(f"norm={norm}")
+
+
+def test_runs_of_a_cell_differ_in_nothing_but_the_seed() -> None:
+    assert cell_key(compose(["seed=3"])) == cell_key(compose(["seed=4"]))
+    assert cell_key(compose(["lr=0.2"])) != cell_key(compose())
+
+
+@pytest.mark.parametrize("key", ["grace", "recipe.grace", "norm.grace", "model.grace"])
+def test_a_key_introduced_later_counts_only_where_it_is_not_its_default(
+    key: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def with_grace(value: int) -> dict:
+        changed = compose(BASE)
+        node = changed
+        *parents, last = key.split(".")
+        for parent in parents:
+            node = node[parent]
+        node[last] = value
+        return changed
+
+    def known(composed: dict) -> str:
+        return run_id(composed, device="cpu", data_digest="0123abcd", kernels=False)
+
+    assert known(with_grace(5)) != known_as()  # as it would be without a word in LATER
+    monkeypatch.setitem(identity.LATER, key, 5)
+    assert known(with_grace(5)) == known_as()
+    assert cell_key(with_grace(5)) == cell_key(compose(BASE))
+    assert known(with_grace(6)) != known_as()
+    assert known_as() == known(compose(BASE))  # and a config from before the key is found again
+
+
+# -- ranges ---------------------------------------------------------------------------------------
+
+
+def test_all_that_is_offered_passes_the_check() -> None:
+    for group in ("norm", "model", "data", "recipe", "scale"):
+        for name in config.options(group):
+            nbs = ["nbs=32"] if name == "ghost" else []
+            check(compose([f"{group}={name}", "world_size=1", *nbs]))
+
+
+@pytest.mark.parametrize(
+    ("overrides", "said"),
+    [
+        ("lr=-1", "lr must be a finite number above 0, got lr=-1.0"),
+        ("lr=0", "lr=0.0"),
+        ("lr=nan", "lr=nan"),
+        ("lr=inf", "lr=inf"),
+        ("epochs=0", "epochs must be at least 1, got epochs=0"),
+        ("batch_size=0", "batch_size must be at least 1"),
+        ("seed=-1", "seed must be at least 0"),
+        ("decay=1", "decay must be at least 0 and below 1, got decay=1.0"),
+        ("decay=-0.1", "decay=-0.1"),
+        ("ema_bank=[0.9,1.5]", "ema_bank=1.5"),
+        ("precision=fp8", "precision must be one of fp32, bf16, got precision=fp8"),
+        ("remainder=keep", "one of drop, error"),
+        ("device=tpu", "one of auto, cpu, cuda"),
+        ("skip_done=yes", "skip_done must be one of all, local, none"),
+        ("allocator=own", "one of keep, system"),
+        ("threads=0", "threads must be at least 1"),
+        ("checkpoint_every=nan", "checkpoint_every must be at least 0 and finite"),
+        ("world_size=2", "only world_size=1 runs"),
+        ("world_size=0", "world_size must be at least 1"),
+        ("eval_last=99", "eval_last must be at most epochs="),
+        ("recipe.schedule=linear", "recipe.schedule must be one of cosine, step, constant"),
+        ("recipe.momentum=1", "recipe.momentum"),
+        ("recipe.momentum=0", "recipe.nesterov=true needs recipe.momentum above 0"),
+        ("recipe.weight_decay=-1", "recipe.weight_decay=-1"),
+        ("recipe.warmup=1", "recipe.warmup"),
+        ("recipe.milestones=[0.9,0.5]", "recipe.milestones must ascend"),
+        ("recipe.milestones=[1.5]", "recipe.milestones=1.5"),
+        ("recipe.label_smoothing=1", "recipe.label_smoothing"),
+        ("recipe.clip_norm=0", "recipe.clip_norm"),
+        ("recipe.lr_batch=0", "recipe.lr_batch"),
+        ("evals=[val:emma]", "val:emma"),
+        ("evals=[tset:ema]", "train, val, test"),
+        ("evals=[val:ema/decay:0.99]", "ema_bank=[0.99]"),
+        ("nbs=0", "nbs=0"),
+        ("nbs=48", "batch_size=128"),
+        ("norm=ghost", "norm=ghost needs nbs"),
+        ("norm=gn nbs=8", "norm=gn"),
+    ],
+)
+def test_a_value_that_makes_no_sense_is_refused_by_name(overrides: str, said: str) -> None:
+    composed = compose(overrides.split())
+    with pytest.raises(ConfigError) as refusal:
+        check(composed)
+    assert said in str(refusal.value)
+    assert "\n" not in str(refusal.value)
+
+
+def test_a_group_is_a_mapping_with_a_name() -> None:
+    composed = compose()
+    for broken in (None, {}, "bn"):
+        with pytest.raises(ConfigError, match="norm must be a mapping with a name"):
+            check(composed | {"norm": broken})
+
+
+def test_wrong_types_and_unknown_keys_are_refused_when_reading_a_recorded_config() -> None:
+    from omegaconf import OmegaConf
+
+    recorded = compose(["norm=ghost", "nbs=32"])
+    assert config.resolve(OmegaConf.create(recorded)) == recorded
+    with pytest.raises(ConfigError, match="nsb"):
+        config.resolve(OmegaConf.create(recorded | {"nsb": 4}))
+    with pytest.raises(ConfigError, match="epochs takes an integer"):
+        config.resolve(OmegaConf.create(recorded | {"epochs": "many"}))
+    del recorded["lr"]
+    with pytest.raises(ConfigError, match="lr"):
+        config.resolve(OmegaConf.create(recorded))
+
+
+def test_our_options_come_before_those_of_installed_packages(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from normlab import plugins
+
+    other = tmp_path / "conf"
+    (other / "norm").mkdir(parents=True)
+    (other / "norm" / "ghost.yaml").write_text("name: ghost\nbatch: none\n")
+    (other / "norm" / "extra.yaml").write_text("name: extra\nbatch: per_rank\nsharpness: 2\n")
+    monkeypatch.setattr(plugins, "conf_dirs", lambda: [CONF, other])
+    assert config.options("norm")["ghost"].parent == CONF / "norm"
+    assert compose(["norm=ghost", "nbs=8"])["norm"]["batch"] == "ghost"
+    assert compose(["norm=extra", "norm.sharpness=3"])["norm"]["sharpness"] == 3
