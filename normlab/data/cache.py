@@ -54,7 +54,7 @@ def array(key: str, make: Callable[[], npt.NDArray[Any]]) -> npt.NDArray[Any]:
     path = directory() / f"{key}.npy"
     try:
         return np.asarray(np.load(path, mmap_mode="r"))
-    except (FileNotFoundError, EOFError, ValueError):  # missing, empty or damaged
+    except (OSError, EOFError, ValueError):  # missing, empty or damaged
         made = make()
     _write(path, lambda file: np.save(file, made))
     return np.asarray(np.load(path, mmap_mode="r"))

@@ -19,7 +19,15 @@ import numpy.typing as npt
 
 from normlab.data import cache, parquet
 from normlab.data.base import SPLIT_SEED, Stream, balanced, generator, subset_of
-from normlab.data.memory import InMemory, Split, average_pool, cached_moments, pack, unpack
+from normlab.data.memory import (
+    InMemory,
+    Split,
+    average_pool,
+    cached_moments,
+    check_augment,
+    pack,
+    unpack,
+)
 
 SIDE = 32
 VAL_SHARE = 10  # one in ten training images is held apart: 5,000 of 50,000
@@ -60,6 +68,7 @@ def assemble(
     """The data set; arguments as in `normlab.data.cifar10.load`."""
     if size < 1 or SIDE % size:
         raise ValueError(f"data.size={size}: it must divide {SIDE}, e.g. 32, 16 or 8")
+    check_augment(augment)
     source = _find(kind, Path(root)) or _download(kind, Path(root))
     digest = cache.content_digest(source.files)
     key = f"{kind.name}-{digest}"

@@ -12,7 +12,7 @@ import numpy.typing as npt
 
 from normlab.data import cache
 from normlab.data.base import SPLIT_SEED, Stream, balanced, generator, subset_of
-from normlab.data.memory import InMemory, Split, cached_moments
+from normlab.data.memory import InMemory, Split, cached_moments, check_augment
 
 CLASSES = 10
 VAL, TEST = 300, 500
@@ -25,6 +25,7 @@ def load(root: str, *, seed: int, subset: int | None = None, augment: str = "non
     augment  "none" or "crop" (one pixel of padding); a mirrored digit is not a digit
     """
     del root
+    check_augment(augment, ("none", "crop"))
     table = cache.array("digits", _table)
     words, labels = table[:, :64].reshape(-1, 8, 8), np.array(table[:, 64], dtype=np.int64)
     digest = cache.shorten(hashlib.sha256(table.tobytes()).hexdigest())
@@ -47,7 +48,6 @@ def load(root: str, *, seed: int, subset: int | None = None, augment: str = "non
         num_classes=CLASSES,
         moments=cached_moments(f"digits-{digest}", words, train),
         augment=augment,
-        augments=("none", "crop"),
         digest=digest,
     )
 

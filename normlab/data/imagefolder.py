@@ -38,7 +38,7 @@ Token = tuple[int, int, int]  # step, place in the batch, image
 
 
 def load(root: str, *, seed: int, size: int = 224, workers: int = 8) -> "Folder":
-    """`train/<class>/*` and `test/<class>/*` or `val/<class>/*`, in `<root>/imagefolder` or `<root>`.
+    """`train/<class>/` and `test/<class>/` or `val/<class>/` in `<root>/imagefolder` or `<root>`.
 
     With both `val` and `test` each is what it says. With one of them it is "test", and a fixed
     tenth of each class's training images is held apart as "val".
@@ -63,10 +63,8 @@ class Folder(Dataset):
         if workers < 0:
             raise ValueError(f"data.workers={workers}: it must be at least 0")
         folder = _folder(name, Path(root))
-        train, test = ImageFolder(folder["train"]), ImageFolder(folder["test"])
-        listed = {"train": train, "test": test}
-        if "val" in folder:
-            listed["val"] = ImageFolder(folder["val"])
+        listed = {split: _listing(directory) for split, directory in folder.items()}
+        train = listed["train"]
         for split, images in listed.items():
             if images.classes != train.classes:
                 odd = sorted(set(images.classes) ^ set(train.classes))
@@ -189,6 +187,13 @@ def _folder(name: str, root: Path) -> dict[str, Path]:
         f"{name} is not there: looked for train/<class>/ and test/<class>/ or val/<class>/ in"
         f" {root / name} and {root}; set NORMLAB_DATA or data_root="
     )
+
+
+def _listing(directory: Path) -> ImageFolder:
+    try:
+        return ImageFolder(directory)
+    except FileNotFoundError as e:  # no class, or one without images
+        raise ValueError(f"{directory}: {str(e).splitlines()[0]}") from e
 
 
 def _held_apart(labels: Indices, per_class: int | None, classes: Sequence[str]) -> Indices:

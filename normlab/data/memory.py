@@ -4,7 +4,7 @@ A pixel is stored as one machine word (uint8 for one channel, int32 for three an
 that a random crop with mirroring is a single index_select over words instead of bytes.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -72,6 +72,12 @@ def moments(words: npt.NDArray[Any], indices: Indices) -> npt.NDArray[np.float64
     return np.stack([mean, np.sqrt(squares)])
 
 
+def check_augment(augment: str, allowed: Iterable[str] = AUGMENTS) -> None:
+    """Raise ValueError unless `augment` is allowed; call it before anything costly."""
+    if augment not in allowed:
+        raise ValueError(f"data.augment={augment}: one of {', '.join(allowed)}")
+
+
 @dataclass(frozen=True)
 class Split:
     """The images at `indices` of a file's arrays, which splits may share."""
@@ -100,10 +106,7 @@ class InMemory(Dataset):
         augment: str,
         digest: str,
         note: str = "",
-        augments: Sequence[str] = tuple(AUGMENTS),
     ) -> None:
-        if augment not in augments:
-            raise ValueError(f"data.augment={augment}: {name} has {', '.join(augments)}")
         _, height, width = splits["train"].words.shape
         mean, std = moments
         std = np.where(std > 0, std, 1.0)  # a constant channel stays constant

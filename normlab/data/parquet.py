@@ -4,12 +4,14 @@ A column `img` or `image` holds a struct of `bytes` (a JPEG or PNG file) and `pa
 holds class numbers.
 """
 
+import io
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
+from PIL import Image
 
 IMAGE_COLUMNS = ("img", "image")
 JPEG_MAGIC = b"\xff\xd8"
@@ -49,9 +51,6 @@ def is_jpeg(file: Path) -> bool:
 
 def images(files: Sequence[Path], side: int) -> npt.NDArray[np.uint8]:
     """All images decoded, (N, side, side, 3). Raises ValueError naming the first bad one."""
-    import torch
-    from torchvision.io import ImageReadMode, decode_image
-
     columns = [_read(file, IMAGE_COLUMNS) for file in files]
     decoded = np.empty((sum(map(len, columns)), side, side, 3), dtype=np.uint8)
     at = 0
@@ -59,16 +58,14 @@ def images(files: Sequence[Path], side: int) -> npt.NDArray[np.uint8]:
         for row, cell in enumerate(column):
             content = cell.as_py()["bytes"]
             try:
-                image = decode_image(
-                    torch.frombuffer(bytearray(content), dtype=torch.uint8), ImageReadMode.RGB
-                )
-            except (RuntimeError, ValueError, TypeError) as e:
+                image = Image.open(io.BytesIO(content)).convert("RGB")
+            except (OSError, TypeError) as e:
                 raise ValueError(f"{file}, row {row}: not an image that can be decoded") from e
-            if image.shape != (3, side, side):
+            if image.size != (side, side):
                 raise ValueError(
-                    f"{file}, row {row}: image of {tuple(image.shape)}, not (3, {side}, {side})"
+                    f"{file}, row {row}: image of {image.width}x{image.height}, not {side}x{side}"
                 )
-            decoded[at] = image.permute(1, 2, 0).numpy()
+            decoded[at] = np.asarray(image)
             at += 1
     return decoded
 

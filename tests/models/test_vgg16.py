@@ -1,0 +1,38 @@
+"""VGG-16 with any norm."""
+
+import pytest
+import torch
+import torchvision.models
+from torch import nn
+
+from normlab import models
+
+build = models.find("vgg16")
+
+
+def test_with_biases_it_is_torchvisions_vgg16_bn() -> None:
+    with torch.device("meta"):
+        net = build(nn.BatchNorm2d, num_classes=1000, shape=(3, 224, 224), conv_bias=True)
+        theirs = torchvision.models.vgg16_bn()
+    ours = {k: v.shape for k, v in net.state_dict().items()}
+    assert ours == {k: v.shape for k, v in theirs.state_dict().items()}
+    assert sum(p.numel() for p in net.parameters()) == 138_365_992
+
+
+@pytest.mark.parametrize("norm", [nn.BatchNorm2d, lambda c: nn.GroupNorm(32, c), nn.Identity])
+def test_it_takes_cifar(norm: type[nn.Module]) -> None:
+    net = build(norm, num_classes=10, shape=(3, 32, 32), hidden=16)
+    assert net(torch.randn(2, 3, 32, 32)).shape == (2, 10)
+    assert [m.bias for m in net.modules() if isinstance(m, nn.Conv2d)] == [None] * 13
+
+
+@pytest.mark.parametrize(
+    ("wrong", "message"),
+    [
+        ({"shape": (1, 8, 8)}, "at least 32x32, not 8x8"),
+        ({"hidden": 0}, r"model\.hidden=0"),
+    ],
+)
+def test_what_it_cannot_be_is_refused(wrong: dict[str, object], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        build(nn.BatchNorm2d, **({"num_classes": 10, "shape": (3, 32, 32)} | wrong))
