@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pandas as pd
 
 from normlab.runs import COLUMNS, FINISHED, RUN_COLUMNS
@@ -63,7 +64,7 @@ def text(column: str, value: Any) -> str:
         return str(int(value))
     if isinstance(value, float):
         return repr(float(value))  # through float: numpy's own repr names its type
-    return str(value).lower() if isinstance(value, bool) else str(value)
+    return str(value).lower() if isinstance(value, bool | np.bool_) else str(value)
 
 
 def rows_of(frame: pd.DataFrame) -> list[Row]:

@@ -172,7 +172,7 @@ def _verdicts(verdicts: Iterable[Verdict]) -> list[str]:
             _cell(tables.interval(one.low, one.high, one.level)),
             _cell(f"{one.claim.margin:g}"),
             _cell(str(one.n)),
-            _cell(p_value(one.p_holm)),
+            _cell(tables.p_value(one.p_holm)),
             _cell(one.claim.paper),
             _cell("; ".join([*exploratory, *one.notes]), "text"),
         ]
@@ -197,13 +197,6 @@ def _verdicts(verdicts: Iterable[Verdict]) -> list[str]:
         head = ["contrast", "n", "effect", "interval", f"beyond {one.claim.margin:g}?"]
         parts += _table(one.claim.sentence, head, map(_row, lines))
     return [*parts, "</details>"]
-
-
-def p_value(p: float) -> str:
-    """Two digits, "< 0.001" below that, the missing mark for nan."""
-    if p != p:
-        return tables.MISSING
-    return "< 0.001" if p < 0.001 else f"{p:.2g}"
 
 
 def _cell(text: str, style: str = "") -> str:

@@ -41,13 +41,13 @@ def facts(results: Results) -> list[str]:
         f"digest {here.data_digest[:12] or 'unknown'}",
         f"{len(rows)} runs, {seeds(results)} seeds a cell "
         f"(seeds {_ranges(int(row['seed']) for row in rows)})",
-        f"Run on {here.device}" + (f" with {threads} threads" if threads else "")
+        f"Run on {here.device}" + (f", threads: {threads}" if threads else "")
         + f", torch {here.torch}, "
         + f"{_distinct(row['precision'] for row in rows)}, "
         + f"commit {_distinct(row['commit'] for row in rows) or 'unknown'}",
     ]  # fmt: skip
     if seconds:
-        said.append(f"{statistics.median(seconds):.0f} s a run (median)")
+        said.append(f"{statistics.median(seconds):.3g} s a run (median)")
     return said
 
 
@@ -56,19 +56,21 @@ def marks(results: Results, source_today: str) -> list[str]:
     rows = results.rows
     dirty = sum(row["dirty"] == "true" for row in rows)
     older = sum(row["source"] != source_today for row in rows)
-    possible = {
-        "were run with uncommitted changes": dirty,
-        "were made by a source that differs from today's": older,
-        "diverged and score chance error": results.diverged,
-        "failed and are missing": results.failed,
-        "lack an evaluation that the experiment asks for": results.lacking,
-        "were not run for the claims as they stand: every claim is exploratory": edited(results),
-        "repeat a cell and seed that another run fills, and are left out": results.surplus,
+    of_the_runs = {
+        "run with uncommitted changes": dirty,
+        "made by a source that differs from today's": older,
+        "diverged, counted with chance error": results.diverged,
+        "lacking an evaluation that the experiment asks for": results.lacking,
+        "not run for the claims as they stand (every claim is exploratory)": edited(results),
     }
-    said = [f"{count} of {len(rows)} runs {what}" for what, count in possible.items() if count]
+    beside = {
+        "failed, missing here": results.failed,
+        "left out because another run fills their cell and seed": results.surplus,
+    }
+    said = [f"{what}: {count} of {len(rows)} runs" for what, count in of_the_runs.items() if count]
+    said += [f"{what}: {count} more runs" for what, count in beside.items() if count]
     return said + [
-        f"not pooled with these: {count} runs with {there}"
-        for there, count in results.others.items()
+        f"not pooled with these: {count} runs, {there}" for there, count in results.others.items()
     ]
 
 

@@ -119,6 +119,13 @@ def interval(low: float, high: float, level: int) -> str:
     return MISSING if math.isnan(low) else f"[{number(low)}, {number(high)}] {level} %"
 
 
+def p_value(p: float) -> str:
+    """Two digits, "< 0.001" below that, the missing mark for nan."""
+    if math.isnan(p):
+        return MISSING
+    return "< 0.001" if p < 0.001 else f"{p:.2g}"
+
+
 @dataclass(frozen=True)
 class Text:
     """A table ready to be set: a caption, a header and cells."""
@@ -147,11 +154,12 @@ def texts(results: Results) -> list[Text]:
         one, two = list(head), list(head)
         for entry in row:
             one.append(estimate(entry.error))
-            two.append(estimate(entry.change, sign=True))
+            here = results.baseline(entry.point) == entry.point
+            two.append("0" if here else estimate(entry.change, sign=True))
             if cited[entry.protocol]:
                 one.append(" / ".join(f"{p.error:g}" for p in entry.papers) or MISSING)
                 theirs = [number(p.change, sign=True, digits=1) for p in entry.papers]
-                two.append(" / ".join(theirs) or MISSING)
+                two.append("0" if here else " / ".join(theirs) or MISSING)
         errors.append(one)
         changes.append(two)
     return [
@@ -265,7 +273,7 @@ def verdicts_csv(verdicts: Iterable[tuple[str, Verdict]]) -> str:
                 "high": rounded(one.high),
                 "level": one.level,
                 "delta": one.claim.margin,
-                "p_holm": rounded(one.p_holm, 6),
+                "p_holm": float(f"{one.p_holm:.4g}"),
                 "paper": one.claim.paper,
                 "verdict": one.verdict,
                 "label": one.label,
@@ -277,6 +285,6 @@ def verdicts_csv(verdicts: Iterable[tuple[str, Verdict]]) -> str:
     )
 
 
-def rounded(value: float, digits: int = 4) -> float:
+def rounded(value: float) -> float:
     """Rounded for the CSV: the last bits of scipy's quantiles differ between its versions."""
-    return value if math.isnan(value) else round(value, digits) + 0.0
+    return value if math.isnan(value) else round(value, 4) + 0.0

@@ -1,10 +1,11 @@
 """What ``normlab report`` prints: verdicts in short, files, and how to fill what is missing."""
 
+import os
 from pathlib import Path
 
 from normlab.report import provenance
 from normlab.report.page import ExperimentReport, ScaleReport
-from normlab.report.tables import interval, number
+from normlab.report.tables import interval, number, p_value
 
 
 def experiment(report: ExperimentReport, written: list[Path]) -> str:
@@ -16,8 +17,10 @@ def experiment(report: ExperimentReport, written: list[Path]) -> str:
         lines.append(f"  note: {report.orphans} committed runs are no cell of today's grid")
     for name, scale in report.scales.items():
         lines += ["", *_scale(report, name, scale)]
-    lines += ["", *(f"wrote {path}" for path in written)]
-    return "\n".join(lines).rstrip() + "\n"
+    if written:
+        names = " ".join(path.name for path in written)
+        lines += ["", f"wrote {written[0].parent}{os.sep}: {names}"]
+    return "\n".join(lines) + "\n"
 
 
 def _scale(report: ExperimentReport, name: str, scale: ScaleReport) -> list[str]:
@@ -36,7 +39,7 @@ def _scale(report: ExperimentReport, name: str, scale: ScaleReport) -> list[str]
             interval(one.low, one.high, one.level),
             f"{one.claim.margin:g}",
             str(one.n),
-            number(one.p_holm, digits=3),
+            p_value(one.p_holm),
         ])  # fmt: skip
     widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
     for row in rows:

@@ -1,7 +1,7 @@
 """A small experiment with made-up runs: every number known, nothing trained, nothing composed."""
 
 import hashlib
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -27,9 +27,10 @@ def cell_key(overrides: list[str]) -> str:
 
 
 @pytest.fixture
-def small(monkeypatch: pytest.MonkeyPatch) -> Experiment:
+def small(monkeypatch: pytest.MonkeyPatch) -> Iterator[Experiment]:
     """The only experiment there is, with cells that need no composition."""
     monkeypatch.setattr(experiments, "files", lambda: {"small": HERE / "fixture" / "small.yaml"})
+    monkeypatch.setattr(experiments, "_digest", lambda _: "c1a15ed0")
     monkeypatch.setattr(run_directories, "source_digest", lambda: SOURCE_TODAY)
     monkeypatch.setattr(grid.config, "compose", lambda overrides: {"overrides": overrides})
     monkeypatch.setattr(grid.config, "cell_key", lambda config: cell_key(config["overrides"]))

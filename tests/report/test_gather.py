@@ -109,9 +109,7 @@ def test_a_further_evaluation_joins_the_record(make_run):
 
 def test_an_evaluation_of_an_execution_that_differs_stays_out(make_run):
     old = make_run("desk", 2, 100, {"test_precise": 40.0})
-    new = make_run(
-        "desk", 2, 100, {"test_precise": 40.1, "test_batch": 42.0}, started="later"
-    )
+    new = make_run("desk", 2, 100, {"test_precise": 40.1, "test_batch": 42.0}, started="later")
     assert merge(old, new)[0] == old
 
 

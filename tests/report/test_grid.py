@@ -53,7 +53,9 @@ def test_a_failed_run_is_missing_and_counted(make_run, results_of):
 
 def test_seeds_that_the_experiment_does_not_name_are_not_judged(make_run, results_of):
     """Seeds 0-9 chose the settings: they may not judge them."""
-    rows = make_run("desk", 2, 0, {"test_precise": 10.0}) + make_run("desk", 2, 100, {"test_precise": 40.0})
+    rows = make_run("desk", 2, 0, {"test_precise": 10.0}) + make_run(
+        "desk", 2, 100, {"test_precise": 40.0}
+    )
     assert results_of(rows).values[point(2), "test_precise"] == {100: 40.0}
 
 
@@ -102,7 +104,7 @@ def test_changes_are_paired(make_run, results_of):
 
 
 def test_a_grid_that_cannot_be_composed_says_why(small, monkeypatch):
-    def refuse(overrides: list[str]) -> dict[str, object]:
+    def refuse(_: list[str]) -> dict[str, object]:
         raise ValueError("nbs=2: no such thing\nsecond line")
 
     monkeypatch.setattr(grid.config, "compose", refuse)
@@ -114,7 +116,7 @@ def test_a_grid_that_cannot_be_composed_says_why(small, monkeypatch):
 def test_the_real_experiments_compose_into_distinct_cells():
     for name in experiment.names():
         loaded = experiment.load(name)
-        for scale in loaded.scales:
+        for scale in ("demo", "paper"):
             found = grid.compose(loaded, scale)
             assert not found.problem
             assert len(found.points) == len(grid.first_cells(loaded, scale))

@@ -49,7 +49,12 @@ def test_a_contrast_takes_only_seeds_that_all_terms_have():
 
 
 def test_four_terms_are_summed_within_a_seed():
-    terms = [(1, {1: 8.0, 2: 9.0}), (-1, {1: 4.0, 2: 4.0}), (-1, {1: 2.0, 2: 1.0}), (1, {1: 1.0, 2: 1.0})]
+    terms = [
+        (1, {1: 8.0, 2: 9.0}),
+        (-1, {1: 4.0, 2: 4.0}),
+        (-1, {1: 2.0, 2: 1.0}),
+        (1, {1: 1.0, 2: 1.0}),
+    ]
     assert contrast(terms).mean == pytest.approx((3 + 5) / 2)
 
 

@@ -110,7 +110,8 @@ def test_a_shape_shows_the_contrast_that_decides(make_runs, results_of):
 
 def test_one_contradicted_contrast_contradicts_a_shape(make_runs, results_of):
     rows = [
-        row | ({"error": "30.0"} if row["nbs"] == "128" and row["protocol"] == "train:batch" else {})
+        row
+        | ({"error": "30.0"} if row["nbs"] == "128" and row["protocol"] == "train:batch" else {})
         for row in make_runs("desk")
     ]
     one = by_name(judge_all(results_of(rows)))["train_error_falls"]

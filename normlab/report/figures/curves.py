@@ -6,6 +6,7 @@ stand behind ours. Options in the experiment's file: x (axis), xlabel, log2, ser
 
 import math
 from collections.abc import Callable
+from textwrap import fill
 from typing import Any
 
 from matplotlib.axes import Axes
@@ -26,7 +27,7 @@ def draw(results: Results, subtitle: str) -> Figure:
     """Two panels; the legend stands below them and covers no data."""
     experiment, options = results.experiment, results.experiment.figure
     x: str = options["x"]
-    figure = Figure(figsize=(7.2, 3.9), layout="constrained")
+    figure = Figure(figsize=(7.2, 3.7), layout="constrained")
     left, right = figure.subplots(1, 2)
     figure.suptitle(f"{experiment.title}: {subtitle}", fontsize=8.5, x=0.01, ha="left")
     over = [point for point in results.points if x in dict(point)]
@@ -50,8 +51,9 @@ def draw(results: Results, subtitle: str) -> Figure:
             )  # fmt: skip
             if source.label not in cited:
                 cited.append(source.label)
-        _ours(left, _curve(over, x, results.sample, protocol), colour, marker, protocol)
-        _ours(right, _curve(over, x, results.change, protocol), colour, marker, protocol)
+        look = {"color": colour, "marker": marker, "zorder": 4 - i / 10}  # the first in front
+        _ours(left, _curve(over, x, results.sample, protocol), protocol, look)
+        _ours(right, _curve(over, x, results.change, protocol), protocol, look)
         name = experiment.protocols[protocol].label
         handles.append(Line2D([], [], color=colour, marker=marker, markersize=4, label=name))
 
@@ -64,9 +66,8 @@ def draw(results: Results, subtitle: str) -> Figure:
     _dress(right, options, ours_xs + paper_xs)
     dark = "#333333"
     handles.append(Line2D([], [], color=dark, label="ours: mean and 95 % interval over seeds"))
-    handles += [Line2D([], [], color=dark, label=label, **PAPER) for label in cited]
-    columns = 2 if max((len(label) for label in cited), default=0) < 50 else 1
-    figure.legend(handles=handles, loc="outside lower left", ncols=columns, handlelength=2.6)
+    handles += [Line2D([], [], color=dark, label=fill(label, 52), **PAPER) for label in cited]
+    figure.legend(handles=handles, loc="outside lower left", ncols=2, handlelength=2.6)
     return figure
 
 
@@ -77,16 +78,16 @@ def _curve(
     return sorted((pair for pair in samples if pair[1].n), key=lambda pair: pair[0])
 
 
-def _ours(axes: Axes, curve: Curve, colour: str, marker: str, protocol: str) -> None:
+def _ours(axes: Axes, curve: Curve, protocol: str, look: dict[str, Any]) -> None:
     """Solid and in front; the interval is drawn where there is one (two seeds or more)."""
     xs, means = [at for at, _ in curve], [sample.mean for _, sample in curve]
     halves = [0.0 if math.isnan(sample.half()) else sample.half() for _, sample in curve]
     low = [mean - half for mean, half in zip(means, halves, strict=True)]
     high = [mean + half for mean, half in zip(means, halves, strict=True)]
-    axes.fill_between(xs, low, high, color=colour, alpha=0.18, linewidth=0, zorder=3)
+    axes.fill_between(xs, low, high, color=look["color"], alpha=0.18, linewidth=0, zorder=3)
     axes.errorbar(
-        xs, means, yerr=halves, color=colour, marker=marker, markersize=4, capsize=2,
-        elinewidth=0.9, zorder=4, label=f"ours {protocol}",
+        xs, means, yerr=halves, markersize=3.5, capsize=2, elinewidth=0.9,
+        label=f"ours {protocol}", **look,
     )  # fmt: skip
 
 

@@ -1,0 +1,337 @@
+"""The whole report, from runs to files, compared with files that a person has read.
+
+After a change that is meant, refresh and read the differences:
+
+    REFRESH_GOLDEN=1 pytest tests/report/test_report.py && git diff tests/report
+"""
+
+import os
+import shutil
+from collections.abc import Callable
+from html.parser import HTMLParser
+from pathlib import Path
+
+import pytest
+import yaml
+
+from normlab import experiment as experiments
+from normlab import report
+from normlab.report import figures, gather, grid
+from normlab.runs import COLUMNS
+
+HERE = Path(__file__).parent
+FIXTURE = HERE / "fixture" / "runs.csv"
+GOLDEN = ["table-demo.md", "table-demo.csv", "table-desk.md", "table-desk.csv", "table-desk.tex"]
+
+
+@pytest.fixture
+def no_figures(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Rendering takes most of a report's time; not every test looks at a figure."""
+    monkeypatch.setattr(figures, "render", lambda *_: b"<svg></svg>")
+
+
+@pytest.fixture
+def fixture_rows(make_run, make_runs) -> list[gather.Row]:
+    """desk: complete but for a diverged run and two on another torch. demo: one failed, three seeds
+    missing, older source, edited claims."""
+    desk = make_runs("desk")
+    desk = [
+        row | ({"status": "diverged"} if (row["nbs"], row["seed"]) == ("2", "105") else {})
+        for row in desk
+    ]
+    desk += make_run("desk", 2, 100, {"test_precise": 44.0}, torch="2.15.0")
+    desk += make_run("desk", 2, 101, {"test_precise": 44.0}, torch="2.15.0")
+    demo = make_runs(
+        "demo", random=1, data="digits", data_note="", dirty="true", source="01d50cce",
+        claims="01dc1a1m",
+    )  # fmt: skip
+    demo = [row for row in demo if not (row["nbs"] == "128" and int(row["seed"]) > 106)]
+    failed = {"status": "failed", "protocol": "", "epoch": "", "error": ""}
+    demo = [
+        row | (failed if (row["nbs"], row["seed"]) == ("8", "104") else {})
+        for row in demo
+        if (row["nbs"], row["seed"]) != ("8", "104") or row["protocol"] == "train:batch"
+    ]
+    return demo + desk
+
+
+@pytest.fixture
+def recorded(fixture_rows, tmp_path) -> Path:
+    """A results folder with the checked-in runs, as in a fresh clone."""
+    if os.environ.get("REFRESH_GOLDEN"):
+        FIXTURE.write_text(gather.csv_text(fixture_rows, COLUMNS))
+    folder = tmp_path / "results" / "small"
+    folder.mkdir(parents=True)
+    shutil.copy(FIXTURE, folder / "runs.csv")
+    return tmp_path / "results"
+
+
+def write_report(results: Path, runs: Path | str = "no/such/runs", **options: bool) -> int:
+    return report.main([], runs=str(runs), results=str(results), **{"refresh": False, **options})
+
+
+def files(folder: Path) -> dict[str, bytes]:
+    return {
+        str(path.relative_to(folder)): path.read_bytes()
+        for path in sorted(folder.rglob("*"))
+        if path.is_file()
+    }
+
+
+@pytest.mark.usefixtures("no_figures")
+def test_end_to_end(recorded: Path, capsys: pytest.CaptureFixture[str]):
+    assert write_report(recorded) == 0
+    shown = capsys.readouterr().out.replace(str(recorded.parent), "")
+    made = {name: (recorded / "small" / name).read_text() for name in GOLDEN}
+    made |= {"verdicts.csv": (recorded / "verdicts.csv").read_text(), "terminal.txt": shown}
+    if os.environ.get("REFRESH_GOLDEN"):
+        for name, content in made.items():
+            (HERE / "golden" / name).write_text(content)
+    for name, content in made.items():
+        assert content == (HERE / "golden" / name).read_text(), name
+
+
+def test_every_file_is_there(recorded: Path):
+    write_report(recorded)
+    kinds = ["figure-{}.png", "figure-{}.svg", "table-{}.csv", "table-{}.md", "table-{}.tex"]
+    expected = {f"small/{kind.format(scale)}" for kind in kinds for scale in ("demo", "desk")}
+    expected |= {"index.html", "verdicts.csv", "small/runs.csv"}
+    assert set(files(recorded)) == expected
+
+
+def test_reporting_twice_writes_the_same_bytes(recorded: Path):
+    write_report(recorded)
+    once = files(recorded)
+    write_report(recorded)
+    assert files(recorded) == once
+
+
+@pytest.mark.usefixtures("no_figures")
+def test_the_record_keeps_every_row(recorded: Path):
+    before = gather.read(recorded / "small" / "runs.csv")
+    write_report(recorded)
+    after = gather.read(recorded / "small" / "runs.csv")
+    assert sorted(map(repr, after)) == sorted(map(repr, before))
+
+
+@pytest.mark.usefixtures("no_figures")
+def test_a_record_of_another_grid_is_kept_and_marked(recorded: Path, make_run, capsys):
+    path = recorded / "small" / "runs.csv"
+    strange = make_run("desk", 2, 100, {"test_precise": 1.0}, cell="00000000", id="strange")
+    path.write_text(gather.csv_text(gather.read(path) + strange, COLUMNS))
+    write_report(recorded)
+    assert "strange" in path.read_text()
+    assert "1 committed runs are no cell of today's grid" in capsys.readouterr().out
+
+
+@pytest.mark.usefixtures("no_figures", "small")
+def test_nothing_run_is_a_report_too(tmp_path: Path, capsys):
+    assert write_report(tmp_path / "results") == 0
+    assert "scale desk: not run, fill it with: normlab sweep small scale=desk" in (
+        capsys.readouterr().out
+    )
+    assert "Nothing has been run yet" in (tmp_path / "results" / "index.html").read_text()
+    assert not (tmp_path / "results" / "small").exists()
+
+
+@pytest.mark.usefixtures("no_figures")
+def test_a_scale_that_cannot_be_composed_is_said_and_the_others_reported(
+    recorded: Path, monkeypatch, capsys
+):
+    compose: Callable[[list[str]], dict[str, object]] = grid.config.compose
+
+    def refuse(overrides: list[str]) -> dict[str, object]:
+        if "scale=demo" in overrides:
+            raise ValueError("conf/scale/demo.yaml is broken")
+        return compose(overrides)
+
+    monkeypatch.setattr(grid.config, "compose", refuse)
+    before = gather.read(recorded / "small" / "runs.csv")
+    assert write_report(recorded) == 0
+    out = capsys.readouterr().out
+    assert "scale demo: not reported, its cells cannot be composed: conf/scale/demo.yaml" in out
+    assert "no cell of today's grid" not in out
+    assert "tiny on cifar10 (JPEG copy, lossy), n = 10 seeds" in out
+    assert len(gather.read(recorded / "small" / "runs.csv")) == len(before)
+
+
+@pytest.mark.usefixtures("small")
+def test_an_unknown_experiment_is_refused_before_anything_is_written(tmp_path: Path):
+    with pytest.raises(ValueError, match="no experiment 'smal'"):
+        report.main(["smal"], runs="runs", results=str(tmp_path / "results"), refresh=False)
+    assert not (tmp_path / "results").exists()
+
+
+def local_run(root: Path, row: gather.Row, rows: list[gather.Row]) -> None:
+    """A run directory as a run leaves it."""
+    import csv
+    import json
+
+    folder = root / row["id"]
+    folder.mkdir(parents=True)
+    plain = {k: row[k] for k in ("scale", "experiment", "precision")}
+    config = plain | {"seed": int(row["seed"]), "batch_size": 128, "epochs": 3, "lr": 0.1}
+    config |= {group: {"name": row[group]} for group in ("model", "norm", "data")}
+    env = {k: row[k] for k in ("cell", "device", "torch", "commit", "source", "data_digest")}
+    env |= {k: row[k] for k in ("data_note", "claims", "started")}
+    env |= {"nbs": int(row["nbs"]), "dirty": False, "threads": 1, "chance": 90.0}
+    (folder / "config.yaml").write_text(yaml.safe_dump(config))
+    (folder / "env.json").write_text(json.dumps(env))
+    (folder / "status.json").write_text(json.dumps({"status": row["status"], "seconds": 12.5}))
+    with (folder / "evals.csv").open("w", newline="") as file:
+        columns = ["protocol", "split", "statistics", "batch", "samples", "order", "epoch", "n"]
+        writer = csv.DictWriter(file, [*columns, "error", "loss"], extrasaction="ignore")
+        writer.writeheader()
+        writer.writerows(rows)
+
+
+@pytest.mark.usefixtures("no_figures", "small")
+def test_local_runs_join_and_survive_their_directories(make_run, tmp_path: Path):
+    for seed in (100, 101):
+        rows = make_run("desk", 2, seed, {"test_precise": 40.0 + seed % 7 / 3})
+        local_run(tmp_path / "runs", rows[0], rows)
+    write_report(tmp_path / "results", tmp_path / "runs")
+    once = files(tmp_path / "results")
+    write_report(tmp_path / "results", tmp_path / "runs")
+    assert files(tmp_path / "results") == once
+    shutil.rmtree(tmp_path / "runs")
+    write_report(tmp_path / "results", tmp_path / "runs")
+    assert files(tmp_path / "results") == once
+    rows = gather.read(tmp_path / "results" / "small" / "runs.csv")
+    assert [(row["seed"], row["dirty"]) for row in rows] == [("100", "false"), ("101", "false")]
+
+
+@pytest.mark.usefixtures("no_figures", "small")
+def test_runs_of_other_cells_stay_out_of_the_record(make_run, tmp_path: Path):
+    for cell, seed in (("ffffffff", 100), ("", 0)):
+        rows = make_run("desk", 2, seed, {"test_precise": 40.0}, id=f"run{seed}")
+        rows = [row | ({"cell": cell} if cell else {}) for row in rows]
+        local_run(tmp_path / "runs", rows[0], rows)
+    write_report(tmp_path / "results", tmp_path / "runs")
+    assert not (tmp_path / "results" / "small").exists()
+
+
+@pytest.mark.usefixtures("no_figures")
+def test_running_the_record_again_is_compared_and_refreshed_on_request(
+    recorded: Path, make_run, tmp_path: Path, capsys
+):
+    rows = make_run("desk", 8, 100, {"test_precise": 99.0}, started="later")
+    local_run(tmp_path / "runs", rows[0], rows)
+    before = (recorded / "small" / "runs.csv").read_bytes()
+    write_report(recorded)
+    kept = (recorded / "small" / "runs.csv").read_bytes()
+    write_report(recorded, tmp_path / "runs")
+    assert (recorded / "small" / "runs.csv").read_bytes() == kept
+    said = "1 committed run was run again here: largest difference"
+    assert said in capsys.readouterr().out
+    assert said in (recorded / "index.html").read_text()
+    write_report(recorded, tmp_path / "runs", refresh=True)
+    assert b"99.0" in (recorded / "small" / "runs.csv").read_bytes()
+    assert b"99.0" not in before
+
+
+class Page(HTMLParser):
+    """Tags in balance, identifiers once, nothing loaded from elsewhere."""
+
+    VOID = frozenset({"meta", "br", "img", "link", "path", "use", "rect"})
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.open: list[str] = []
+        self.ids: list[str] = []
+        self.links: list[str] = []
+        self.text = ""
+
+    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        if tag not in self.VOID:
+            self.open.append(tag)
+        for name, value in attrs:
+            if name == "id":
+                self.ids.append(value or "")
+            if name in ("src", "href", "xlink:href"):
+                self.links.append(value or "")
+
+    def handle_startendtag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        self.handle_starttag(tag, attrs)
+        if tag not in self.VOID:
+            self.open.pop()
+
+    def handle_endtag(self, tag: str) -> None:
+        if tag not in self.VOID:
+            assert self.open.pop() == tag
+
+    def handle_data(self, data: str) -> None:
+        self.text += data
+
+
+def test_the_page(recorded: Path):
+    write_report(recorded)
+    html = (recorded / "index.html").read_text()
+    page = Page()
+    page.feed(html)
+    assert page.open == []
+    assert len(page.ids) == len(set(page.ids)) > 10
+    assert all(link.startswith("#") for link in page.links)
+    assert {link[1:] for link in page.links} <= set(page.ids)
+    for css in ("url(http", "@import", "<script", "http-equiv"):
+        assert css not in html
+    for said in (
+        "A small <experiment> & its table",
+        "normlab sweep small scale=demo",
+        "NBS 128: seeds 107-109",
+        "NBS 8: seeds 104",
+        "diverged, counted with chance error: 1 of 40 runs",
+        "commit 0123456789ab",
+        "cifar10 (JPEG copy, lossy)",
+        "not pooled with these: 2 runs, torch 2.15.0 on cpu",
+        "made by a source that differs from today's",
+        "A paper, Fig 1 (ImageNet)",
+        "+train_batch(nbs=2) -train_batch(nbs=8)",
+        "Not run.",
+    ):
+        assert said in page.text, said
+
+
+@pytest.mark.usefixtures("no_figures", "small")
+def test_every_value_on_the_page_is_escaped(make_run, tmp_path: Path):
+    evil = "<script>alert('&')</script>"
+    rows = make_run(
+        "desk",
+        2,
+        100,
+        {"test_precise": 40.0},
+        commit=evil,
+        data_note=evil,
+        model=evil,
+        threads=evil,
+    )
+    folder = tmp_path / "results" / "small"
+    folder.mkdir(parents=True)
+    (folder / "runs.csv").write_text(gather.csv_text(rows, COLUMNS))
+    write_report(tmp_path / "results")
+    html = (tmp_path / "results" / "index.html").read_text()
+    assert "<script" not in html
+    assert "&lt;script&gt;" in html
+
+
+@pytest.mark.usefixtures("no_figures")
+def test_only_the_named_experiments_are_printed(recorded: Path, capsys):
+    report.main(["small"], runs="none", results=str(recorded), refresh=False)
+    assert capsys.readouterr().out.startswith("small: A small <experiment> & its table")
+
+
+@pytest.mark.usefixtures("no_figures")
+def test_the_real_experiment_recognises_its_own_runs(tmp_path: Path):
+    """Not through the stand-in: the cell of a run is the real one."""
+    loaded = experiments.load("nbs")
+    key = next(iter(grid.compose(loaded, "demo").points))
+    folder = tmp_path / "results" / "nbs"
+    folder.mkdir(parents=True)
+    run = dict.fromkeys(COLUMNS, "") | {
+        "id": "tiny", "cell": key, "scale": "demo", "seed": "100", "status": "done",
+        "torch": "2.11", "protocol": "test:precise", "epoch": "3", "error": "40.0",
+        "claims": loaded.claims_digest,
+    }  # fmt: skip
+    (folder / "runs.csv").write_text(gather.csv_text([run], COLUMNS))
+    write_report(tmp_path / "results")
+    assert "| 2   | 0-1 |" in (folder / "table-demo.md").read_text()
