@@ -48,7 +48,7 @@ demo: setup
 	$(BIN)/normlab sweep nbs scale=demo skip_done=local $(SIDE_BY_SIDE)
 	$(BIN)/normlab report
 	@echo
-	@echo 'The figure:             $(CURDIR)/results/nbs/demo/figure.png'
+	@echo 'The figure:             $(CURDIR)/results/nbs/figure-demo.png'
 	@echo 'The page, with verdicts: $(CURDIR)/results/index.html'
 
 ## sweep-nbs    run what is missing of an experiment: sweep-<experiment> SCALE=demo|desk|gpu|paper
