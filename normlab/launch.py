@@ -62,7 +62,8 @@ def run(config: dict[str, Any]) -> Outcome:
     directory = RunDir(Path(config["runs"]) / run_id(
         config, device=device.type, data_digest=data.digest, kernels=False
     ))  # fmt: skip
-    if config["skip_done"] == "all" and set(config["evals"]) <= _committed().get(directory.id, set()):
+    committed = _committed().get(directory.id) if config["skip_done"] == "all" else None
+    if committed is not None and set(config["evals"]) <= committed:
         log.info("%s is among the committed results: skipped", directory.id)
         return Outcome(directory.id, "done", True, directory.path, {})
     return _run(config, directory)

@@ -127,6 +127,11 @@ def test_committed_results_count_as_done(monkeypatch):
     assert made
 
 
+def test_a_run_may_evaluate_nothing():
+    outcome = start("evals=[]")
+    assert (outcome.status, outcome.skipped, outcome.summary) == ("done", False, {})
+
+
 def test_a_run_that_explodes_is_recorded_as_diverged_and_not_tried_again(monkeypatch):
     outcome = start("norm=none", "nbs=null", "lr=1e30", "epochs=3", "evals=[val:ema]")
     assert outcome.status == "diverged"
