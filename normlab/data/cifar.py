@@ -69,7 +69,8 @@ def assemble(
     if size < 1 or SIDE % size:
         raise ValueError(f"data.size={size}: it must divide {SIDE}, e.g. 32, 16 or 8")
     check_augment(augment)
-    source = _find(kind, Path(root)) or _download(kind, Path(root))
+    home = Path(root).expanduser()
+    source = _find(kind, home) or _download(kind, home)
     digest = cache.content_digest(source.files)
     key = f"{kind.name}-{digest}"
 

@@ -62,7 +62,7 @@ class Folder(Dataset):
             raise ValueError(f"data.size={size}: it must be at least 1")
         if workers < 0:
             raise ValueError(f"data.workers={workers}: it must be at least 0")
-        folder = _folder(name, Path(root))
+        folder = _folder(name, Path(root).expanduser())
         listed = {split: _listing(directory) for split, directory in folder.items()}
         train = listed["train"]
         for split, images in listed.items():

@@ -170,6 +170,12 @@ def test_evaluation_refuses_at_the_call(
         dataset.eval_batches(split, **({"batch_size": 2, "order": None} | wrong))  # type: ignore[arg-type]
 
 
+def test_the_streams_are_frozen() -> None:
+    # Another number or generator would silently change every run's data under an unchanged id.
+    assert [s.value for s in Stream] == list(range(7))
+    assert generator(Stream.TRAIN_ORDER, 100, 3).permutation(8).tolist() == [3, 2, 4, 7, 5, 1, 0, 6]
+
+
 def test_streams_are_independent() -> None:
     keys = [(s, seed, *key) for s in Stream for seed in (0, 7) for key in ((), (0,), (0, 0), (1,))]
     draws = {tuple(generator(*k).integers(0, 2**32, 4).tolist()) for k in keys}

@@ -15,7 +15,7 @@ import torchvision.datasets
 
 from normlab import data
 from normlab.data import cifar, parquet
-from normlab.data.memory import InMemory, average_pool, unpack
+from normlab.data.memory import InMemory, average_pool, pack, unpack
 
 from .conftest import write_cifar, write_parquet
 
@@ -41,14 +41,15 @@ def load(root: Path, **options: object) -> InMemory:
 
 def test_lossless_images_arrive_unchanged_from_shards(tmp_path: Path) -> None:
     folder = tmp_path / "cifar10"
-    for split in ("train", "test"):
+    for split, pixels in (("train", 255 - PIXELS), ("test", PIXELS)):
         for shard in range(2):
             part = slice(shard * 200, shard * 200 + 200)
             file = folder / f"{split}-0000{shard}-of-00002.parquet"
-            write_parquet(file, PIXELS[part], LABELS[part], kind="PNG", image_column="image")
+            write_parquet(file, pixels[part], LABELS[part], kind="PNG", image_column="image")
     dataset = load(tmp_path)
     assert dataset.note == ""
     assert np.array_equal(stored(dataset, "test"), PIXELS)
+    assert np.array_equal(dataset._splits["train"].words, pack(255 - PIXELS))
     assert [dataset.size(s) for s in ("train", "val", "test")] == [360, 40, 400]
     for split, per_class in (("val", 4), ("train", 36)):
         labels = torch.cat([y for _, y in dataset.eval_batches(split, batch_size=9, order=None)])

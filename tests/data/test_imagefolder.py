@@ -91,6 +91,13 @@ def test_random_boxes_follow_torchvisions_distribution() -> None:
     assert (abs(ours.std(0) / theirs.std(0) - 1) < 0.1).all()
 
 
+def test_ratios_of_random_boxes_are_symmetric() -> None:
+    rng = np.random.default_rng(0)
+    boxes = np.array([random_box(400, 400, rng) for _ in range(8000)], dtype=float)
+    logarithms = np.log(boxes[:, 2] / boxes[:, 3])
+    assert abs(logarithms.mean()) < 5 * logarithms.std() / np.sqrt(8000)
+
+
 def test_a_box_that_cannot_fit_is_the_largest_centred_one() -> None:
     rng = np.random.default_rng(0)
     assert {random_box(2, 1000, rng) for _ in range(5)} == {(0, 498, 2, 3)}

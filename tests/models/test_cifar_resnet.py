@@ -67,6 +67,7 @@ def test_with_zero_init_a_block_starts_as_its_shortcut() -> None:
         blocks = [m for m in net.modules() if isinstance(m, BasicBlock)]
         assert len(blocks) == 9
         for block in blocks:
+            assert block.bn1.weight.all()  # a zero there would also start as the shortcut
             x = torch.randn(4, block.conv1.in_channels, 6, 6)
             shortcut = x if block.downsample is None else block.downsample(x)
             assert torch.equal(block(x), shortcut.relu()) is zero
