@@ -49,7 +49,11 @@ class Again:
             outcome = "identical"
         else:
             outcome = f"largest difference {self.difference:.3g} points"
-        fate = "; the new numbers replaced them" if self.replaced else ""
+        fate = ""
+        if self.replaced:
+            fate = "; the new numbers replaced them"
+        elif self.difference != 0:
+            fate = "; the record stands (--refresh takes the new numbers)"
         noun = "run was" if self.runs == 1 else "runs were"
         return f"{self.runs} committed {noun} run again here: {outcome}{fate}"
 

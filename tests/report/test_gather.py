@@ -74,7 +74,10 @@ def test_another_execution_is_compared_and_does_not_replace(make_run):
     new = make_run("desk", 2, 100, {"test_precise": 40.25, "test_batch": 42.0}, started="later")
     rows, again = merge(old, new)
     assert rows == old
-    assert str(again) == "1 committed run was run again here: largest difference 0.25 points"
+    assert str(again) == (
+        "1 committed run was run again here: largest difference 0.25 points; "
+        "the record stands (--refresh takes the new numbers)"
+    )
 
 
 def test_identical_executions_say_so(make_run):
