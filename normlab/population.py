@@ -253,9 +253,8 @@ class EmaBank:
         layer = self._layers[name]
         if not layer.updates:  # an evaluation with batch statistics, not training
             return
-        exact = BatchStatistics(batch.mean.double(), batch.var.double(), batch.count)
         for decay, mean, var in zip(self.decays, self._mean[name], self._var[name], strict=True):
-            layer.ema_step(mean, var, exact, decay)
+            layer.ema_step(mean, var, batch, decay)
         self._count[name] += batch.count * batch.mean.size(0)
 
     def population(self, decay: float) -> Population:

@@ -154,6 +154,23 @@ class TestEstimate:
         estimate(model, torch.randn(12, 2, 9, 9).split(4), estimator=estimator, group_size=2)
         assert_unchanged(model, before)
 
+    def test_never_updates(self, estimator):
+        model = network()
+        model[1].update = model[5].update = True
+        before = everything(model)
+        estimate(model, [torch.randn(8, 2, 9, 9)], estimator=estimator)
+        assert_unchanged(model, before)
+
+    def test_builds_no_graph(self, estimator):
+        outputs = []
+        estimate(
+            network(),
+            [torch.randn(8, 2, 9, 9)],
+            estimator=estimator,
+            forward=lambda model, batch: outputs.append(model(batch)),
+        )
+        assert not outputs[0].requires_grad
+
     def test_draws_no_random_number(self, estimator):
         model, x = network(), torch.randn(12, 2, 9, 9)
         before = torch.get_rng_state()
@@ -363,8 +380,9 @@ class TestEmaBank:
         first[3].p = 0
         half = EmaBank(first, [0.5, 0.99])
         train(first, batches[:3])
-        torch.save({"model": first.state_dict(), "bank": half.state_dict()}, tmp_path / "c.pt")
-        train(first, batches[3:])  # what was saved must not follow
+        state = {"model": copy.deepcopy(first.state_dict()), "bank": half.state_dict()}
+        train(first, batches[3:])  # a state is a value: it must not follow
+        torch.save(state, tmp_path / "c.pt")
         saved = torch.load(tmp_path / "c.pt", weights_only=True)
         second = network()
         second[3].p = 0

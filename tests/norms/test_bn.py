@@ -149,6 +149,17 @@ def test_autocast_keeps_statistics_in_float32():
     torch.testing.assert_close(layer.running_mean.double(), 0.1 * mean, rtol=1e-5, atol=1e-7)
 
 
+def test_half_precision_without_affine_or_update_keeps_float32_statistics():
+    x = torch.randn(16, 4, 9, 9).bfloat16()
+    layer, updating = BatchNorm(4, affine=False), BatchNorm(4, affine=False)
+    layer.update = False
+    seen = []
+    layer.observers.append(seen.append)
+    assert torch.equal(layer(x), updating(x))
+    expected = x.double().mean((0, 2, 3))
+    torch.testing.assert_close(seen[0].mean[0].double(), expected, rtol=1e-5, atol=1e-7)
+
+
 def test_float16_does_not_overflow():
     x = (torch.randn(8, 4, 9, 9) + 300).half()
     layer = BatchNorm(4)
