@@ -61,7 +61,7 @@ def marks(results: Results, source_today: str) -> list[str]:
         "made by a source that differs from today's": older,
         "diverged, counted with chance error": results.diverged,
         "lacking an evaluation that the experiment asks for": results.lacking,
-        "not run for the claims as they stand (every claim is exploratory)": edited(results),
+        "older than the claims as they stand (every claim is exploratory)": edited(results),
     }
     beside = {
         "failed, missing here": results.failed,

@@ -96,7 +96,9 @@ def judge(claim: Claim, results: Results) -> Verdict:
     A claim holds if all its contrasts do (intersection-union: its p is their largest) and is
     contradicted if one of them is (its p is the smallest times their number: Bonferroni).
     """
-    notes = list(_marks(results))
+    notes = []
+    if older := edited(results):
+        notes.append(f"exploratory: declared or edited after {older} of the runs")
     try:
         axes = results.experiment.scales[results.scale].axes
         wanted = claim.contrasts(axes)
@@ -175,20 +177,12 @@ def judge_all(results: Results) -> list[Verdict]:
 
 
 def edited(results: Results) -> int:
-    """Judged runs that were not run for the claims as they stand."""
-    return sum(row["claims"] != results.experiment.claims_digest for row in results.rows)
+    """Judged runs made before the claims were declared as they stand.
 
-
-def _marks(results: Results) -> list[str]:
-    digest, name = results.experiment.claims_digest, results.experiment.name
-    before = sum(r["experiment"] == name and r["claims"] != digest for r in results.rows)
-    apart = edited(results) - before
-    marks = []
-    if before:
-        marks.append(f"exploratory: the claims were edited after {before} of the runs")
-    if apart:
-        marks.append(f"exploratory: {apart} of the runs were not run for this experiment")
-    return marks
+    A run records `experiment:digest` of every experiment there was: experiments may share it.
+    """
+    declared = f"{results.experiment.name}:{results.experiment.claims_digest}"
+    return sum(declared not in row["claims"].split() for row in results.rows)
 
 
 def _empty(

@@ -72,7 +72,7 @@ def make_run(small: Experiment) -> MakeRun:
             "data_digest": "d1935700",
             "data_note": "JPEG copy, lossy",
             "chance": "90.0",
-            "claims": small.claims_digest,
+            "claims": f"another:0123abcd small:{small.claims_digest}",
             "started": f"2026-01-01T00:00:{seed % 60:02d}",
             "seconds": "12.5",
             "status": "done",

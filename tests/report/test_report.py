@@ -43,7 +43,7 @@ def fixture_rows(make_run, make_runs) -> list[gather.Row]:
     desk += make_run("desk", 2, 101, {"test_precise": 44.0}, torch="2.15.0")
     demo = make_runs(
         "demo", random=1, data="digits", data_note="", dirty="true", source="01d50cce",
-        claims="01dc1a1m",
+        claims="small:01dc1a1m",
     )  # fmt: skip
     demo = [row for row in demo if not (row["nbs"] == "128" and int(row["seed"]) > 106)]
     failed = {"status": "failed", "protocol": "", "epoch": "", "error": ""}
@@ -330,7 +330,7 @@ def test_the_real_experiment_recognises_its_own_runs(tmp_path: Path):
     run = dict.fromkeys(COLUMNS, "") | {
         "id": "tiny", "cell": key, "scale": "demo", "seed": "100", "status": "done",
         "torch": "2.11", "protocol": "test:precise", "epoch": "3", "error": "40.0",
-        "claims": loaded.claims_digest,
+        "claims": f"nbs:{loaded.claims_digest}",
     }  # fmt: skip
     (folder / "runs.csv").write_text(gather.csv_text([run], COLUMNS))
     write_report(tmp_path / "results")

@@ -79,7 +79,8 @@ def test_p_values(p, expected):
 
 def test_latex_is_escaped(make_runs, results_of):
     text = tables.latex(results_of(make_runs("desk")), ["100 % of_it"])
-    assert r"\caption{A small <experiment> \& its table, scale desk. Error in \%," in text
+    caption = r"\caption{A small \textless{}experiment\textgreater{} \& its table, scale desk. "
+    assert caption + r"Error in \%," in text
     assert r" $\pm$ " in text
     assert text.count(r"\begin{tabular}{lrrrrrr}") == 2
     rows = [line for line in text.splitlines() if line.endswith(r"\\")]

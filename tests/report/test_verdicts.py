@@ -147,16 +147,22 @@ def test_less_than_ten_seeds_are_exploratory(make_runs, results_of):
 
 
 def test_claims_edited_after_the_runs_are_exploratory(make_runs, results_of):
-    one = by_name(judge_all(results_of(make_runs("desk", claims="00000000"))))["small_is_worse"]
+    one = by_name(judge_all(results_of(make_runs("desk", claims="small:00000000"))))[
+        "small_is_worse"
+    ]
     assert one.label == "exploratory"
-    assert one.notes[0] == "exploratory: the claims were edited after 40 of the runs"
+    assert one.notes[0] == "exploratory: declared or edited after 40 of the runs"
 
 
-def test_runs_of_another_experiment_are_exploratory(make_runs, results_of):
-    rows = make_runs("desk", claims="", experiment="")
-    one = by_name(judge_all(results_of(rows)))["small_is_worse"]
+@pytest.mark.parametrize("claims", ["", "another:c1a15ed0"])
+def test_claims_declared_after_the_runs_are_exploratory(make_runs, results_of, claims):
+    one = by_name(judge_all(results_of(make_runs("desk", claims=claims))))["small_is_worse"]
     assert one.label == "exploratory"
-    assert "40 of the runs were not run for this experiment" in one.notes[0]
+
+
+def test_a_run_that_another_experiment_asked_for_judges_as_well(make_runs, results_of):
+    rows = make_runs("desk", experiment="another")
+    assert by_name(judge_all(results_of(rows)))["small_is_worse"].label == "primary"
 
 
 def test_no_runs_are_not_run(results_of):
