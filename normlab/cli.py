@@ -90,9 +90,12 @@ def show(argv: list[str]) -> int:
 
 
 def bench(argv: list[str]) -> int:
+    parser = _parser("bench", "The speed of training, data and statistics; fills results/bench.")
+    parser.add_argument("--quick", action="store_true", help="fewer rounds: under two minutes")
+    given = parser.parse_args(argv)
     from normlab.bench import main as measure
 
-    return measure(argv)
+    return measure(["--quick"] if given.quick else [])
 
 
 COMMANDS = {
@@ -157,9 +160,15 @@ def _complete(argv: list[str]) -> int:
         if len(words) < 3:
             print(" ".join(COMMANDS))
             return 0
+        if len(words) == 3 and words[1] in ("sweep", "report"):
+            from normlab import experiment
+
+            print(" ".join(experiment.names()))
+            return 0
         if words[1] not in ("train", "sweep"):
             return 0
-        os.environ["COMP_LINE"] = " ".join(words[:1] + words[2:])
+        words[1:3] = words[2:3] if words[1] == "train" else []
+        os.environ["COMP_LINE"] = " ".join(words)
     return train(argv)
 
 

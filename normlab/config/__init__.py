@@ -1,10 +1,10 @@
 """What a run is: its schema, how one is composed, and by what it is known.
 
-``schema`` holds the keys, their types and ranges; ``compose`` makes a plain dictionary of them from
-``conf/`` and overrides; ``identity`` says which of them change the weights. Nothing imports torch.
+``schema`` holds the keys, their types and ranges; ``composition`` makes a plain dictionary of them
+from ``conf/`` and overrides; ``identity`` says which of them change the weights. No torch in here.
 """
 
-from normlab.config.compose import (
+from normlab.config.composition import (
     compose,
     explained,
     near,
@@ -12,10 +12,12 @@ from normlab.config.compose import (
     register,
     resolve,
 )
-from normlab.config.identity import cell_key, run_id, training_config
+from normlab.config.identity import LATER, SCHEMA_VERSION, cell_key, run_id, training_config
 from normlab.config.schema import Config, ConfigError, check, plan_of
 
 __all__ = [
+    "LATER",
+    "SCHEMA_VERSION",
     "Config",
     "ConfigError",
     "cell_key",

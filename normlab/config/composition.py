@@ -72,6 +72,8 @@ def register(overrides: Sequence[str]) -> None:
 
     from normlab.config.searchpath import InstalledConf
 
+    for override in overrides:
+        _refuse_malformed(override)
     chosen, scale = _chosen(overrides, "experiment"), _chosen(overrides, "scale")
     store = ConfigStore.instance()
     store.store(name="schema", node=Config)
@@ -81,6 +83,15 @@ def register(overrides: Sequence[str]) -> None:
     if chosen not in (None, "null", *experiment.files()):
         experiment.load(chosen)  # says which there are
     Plugins.instance().register(InstalledConf)
+
+
+def _refuse_malformed(override: str) -> None:
+    """What Hydra answers with a message about its own types."""
+    key, _, text = override.partition("=")
+    if not key.lstrip("+~"):
+        raise ConfigError(f"'{override}' is not of the form key=value")
+    if key in ("norm", "model", "data", "recipe") and (text == "null" or text.isdigit()):
+        raise ConfigError(f"{key} takes a name ({', '.join(options(key))}), got {override}")
 
 
 def _chosen(overrides: Sequence[str], group: str) -> str | None:
@@ -116,11 +127,13 @@ def explained() -> Iterator[None]:
 def _explanation(error: Exception) -> str:
     cause = error.__cause__ if isinstance(error.__cause__, OmegaConfBaseException) else None
     text = str(error)
-    if missing := re.search(r"Could not find '([^']+)/([^/']+)'", text):
+    if missing := re.search(r"Could not find '(hydra/[^/]+|[^/]+)/([^']+)'", text):
         return _no_option(*missing.groups())
-    if unknown := re.search(r"Key '([^']+)' (?:is )?not in '?(\w+)", f"{cause or ''}\n{text}"):
-        return _no_key(unknown[1], unknown[2], text)
-    first = _lines(text)
+    if unknown := re.search(r"Key '([^']+)' (?:is )?not in", f"{cause or ''}\n{text}"):
+        return _no_key(unknown[1], cause or error, text)
+    if malformed := re.search(r"Error parsing override '(.*)'\n(?:missing EQUAL|.* at '=')", text):
+        return f"'{malformed[1]}' is not of the form key=value"
+    first = [line for line in _lines(text) if "override_grammar" not in line]
     detail = _lines(str(cause)) if cause else first[1:]
     said = [first[0] if first else type(error).__name__]
     said += [line for line in detail if not line.startswith(("object_type", "reference_type"))]
@@ -152,12 +165,15 @@ def launchers() -> list[str]:
     )
 
 
-def _no_key(key: str, parent: str, text: str) -> str:
-    known = list(Recipe.__annotations__ if parent == "Recipe" else Config.__annotations__)
+def _no_key(key: str, error: Exception, text: str) -> str:
+    """The unknown key, and those that exist where it was looked for."""
+    parent = getattr(error, "parent_node", None)
+    known = [str(k) for k in parent] if isinstance(parent, DictConfig) else list(_types())
+    known = [k for k in known if k != "hydra"]
     override = re.search(r"override '([^']+)'", text)
     full = override[1] if override else key
-    if parent not in ("Recipe", "Config"):
-        return f"no key '{full}' (`normlab train --cfg job` prints those there are)"
+    if key not in full.split("."):  # an override with a mapping: norm={a: 1}
+        full = f"{full}.{key}"
     return f"no key '{full}'" + (near(key, known) or f" (keys: {', '.join(known)})")
 
 
@@ -169,13 +185,16 @@ def near(word: str, known: Sequence[str]) -> str:
 
 def _wanted(key: str) -> str:
     """The type of a schema's key, in words."""
-    kind: Any = Config.__annotations__.get(key)
-    if key.startswith("recipe."):
-        kind = Recipe.__annotations__.get(key.removeprefix("recipe."))
-    words = {
+    words: dict[Any, str] = {
         int: "an integer", float: "a number", bool: "true or false", str: "a word",
         int | None: "an integer or null", float | None: "a number or null",
         str | None: "a word or null", list[float]: "a list of numbers: [0.5,0.75]",
         list[str]: "a list: [train:batch,val:ema]",
     }  # fmt: skip
-    return words.get(kind, "")
+    return words.get(_types().get(key), "")
+
+
+def _types() -> dict[str, Any]:
+    """Dotted key of the schema -> its type."""
+    recipe = {f"recipe.{key}": kind for key, kind in Recipe.__annotations__.items()}
+    return {**Config.__annotations__, **recipe}
