@@ -69,7 +69,9 @@ def norm(config: dict[str, Any]) -> Norm:
     layer = normlab.norms.find(_module(config["norm"]))
     given = {"nbs": plan(config).nbs, "decay": config["decay"]}
     taken = {key: value for key, value in given.items() if key in _parameters(layer)}
-    return partial(layer, **_options("norm", config["norm"], layer, {"num_features", *given}), **taken)
+    return partial(
+        layer, **_options("norm", config["norm"], layer, {"num_features", *given}), **taken
+    )
 
 
 def model(config: dict[str, Any], dataset: Dataset) -> nn.Module:
@@ -81,7 +83,7 @@ def model(config: dict[str, Any], dataset: Dataset) -> nn.Module:
         norm(config), num_classes=dataset.num_classes, shape=dataset.shape, **options
     )
     layout = torch.channels_last if config["channels_last"] else torch.contiguous_format
-    return built.to(device=device(config), memory_format=layout)
+    return built.to(device(config)).to(memory_format=layout)
 
 
 def optimizer(config: dict[str, Any], network: nn.Module) -> torch.optim.Optimizer:
@@ -139,15 +141,15 @@ def _module(group: dict[str, Any]) -> str:
 
 
 def _parameters(target: Callable[..., Any]) -> dict[str, inspect.Parameter]:
-    return dict(inspect.signature(target).parameters)
+    return dict(inspect.signature(target, eval_str=True).parameters)
 
 
 def _options(
     room: str, group: dict[str, Any], target: Callable[..., Any], reserved: Iterable[str]
 ) -> dict[str, Any]:
     """The group's own keys, checked against the signature of what they are given to."""
-    hints = typing.get_type_hints(target.__init__ if isinstance(target, type) else target)
-    allowed = {name: hints.get(name, Any) for name in _parameters(target) if name not in set(reserved)}
+    parameters = _parameters(target)
+    allowed = {name: parameters[name].annotation for name in parameters.keys() - set(reserved)}
     options = {key: value for key, value in group.items() if key not in _LABELS}
     for key, value in options.items():
         if key not in allowed:

@@ -32,7 +32,9 @@ def load(path: Path) -> dict[str, Any]:
         raise ValueError(f"there is no checkpoint {path}") from None
     except Exception as error:  # on foreign bytes torch's unpickler fails in any way it can
         reason = (str(error).splitlines() or [type(error).__name__])[0]
-        raise ValueError(f"checkpoint {path} cannot be read ({reason}); delete it to start anew") from None
+        raise ValueError(
+            f"checkpoint {path} cannot be read ({reason}); delete it to start anew"
+        ) from None
     if not isinstance(state, dict) or "model" not in state:
         raise ValueError(f"{path} is not a normlab checkpoint; delete it to start the run anew")
     return state

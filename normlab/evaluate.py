@@ -71,7 +71,7 @@ class Evaluator:
             statistics = using(self.model, self._population(protocol, batch, samples))
         elif has_population and protocol.decay is not None:
             if self.bank is None:
-                raise ValueError(f"'{protocol}' needs ema_bank=[{protocol.decay}] in the run's config")
+                raise ValueError(f"'{protocol}' needs ema_bank=[{protocol.decay}] in the config")
             statistics = using(self.model, self.bank.population(protocol.decay))
         batches = self.data.eval_batches(
             protocol.split, batch_size=_FORWARD, order=None,
@@ -91,17 +91,20 @@ class Evaluator:
             if samples < batch:
                 raise ValueError(f"'{protocol}': fewer training images than one batch of {batch}")
             batches = self._groups("train", batch, protocol.order, samples, augment=True)
-            estimator = "mean" if protocol.statistics == "precise_mean" else "pooled"
+            mean = protocol.statistics == "precise_mean"
             with self._autocast():
                 self._populations[key] = estimate(
-                    self.model, self._shown(batches, protocol), estimator=estimator, group_size=batch
+                    self.model,
+                    self._shown(batches, protocol),
+                    estimator="mean" if mean else "pooled",
+                    group_size=batch,
                 )
         return self._populations[key]
 
     def _groups(
         self, split: str, batch: int, order: int, samples: int | None = None, augment: bool = False
     ) -> Iterator[tuple[Tensor, Tensor]]:
-        """Whole groups of ``batch`` samples, several to a forward; the last partial group is dropped."""
+        """Whole groups of ``batch`` samples, several a forward; a last partial one is dropped."""
         for x, y in self.data.eval_batches(
             split, batch_size=batch * max(1, _FORWARD // batch), samples=samples,
             order=self.seed * _ORDERS + order,  # every seed has orders of its own
@@ -118,7 +121,9 @@ class Evaluator:
     def _shown(
         self, batches: Iterator[tuple[Tensor, Tensor]], protocol: Protocol
     ) -> Iterator[tuple[Tensor, Tensor]]:
-        for batch in tqdm(batches, desc=f"eval {protocol}", unit="batch", leave=False, disable=None):
+        for batch in tqdm(
+            batches, desc=f"eval {protocol}", unit="batch", leave=False, disable=None
+        ):
             self.tick()
             yield batch
 
@@ -142,5 +147,5 @@ class Evaluator:
             for module, training in modes.items():
                 module.training = training
         if not n:
-            raise ValueError(f"'{protocol}': the {protocol.split} split has fewer samples than one batch")
+            raise ValueError(f"'{protocol}': split {protocol.split} has fewer samples than a batch")
         return {"n": n, "error": 100 * wrong.item() / n, "loss": loss.item() / n}

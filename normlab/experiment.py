@@ -1,7 +1,7 @@
 """What a paper claims, as one file: ``experiments/<name>.yaml`` read into plain objects.
 
-The sweep, the evaluation and the report all read the same file, so that none can ask for something the
-others do not know. Nothing here imports torch.
+The sweep, the evaluation and the report all read the same file, so that none can ask for something
+the others do not know. Nothing here imports torch.
 """
 
 import hashlib
@@ -22,7 +22,8 @@ GROUPS = ("model", "norm", "data", "recipe")
 """The groups of ``conf/`` whose value in ``set`` or ``axes`` is an option's name."""
 
 _KEYS = {
-    "title", "source", "set", "scales", "protocols", "baseline", "table", "figure", "published", "claims",
+    "title", "source", "set", "scales", "protocols", "baseline", "table", "figure", "published",
+    "claims",
 }  # fmt: skip
 _CLAIM_KEYS = {"sentence", "paper", "kind", "primary", "margin", "contrasts", "monotone"}
 
@@ -32,7 +33,7 @@ Term = tuple[float, str, dict[str, Any]]
 
 @dataclass(frozen=True)
 class Scale:
-    """The grid of an experiment at one scale: fixed overrides and the swept axes (``seed`` among them)."""
+    """The grid at one scale: fixed overrides and the swept axes (``seed`` among them)."""
 
     set: dict[str, Any]
     axes: dict[str, list[Any]]
@@ -40,7 +41,7 @@ class Scale:
 
 @dataclass(frozen=True)
 class Protocol:
-    """One evaluation of every run: its spec (see ``normlab.evaluate``) and the label of its column."""
+    """One evaluation of every run: its spec (see ``normlab.protocols``) and its column's label."""
 
     eval: str
     label: str
@@ -142,9 +143,17 @@ class Experiment:
     figure: dict[str, Any]
     published: list[Published]
     claims: dict[str, Claim]
-    claims_digest: str
-    """8 hex digits over everything that judges: claims, protocols and grids. Runs record it, so that a
-    claim edited after its runs is seen."""
+    judging: dict[str, Any] = field(repr=False)
+    """What the file says of claims, protocols and fixed overrides, for ``claims_digest``."""
+
+    def claims_digest(self, scale: str) -> str:
+        """8 hex digits over all that judges at a scale: claims, protocols and the scale's grid.
+
+        Runs record it, so that a claim edited after its runs is seen.
+        """
+        grid = self.scale(scale)
+        text = json.dumps([self.judging, grid.set, grid.axes], sort_keys=True, default=str)
+        return hashlib.sha256(text.encode()).hexdigest()[:8]
 
     def scale(self, name: str) -> Scale:
         """The grid at a scale. Raises ValueError naming the scales this experiment has."""
@@ -175,11 +184,13 @@ class Experiment:
 
 def files() -> dict[str, Path]:
     """Experiment name -> file: the project's own and those of installed packages."""
-    return {
-        path.stem: path
-        for directory in plugins.experiment_dirs()
-        for path in sorted(Path(directory).glob("*.yaml"))
-    }
+    found: dict[str, Path] = {}
+    for directory in plugins.experiment_dirs():
+        for path in sorted(directory.glob("*.yaml")):
+            found.setdefault(
+                path.stem, path
+            )  # ours come first, and nothing installed replaces them
+    return found
 
 
 def names() -> list[str]:
@@ -189,7 +200,7 @@ def names() -> list[str]:
 
 @cache
 def load(name: str) -> Experiment:
-    """Read ``experiments/<name>.yaml``. Raises ValueError for an unknown name or a malformed file."""
+    """Read ``experiments/<name>.yaml``. Raises ValueError for an unknown name or a wrong file."""
     known = files()
     if name not in known:
         raise ValueError(f"no experiment '{name}' (experiments: {', '.join(sorted(known))})")
@@ -197,7 +208,9 @@ def load(name: str) -> Experiment:
     if not isinstance(raw, dict):
         raise ValueError(f"experiments/{name}.yaml is not a mapping")
     if wrong := set(raw) ^ _KEYS:
-        raise ValueError(f"experiments/{name}.yaml: unknown or missing keys {sorted(map(str, wrong))}")
+        raise ValueError(
+            f"experiments/{name}.yaml: unknown or missing keys {sorted(map(str, wrong))}"
+        )
     return Experiment(
         name=name,
         title=raw["title"],
@@ -212,8 +225,10 @@ def load(name: str) -> Experiment:
         table=raw["table"],
         figure=raw["figure"],
         published=[Published(**value) for value in raw["published"]],
-        claims={key: _claim(name, key, value, raw["protocols"]) for key, value in raw["claims"].items()},
-        claims_digest=_digest([raw["claims"], raw["protocols"], raw["scales"], raw["set"]]),
+        claims={
+            key: _claim(name, key, value, raw["protocols"]) for key, value in raw["claims"].items()
+        },
+        judging={key: raw[key] for key in ("claims", "protocols", "set")},
     )
 
 
@@ -229,8 +244,8 @@ def _claim(experiment: str, name: str, raw: dict[str, Any], protocols: dict[str,
         raise ValueError(f"{where}: kind '{raw['kind']}' is none of {', '.join(KINDS)}")
     if raw["kind"] != "shape" and len(raw.get("contrasts", [])) != 1:
         raise ValueError(f"{where}: a {raw['kind']} has exactly one contrast")
-    terms = raw["monotone"]["terms"] if "monotone" in raw else sum(raw["contrasts"], [])
-    if strange := {term[1] for term in terms} - set(protocols):
+    contrasts = [raw["monotone"]["terms"]] if "monotone" in raw else raw["contrasts"]
+    if strange := {term[1] for terms in contrasts for term in terms} - set(protocols):
         raise ValueError(f"{where}: unknown protocols {sorted(strange)}")
     return Claim(
         name=name,
@@ -243,13 +258,8 @@ def _claim(experiment: str, name: str, raw: dict[str, Any], protocols: dict[str,
     )
 
 
-def _digest(value: Any) -> str:
-    text = json.dumps(value, sort_keys=True, default=str)
-    return hashlib.sha256(text.encode()).hexdigest()[:8]
-
-
 def overlay(name: str, scale: str) -> dict[str, Any]:
-    """The Hydra node behind ``experiment=<name>``: overrides, evaluations and the sweep of one scale.
+    """The Hydra node behind ``experiment=<name>``: overrides, evaluations, the sweep of a scale.
 
     The axes depend on the scale, so the command line says which one before Hydra composes.
     """

@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from normlab import experiment, runs
-from normlab.config import cell_key, check, run_id
+from normlab.config import cell_key, check, run_id, with_later_keys
 from normlab.runs import FINISHED, RunDir
 
 if TYPE_CHECKING:
@@ -36,7 +36,7 @@ class JobError(RuntimeError):
 
 @dataclass(frozen=True)
 class Outcome:
-    """What became of a run: ``summary`` is the error in % by protocol at the last evaluated epoch."""
+    """What became of a run; ``summary``: error in % by protocol at the last evaluated epoch."""
 
     id: str
     status: str
@@ -108,7 +108,7 @@ def evaluate(run: str, specs: list[str], *, root: str, device: str) -> Outcome:
     or an unreadable checkpoint.
     """
     directory = runs.find(run, Path(root))
-    config = directory.config() | {"device": device, "evals": specs}
+    config = with_later_keys(directory.config()) | {"device": device, "evals": specs}
     check(config)
     status = directory.status().get("status", "unfinished")
     if status != "done":
@@ -158,9 +158,7 @@ def _environment(job: "Job") -> dict[str, Any]:
         "commit": commit,
         "dirty": dirty,
         "source": runs.source_digest(),
-        "claims": " ".join(
-            f"{name}:{experiment.load(name).claims_digest}" for name in experiment.names()
-        ),
+        "claims": _claims(job.config["scale"]),
         "data_digest": job.data.digest,
         "data_note": job.data.note,
         "chance": 100 * (1 - 1 / job.data.num_classes),
@@ -178,11 +176,19 @@ def _environment(job: "Job") -> dict[str, Any]:
     }
 
 
+def _claims(scale: str | None) -> str:
+    """``experiment:digest`` of every experiment that judges at this scale, as declared now."""
+    loaded = [experiment.load(name) for name in experiment.names()]
+    return " ".join(f"{e.name}:{e.claims_digest(scale)}" for e in loaded if scale in e.scales)
+
+
 def _processor() -> str:
     """The processor's model, for the record of a measurement."""
     try:
         lines = Path("/proc/cpuinfo").read_text().splitlines()
-        return next(line.split(":", 1)[1].strip() for line in lines if line.startswith("model name"))
+        return next(
+            line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")
+        )
     except (OSError, StopIteration):
         return platform.machine()
 

@@ -7,8 +7,8 @@ A protocol is written ``<split>:<statistics>[/key:value]...``, for example ``val
 statistics     the normalization layers use
 ============== =====================================================================================
 augmented      (train only) nothing anew: the error of the epoch's own training forward
-batch          the statistics of ``batch`` samples at a time, in the order drawn with seed ``order``;
-               the remainder is dropped, and ``n`` records what was counted
+batch          the statistics of ``batch`` samples at a time, in the order that seed ``order``
+               draws; the remainder is dropped, and ``n`` records what was counted
 ema            the stored running statistics; with ``decay`` those of the tracked bank
 precise        population statistics pooled over ``samples`` training images in batches of ``batch``
 precise_mean   the same with the mean of the batch variances, as the original BN paper has it
@@ -30,6 +30,7 @@ _KEYS = {
     "precise": ("batch", "samples", "order"),
     "precise_mean": ("batch", "samples", "order"),
 }
+
 
 @dataclass(frozen=True)
 class Protocol:

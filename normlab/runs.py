@@ -35,14 +35,15 @@ EVAL_COLUMNS = [
 RUN_COLUMNS = [
     "id", "cell", "scale", "experiment", "model", "norm", "nbs", "data", "seed", "batch_size",
     "epochs", "lr", "decay", "precision", "world_size", "device", "threads", "torch", "commit",
-    "dirty", "source", "data_digest", "data_note", "chance", "claims", "started", "seconds", "status",
+    "dirty", "source", "data_digest", "data_note", "chance", "claims", "started", "seconds",
+    "status",
 ]  # fmt: skip
 COLUMNS = RUN_COLUMNS + EVAL_COLUMNS
 
 # What no run executes: changing it cannot change a run's numbers.
 _NOT_RUN = {
-    "report", "bench", "cli.py", "show.py", "experiment.py", "runs.py", "plugins.py", "__main__.py",
-    "__init__.py",
+    "report", "bench", "cli.py", "app.py", "show.py", "experiment.py", "runs.py", "plugins.py",
+    "__main__.py", "__init__.py",
 }  # fmt: skip
 
 
@@ -252,11 +253,12 @@ def source_digest() -> str:
 
 @cache
 def commit() -> tuple[str, bool]:
-    """The commit this package is run from and whether its files differ from it; ("", False) outside git."""
+    """The commit this package is run from, whether its files differ; ("", False) outside git."""
     package = Path(__file__).resolve().parent
 
     def git(*words: str) -> str:
-        done = subprocess.run(["git", *words], cwd=package, capture_output=True, text=True, check=True)
+        command = ["git", *words]
+        done = subprocess.run(command, cwd=package, capture_output=True, text=True, check=True)
         return done.stdout.strip()
 
     try:

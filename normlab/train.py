@@ -116,7 +116,9 @@ class Trainer:
                 bar.update(len(y))
                 if self.step % LOOK_EVERY == 0 or self.step == self.steps:
                     row = self._row()
-                    bar.set_postfix(loss=f"{row['train_loss']:.3f}", error=f"{row['train_error']:.1f}%")
+                    bar.set_postfix(
+                        loss=f"{row['train_loss']:.3f}", error=f"{row['train_error']:.1f}%"
+                    )
                 self._save_if_due()
         elapsed = time.monotonic() - started
         row = self._row()
@@ -172,11 +174,13 @@ class Trainer:
         self._wrong = torch.zeros((), dtype=torch.int64, device=self.settings.device)
 
     def _row(self) -> dict[str, Any]:
-        """The epoch so far: errors of the training forwards. Raises Diverged on a non-finite loss."""
+        """The epoch so far, in its training forwards. Raises Diverged on a non-finite loss."""
         seen = self.step * self.plan.batch_size
         loss = self._loss.item() / seen
         if not math.isfinite(loss):
-            raise Diverged(f"the training loss is {loss} at epoch {self.epoch + 1}, step {self.step}")
+            raise Diverged(
+                f"the training loss is {loss} at epoch {self.epoch + 1}, step {self.step}"
+            )
         return {
             "epoch": self.epoch + 1,
             "step": self.epoch * self.steps + self.step,

@@ -45,9 +45,7 @@ def construct(config: dict[str, Any]) -> Job:
     per_epoch, dropped = steps(data.size("train"), plan, config["remainder"])
     model = build.model(config, data)
     bank = EmaBank(model, config["ema_bank"]) if config["ema_bank"] else None
-    return Job(
-        config, plan, data, model, build.optimizer(config, model), bank, per_epoch, dropped
-    )
+    return Job(config, plan, data, model, build.optimizer(config, model), bank, per_epoch, dropped)
 
 
 def missing_evals(config: dict[str, Any], run: RunDir) -> list[tuple[int, Protocol]]:
@@ -130,7 +128,12 @@ def evaluate_epoch(
             row = history[epoch - 1]
             seen = job.steps * job.plan.batch_size
             numbers = {"n": seen, "error": row["train_error"], "loss": row["train_loss"]}
-            row = {"protocol": str(protocol), "split": "train", "statistics": "augmented", **numbers}
+            row = {
+                "protocol": str(protocol),
+                "split": "train",
+                "statistics": "augmented",
+                **numbers,
+            }
         else:
             row = evaluator.run(protocol)
         run.add_eval({"epoch": epoch, **row})

@@ -261,7 +261,7 @@ def test_all_that_is_offered_passes_the_check() -> None:
         ("precision=fp8", "precision must be one of fp32, bf16, got precision=fp8"),
         ("remainder=keep", "one of drop, error"),
         ("device=tpu", "one of auto, cpu, cuda"),
-        ("skip_done=yes", "skip_done must be one of all, local, none"),
+        ("skip_done=yes", "skip_done must be one of all, local"),
         ("allocator=own", "one of keep, system"),
         ("threads=0", "threads must be at least 1"),
         ("checkpoint_every=nan", "checkpoint_every must be at least 0 and finite"),

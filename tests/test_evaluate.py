@@ -30,7 +30,9 @@ def trained(tmp_path_factory):
 
 
 def evaluator(job, **kwargs):
-    return Evaluator(job.model, job.data, nbs=8, seed=0, device=torch.device("cpu"), bank=job.bank, **kwargs)
+    return Evaluator(
+        job.model, job.data, nbs=8, seed=0, device=torch.device("cpu"), bank=job.bank, **kwargs
+    )
 
 
 def plain(model, batches):
@@ -87,7 +89,10 @@ def test_precise_statistics_are_those_of_the_whole_training_set_when_one_batch_h
         layer.register_forward_hook(lambda m, args, _: inputs.update({m: args[0]}))
     from normlab.norms.base import normalization
 
-    with normalization(model.eval(), statistics="batch", update=False, group_size=n), torch.no_grad():
+    with (
+        normalization(model.eval(), statistics="batch", update=False, group_size=n),
+        torch.no_grad(),
+    ):
         model(x.double())
     for layer, value in inputs.items():
         flat = value.transpose(0, 1).flatten(1)
@@ -111,7 +116,8 @@ def test_a_tracked_decay_equal_to_the_layers_own_gives_the_same_evaluation(train
 
 
 @pytest.mark.parametrize(
-    "spec", ["train:batch", "val:ema", "val:precise", "val:precise_mean/batch:2", "val:ema/decay:0.5"]
+    "spec",
+    ["train:batch", "val:ema", "val:precise", "val:precise_mean/batch:2", "val:ema/decay:0.5"],
 )
 def test_evaluating_leaves_no_trace(trained, spec):
     before = {k: v.clone() for k, v in trained.model.state_dict().items()}

@@ -105,4 +105,14 @@ def test_editing_a_claim_changes_the_digest(tmp_path, monkeypatch):
     OmegaConf.save(raw, tmp_path / "edited.yaml")
     monkeypatch.setattr(experiment, "files", lambda: {"edited": tmp_path / "edited.yaml"})
     edited = experiment.load.__wrapped__("edited")
-    assert edited.claims_digest != experiment.load("nbs").claims_digest
+    assert edited.claims_digest("desk") != experiment.load("nbs").claims_digest("desk")
+
+
+def test_editing_one_scales_grid_leaves_the_others_declared(tmp_path, monkeypatch):
+    raw = OmegaConf.load(experiment.files()["nbs"])
+    raw.scales.gpu.axes.seed = [100, 101]
+    OmegaConf.save(raw, tmp_path / "edited.yaml")
+    monkeypatch.setattr(experiment, "files", lambda: {"edited": tmp_path / "edited.yaml"})
+    edited = experiment.load.__wrapped__("edited")
+    assert edited.claims_digest("desk") == experiment.load("nbs").claims_digest("desk")
+    assert edited.claims_digest("gpu") != experiment.load("nbs").claims_digest("gpu")

@@ -30,9 +30,7 @@ def start(*overrides):
 def steps_made(monkeypatch):
     made = []
     original = worker.Trainer._train_step
-    monkeypatch.setattr(
-        worker.Trainer, "_train_step", lambda self, x, y: (made.append(1), original(self, x, y))[1]
-    )
+    monkeypatch.setattr(worker.Trainer, "_train_step", lambda *a: (made.append(1), original(*a))[1])
     return made
 
 
@@ -42,7 +40,8 @@ def test_a_run_leaves_what_the_contract_names():
     assert outcome.id.startswith("tiny-ghost-nbs8-s0-")
     names = {path.name for path in outcome.path.iterdir()} - {".lock"}
     assert names == {
-        "config.yaml", "env.json", "metrics.csv", "evals.csv", "checkpoint.pt", "log.txt", "status.json",
+        "config.yaml", "env.json", "metrics.csv", "evals.csv", "checkpoint.pt", "log.txt",
+        "status.json",
     }  # fmt: skip
     recorded = yaml.safe_load((outcome.path / "config.yaml").read_text())
     assert recorded["nbs"] == 8
@@ -51,7 +50,7 @@ def test_a_run_leaves_what_the_contract_names():
     assert env["torch"] == torch.__version__
     assert env["threads"] == 1
     assert env["chance"] == 90
-    assert f"nbs:{experiment.load('nbs').claims_digest}" in env["claims"].split()
+    assert f"nbs:{experiment.load('nbs').claims_digest('demo')}" in env["claims"].split()
     with (outcome.path / "evals.csv").open(newline="") as file:
         rows = {row["protocol"]: row for row in csv.DictReader(file)}
     assert set(rows) == set(outcome.summary)
@@ -97,9 +96,11 @@ def test_the_last_epochs_can_be_evaluated_later():
     at_once = start("epochs=3", "eval_last=2", "evals=[val:ema,val:precise]", "runs=a")
     later = start("epochs=3", "eval_last=2")
     later = launch.evaluate(later.id, ["val:precise"], root="runs", device="cpu")
+
     def rows(path):
         with (path / "evals.csv").open(newline="") as file:
             return {(r["epoch"], r["protocol"]): r["error"] for r in csv.DictReader(file)}
+
     assert rows(later.path) == rows(at_once.path)
     assert len(rows(later.path)) == 4
 
@@ -144,7 +145,7 @@ def test_a_run_that_explodes_is_recorded_as_diverged_and_not_tried_again(monkeyp
 
 
 def test_a_failure_is_one_line_outside_and_a_traceback_in_the_log(monkeypatch):
-    def broken(self, x, y):
+    def broken(*_):
         raise RuntimeError("the disk is on fire\nand more")
 
     with monkeypatch.context() as patch:

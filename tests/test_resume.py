@@ -29,7 +29,12 @@ PHASES = ("epoch", "checkpoint", "evaluate")
 def start(where: Path) -> subprocess.Popen[bytes]:
     where.mkdir(exist_ok=True)
     return subprocess.Popen(
-        [sys.executable, str(Path(__file__).with_name("killable.py")), str(where / "phase"), *ARGUMENTS],
+        [
+            sys.executable,
+            str(Path(__file__).with_name("killable.py")),
+            str(where / "phase"),
+            *ARGUMENTS,
+        ],
         cwd=where,
         stdout=subprocess.DEVNULL,
         stderr=subprocess.PIPE,
@@ -167,6 +172,9 @@ def test_twenty_kills_uniform_over_the_wall_time(tmp_path, reference):
         name = "finished" if ended else phase(where)
         fell[name] += 1
         number += 1
-        print(f"kill {number}: at {moment:.2f} s of {seconds:.2f} s, in {name}, {position(where)} steps saved")
+        print(
+            f"kill {number}: at {moment:.2f} of {seconds:.2f} s, in {name}, "
+            f"{position(where)} steps saved"
+        )
         assert_resumes(where, run)
     print(dict(fell))

@@ -91,7 +91,7 @@ def test_a_run_is_found_by_id_prefix_and_path(tmp_path):
     finished(tmp_path, "tiny-ghost-nbs8-s101-0123abcd")
     with pytest.raises(ValueError, match="ambiguous"):
         runs.find("tiny-ghost", tmp_path)
-    with pytest.raises(ValueError, match="no run 'resnet' .*tiny-ghost"):
+    with pytest.raises(ValueError, match=r"no run 'resnet' .*tiny-ghost"):
         runs.find("resnet", tmp_path)
     with pytest.raises(ValueError, match="there are none"):
         runs.find("resnet", tmp_path / "empty")
@@ -142,7 +142,7 @@ def test_files_are_plain(tmp_path):
     run = finished(tmp_path)
     assert yaml.safe_load((run.path / "config.yaml").read_text()) == CONFIG
     assert json.loads((run.path / "status.json").read_text())["status"] == "done"
-    assert not [name for name in os.listdir(run.path) if name.endswith(str(os.getpid()))]
+    assert not [path for path in run.path.iterdir() if path.name.endswith(str(os.getpid()))]
 
 
 def test_the_source_digest_ignores_what_no_run_executes(tmp_path, monkeypatch):

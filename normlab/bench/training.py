@@ -115,7 +115,7 @@ def _bare_loop(steps: int, *, channels_last: bool) -> Callable[[], None]:
         for x, y in batches:
             optimizer.zero_grad()
             loss = F.cross_entropy(model(x), y)
-            loss.backward()  # type: ignore[no-untyped-call]
+            loss.backward()
             optimizer.step()
 
     return epoch

@@ -12,7 +12,14 @@ from normlab.config.composition import (
     register,
     resolve,
 )
-from normlab.config.identity import LATER, SCHEMA_VERSION, cell_key, run_id, training_config
+from normlab.config.identity import (
+    LATER,
+    SCHEMA_VERSION,
+    cell_key,
+    run_id,
+    training_config,
+    with_later_keys,
+)
 from normlab.config.schema import Config, ConfigError, check, plan_of
 
 __all__ = [
@@ -31,4 +38,5 @@ __all__ = [
     "resolve",
     "run_id",
     "training_config",
+    "with_later_keys",
 ]

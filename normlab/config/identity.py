@@ -4,6 +4,7 @@ Changing what enters the hash orphans every run made so far. A test freezes ids;
 to the schema later goes into LATER with the default it came with, and then changes no old id.
 """
 
+import copy
 import hashlib
 import json
 from typing import Any
@@ -44,6 +45,18 @@ def training_config(config: dict[str, Any]) -> dict[str, Any]:
     for key, default in LATER.items():
         _drop(kept, key.split("."), default)
     return kept
+
+
+def with_later_keys(config: dict[str, Any]) -> dict[str, Any]:
+    """A recorded config, completed by the keys that came after it, at their first defaults."""
+    completed = copy.deepcopy(config)
+    for key, default in LATER.items():
+        *path, last = key.split(".")
+        node = completed
+        for part in path:
+            node = node.setdefault(part, {})
+        node.setdefault(last, default)
+    return completed
 
 
 def _drop(node: Any, path: list[str], default: Any) -> None:

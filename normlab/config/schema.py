@@ -76,7 +76,7 @@ _CHOICES = {
     "precision": ("fp32", "bf16"),
     "device": ("auto", "cpu", "cuda"),
     "allocator": ("keep", "system"),
-    "skip_done": ("all", "local", "none"),
+    "skip_done": ("all", "local"),
     "recipe.schedule": ("cosine", "step", "constant"),
 }
 

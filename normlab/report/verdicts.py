@@ -181,7 +181,7 @@ def edited(results: Results) -> int:
 
     A run records `experiment:digest` of every experiment there was: experiments may share it.
     """
-    declared = f"{results.experiment.name}:{results.experiment.claims_digest}"
+    declared = f"{results.experiment.name}:{results.experiment.claims_digest(results.scale)}"
     return sum(declared not in row["claims"].split() for row in results.rows)
 
 

@@ -30,7 +30,7 @@ def cell_key(overrides: list[str]) -> str:
 def small(monkeypatch: pytest.MonkeyPatch) -> Iterator[Experiment]:
     """The only experiment there is, with cells that need no composition."""
     monkeypatch.setattr(experiments, "files", lambda: {"small": HERE / "fixture" / "small.yaml"})
-    monkeypatch.setattr(experiments, "_digest", lambda _: "c1a15ed0")
+    monkeypatch.setattr(Experiment, "claims_digest", lambda *_: "c1a15ed0")
     monkeypatch.setattr(run_directories, "source_digest", lambda: SOURCE_TODAY)
     monkeypatch.setattr(grid.config, "compose", lambda overrides: {"overrides": overrides})
     monkeypatch.setattr(grid.config, "cell_key", lambda config: cell_key(config["overrides"]))
@@ -72,7 +72,7 @@ def make_run(small: Experiment) -> MakeRun:
             "data_digest": "d1935700",
             "data_note": "JPEG copy, lossy",
             "chance": "90.0",
-            "claims": f"another:0123abcd small:{small.claims_digest}",
+            "claims": f"another:0123abcd small:{small.claims_digest(scale)}",
             "started": f"2026-01-01T00:00:{seed % 60:02d}",
             "seconds": "12.5",
             "status": "done",
