@@ -167,7 +167,7 @@ def _options(
 def _fits(value: Any, hint: Any) -> bool:
     """Whether a config's value suits an annotation; an int is a float, a bool is no number."""
     origin, arguments = typing.get_origin(hint), typing.get_args(hint)
-    if hint is Any:
+    if hint in (Any, inspect.Parameter.empty):
         return True
     if origin in (typing.Union, types.UnionType):
         return any(_fits(value, argument) for argument in arguments)
