@@ -70,6 +70,7 @@ test-slow: $(VENV)/.ready-dev
 ## lint         style, and types in the checker's strict mode
 lint: $(VENV)/.ready-dev
 	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 
 ## bench        measure speed against the stock ways of doing the same, into results/bench
