@@ -83,14 +83,14 @@ def _figure(rows: Sequence[Row]) -> bytes:
     axes = figure.subplots()
     for y, row in enumerate(reversed(rows)):
         r = row.ratio
-        axes.barh(y, r.median, color="C0" if row.met else "C3", height=0.5)
+        axes.barh(y, r.median - 1, left=1, color="C0" if row.met else "C3", height=0.5)
         axes.plot([r.low, r.high], [y, y], color="black")
         axes.plot([row.bar] * 2, [y - 0.35, y + 0.35], color="0.3", linestyle="--")
     axes.set_yticks(range(len(rows)), [f"{row.name}\nvs {row.peer}" for row in reversed(rows)])
     axes.tick_params(axis="y", labelsize=8)
     axes.set_xscale("log", base=2)
     axes.xaxis.set_major_formatter("{x:g}x")
-    axes.set_xlabel("times as fast (median and quartiles; dashed: the target)")
+    axes.set_xlabel("times as fast (from 1x; median and quartiles; dashed: the target)")
     image = io.BytesIO()
     with mpl.rc_context({"svg.hashsalt": "normlab"}):
         figure.savefig(image, format="svg", metadata={"Date": None})
