@@ -20,6 +20,7 @@ import normlab.data
 import normlab.models
 import normlab.norms
 from normlab import batchplan, schedule
+from normlab.config import plan_of
 from normlab.data.base import Dataset
 from normlab.norms.base import PopulationNorm
 from normlab.train import Settings
@@ -41,14 +42,7 @@ def device(config: dict[str, Any]) -> torch.device:
 
 def plan(config: dict[str, Any]) -> batchplan.BatchPlan:
     """The batch plan. Raises ``batchplan.PlanError`` when the numbers do not fit."""
-    return batchplan.plan(
-        config["batch_size"],
-        config["nbs"],
-        world_size=config["world_size"],
-        batch=config["norm"]["batch"],
-        norm=config["norm"]["name"],
-        micro_batch=config["micro_batch"],
-    )
+    return plan_of(config)
 
 
 def data(config: dict[str, Any]) -> Dataset:
@@ -65,8 +59,18 @@ def _load(root: str, seed: int, group: str) -> Dataset:
 
 
 def norm(config: dict[str, Any]) -> Norm:
-    """The constructor that a model calls with a number of channels."""
+    """The constructor that a model calls with a number of channels.
+
+    Raises ValueError if the config says otherwise than the layer how its batch is formed: the batch
+    plan, and with it the recorded NBS, would be another layer's.
+    """
     layer = normlab.norms.find(_module(config["norm"]))
+    batch = getattr(layer, "batch", "none")
+    if config["norm"]["batch"] != batch:
+        raise ValueError(
+            f"norm.batch={config['norm']['batch']}: norm={config['norm']['name']} is a "
+            f"{layer.__name__}, whose batch is formed as {batch} (norm.batch={batch})"
+        )
     given = {"nbs": plan(config).nbs, "decay": config["decay"]}
     taken = {key: value for key, value in given.items() if key in _parameters(layer)}
     return partial(
@@ -78,6 +82,8 @@ def model(config: dict[str, Any], dataset: Dataset) -> nn.Module:
     """The network, its weights drawn with the run's seed, on the run's device and layout."""
     network = normlab.models.find(_module(config["model"]))
     options = _options("model", config["model"], network, {"norm", "num_classes", "shape"})
+    # fp32 means float32: convolutions on a GPU would round their inputs to TF32 by default.
+    torch.backends.cudnn.allow_tf32 = False
     torch.manual_seed(config["seed"])
     built: nn.Module = network(
         norm(config), num_classes=dataset.num_classes, shape=dataset.shape, **options

@@ -59,7 +59,8 @@ class Stop:
 
 @contextmanager
 def deferred_signals() -> Iterator[Stop]:
-    """Within, the first Ctrl-C or SIGTERM only asks to stop; a second one acts at once.
+    """Within, the first Ctrl-C or SIGTERM only asks to stop, and is heard at the end at the latest;
+    a second one acts at once.
 
     Outside the main thread Python takes no signal handlers: there nothing is deferred.
     """
@@ -81,3 +82,4 @@ def deferred_signals() -> Iterator[Stop]:
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)
+    stop.raise_if_asked()  # it came after the last place that looks

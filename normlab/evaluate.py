@@ -22,7 +22,8 @@ from normlab.protocols import Protocol
 PRECISE_SAMPLES = 10_000
 """How many training images estimate population statistics, as in the paper's figures."""
 
-_FORWARD = 512  # samples per forward: a matter of speed and memory, never of results
+_BLOCK = 512
+"""Samples that are read, and where asked augmented, together: the same whatever the groups are."""
 _ORDERS = 1000  # orders that one run's seed can tell apart
 
 
@@ -48,8 +49,9 @@ class Evaluator:
     def run(self, protocol: Protocol) -> dict[str, Any]:
         """Evaluate: a row with protocol, split, statistics, batch, samples, order, n, error, loss.
 
-        ``error`` in %, ``loss`` in nats per sample.
+        ``error`` in %, ``loss`` in nats per sample. Raises ValueError as ``check`` does.
         """
+        self.check(protocol)
         row: dict[str, Any] = {
             "protocol": str(protocol),
             "split": protocol.split,
@@ -57,39 +59,60 @@ class Evaluator:
         }
         has_population = bool(population_layers(self.model))
         if has_population and protocol.statistics == "batch":
-            batch = protocol.batch or self._nbs(protocol)
+            batch = self._batch(protocol)
             row |= {"batch": batch, "order": protocol.order}
             batches = self._groups(protocol.split, batch, order=protocol.order)
             with normalization(self.model, statistics="batch", update=False, group_size=batch):
                 return row | self._score(batches, protocol)
         statistics: AbstractContextManager[Any] = nullcontext()
         if has_population and protocol.statistics.startswith("precise"):
-            batch = protocol.batch or self._nbs(protocol)
+            batch = self._batch(protocol)
             samples = min(protocol.samples or PRECISE_SAMPLES, self.data.size("train"))
             samples -= samples % batch
             row |= {"batch": batch, "samples": samples, "order": protocol.order}
             statistics = using(self.model, self._population(protocol, batch, samples))
         elif has_population and protocol.decay is not None:
-            if self.bank is None:
-                raise ValueError(f"'{protocol}' needs ema_bank=[{protocol.decay}] in the config")
+            assert self.bank is not None, "check() has seen to it"
             statistics = using(self.model, self.bank.population(protocol.decay))
         batches = self.data.eval_batches(
-            protocol.split, batch_size=_FORWARD, order=None,
+            protocol.split, batch_size=_BLOCK, order=None,
             device=self.device, channels_last=self.channels_last,
         )  # fmt: skip
         with statistics:
             return row | self._score(batches, protocol)
 
-    def _nbs(self, protocol: Protocol) -> int:
-        if self.nbs is None:
-            raise ValueError(f"'{protocol}' needs a batch size: write {protocol}/batch:<n>")
-        return self.nbs
+    def check(self, protocol: Protocol) -> None:
+        """Refuse what cannot be evaluated, before anything is trained for it.
+
+        Raises ValueError for a batch larger than what it is taken from, and for an untracked decay.
+        """
+        decays = self.bank.decays if self.bank else ()
+        if protocol.decay is not None and protocol.decay not in decays:
+            raise ValueError(f"evals: '{protocol}' needs ema_bank=[{protocol.decay}]")
+        if not population_layers(self.model) or protocol.statistics in ("augmented", "ema"):
+            return
+        precise = protocol.statistics.startswith("precise")
+        split = "train" if precise else protocol.split
+        available = self.data.size(split)
+        if protocol.samples is not None:
+            if protocol.samples > available:
+                raise ValueError(f"evals: '{protocol}': {split} has {available} images")
+            available = protocol.samples
+        if self._batch(protocol) > available:
+            raise ValueError(
+                f"evals: '{protocol}' takes batches of {self._batch(protocol)}, and {split} "
+                f"offers {available}: write /batch:<n>, or choose a smaller nbs"
+            )
+
+    def _batch(self, protocol: Protocol) -> int:
+        """Samples that share one set of statistics in an evaluation: the run's NBS unless given."""
+        batch = protocol.batch or self.nbs
+        assert batch is not None, "a norm with population statistics has an NBS"
+        return batch
 
     def _population(self, protocol: Protocol, batch: int, samples: int) -> Population:
         key = (protocol.statistics, batch, samples, protocol.order)
         if key not in self._populations:
-            if samples < batch:
-                raise ValueError(f"'{protocol}': fewer training images than one batch of {batch}")
             batches = self._groups("train", batch, protocol.order, samples, augment=True)
             mean = protocol.statistics == "precise_mean"
             with self._autocast():
@@ -105,14 +128,20 @@ class Evaluator:
         self, split: str, batch: int, order: int, samples: int | None = None, augment: bool = False
     ) -> Iterator[tuple[Tensor, Tensor]]:
         """Whole groups of ``batch`` samples, several a forward; a last partial one is dropped."""
-        for x, y in self.data.eval_batches(
-            split, batch_size=batch * max(1, _FORWARD // batch), samples=samples,
+        waiting: list[tuple[Tensor, Tensor]] = []
+        for read in self.data.eval_batches(
+            split, batch_size=_BLOCK, samples=samples,
             order=self.seed * _ORDERS + order,  # every seed has orders of its own
             augment=augment, device=self.device, channels_last=self.channels_last,
         ):  # fmt: skip
-            whole = len(y) - len(y) % batch
-            if whole:
-                yield x[:whole], y[:whole]
+            waiting.append(read)
+            held = sum(len(y) for _, y in waiting)
+            if held < batch:
+                continue
+            x, y = (torch.cat(parts) for parts in zip(*waiting, strict=True))
+            whole = held - held % batch
+            yield x[:whole], y[:whole]
+            waiting = [(x[whole:], y[whole:])]
 
     def _autocast(self) -> torch.autocast:
         on = self.precision == "bf16"
@@ -146,6 +175,4 @@ class Evaluator:
         finally:
             for module, training in modes.items():
                 module.training = training
-        if not n:
-            raise ValueError(f"'{protocol}': split {protocol.split} has fewer samples than a batch")
         return {"n": n, "error": 100 * wrong.item() / n, "loss": loss.item() / n}

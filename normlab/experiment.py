@@ -99,7 +99,8 @@ class Claim:
         """Neighbours along the axis, ordered so that a true claim makes every contrast positive."""
         spec = self.spec["monotone"]
         axis, sign = (spec["falls"], 1) if "falls" in spec else (spec["rises"], -1)
-        for low, high in pairwise(sorted(axes.get(axis, []))):
+        values = [v for v in sorted(axes.get(axis, [])) if v <= spec.get("upto", v)]
+        for low, high in pairwise(values):
             yield [
                 (side * factor, protocol, {axis: value})
                 for value, side in ((low, sign), (high, -sign))

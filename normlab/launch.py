@@ -8,7 +8,7 @@ import logging
 import platform
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
@@ -19,6 +19,7 @@ from normlab.config import cell_key, check, run_id, with_later_keys
 from normlab.runs import FINISHED, RunDir
 
 if TYPE_CHECKING:
+    from normlab.checkpoint import Stop
     from normlab.worker import Job
 
 log = logging.getLogger(__name__)
@@ -52,74 +53,135 @@ def run(config: dict[str, Any]) -> Outcome:
     when the run itself fails.
     """
     check(config)
-    from normlab import allocator
+    from normlab import allocator, build
 
-    if config["allocator"] == "keep":
-        allocator.keep_freed_memory()
-    from normlab import build
-
+    kept = config["allocator"] == "keep" and allocator.keep_freed_memory()
     device, data = build.device(config), build.data(config)
     directory = RunDir(Path(config["runs"]) / run_id(
         config, device=device.type, data_digest=data.digest, kernels=False
     ))  # fmt: skip
-    committed = _committed().get(directory.id) if config["skip_done"] == "all" else None
-    if committed is not None and set(config["evals"]) <= committed:
-        log.info("%s is among the committed results: skipped", directory.id)
-        return Outcome(directory.id, "done", True, directory.path, {})
-    return _run(config, directory)
+    return _committed_outcome(config, directory) or _run(config, directory, memory_kept=kept)
 
 
 @cache
-def _committed() -> dict[str, set[str]]:
+def _committed() -> dict[str, runs.Committed]:
     return runs.committed(RESULTS)
 
 
-def _run(config: dict[str, Any], directory: RunDir) -> Outcome:
-    import torch
+def _committed_outcome(config: dict[str, Any], directory: RunDir) -> Outcome | None:
+    """The outcome of a run that the committed results already hold whole."""
+    from normlab.worker import wanted_evals
 
+    found = _committed().get(directory.id) if config["skip_done"] == "all" else None
+    if found is None:
+        return None
+    wanted = {(str(protocol), epoch) for epoch, protocol in wanted_evals(config)}
+    if found.status == "done" and not wanted <= found.evals:
+        return None
+    log.info("%s is among the committed results: skipped", directory.id)
+    return Outcome(directory.id, found.status, True, directory.path, {})
+
+
+def _run(config: dict[str, Any], directory: RunDir, *, memory_kept: bool) -> Outcome:
     from normlab import checkpoint, worker
 
-    if directory.env():  # as many threads as it began with: sums depend on how they are split
-        torch.set_num_threads(directory.env()["threads"])
-    elif config["threads"]:
-        torch.set_num_threads(config["threads"])
+    status = directory.status().get("status")
+    if status == "diverged" or (status == "done" and not worker.missing_evals(config, directory)):
+        return _outcome(directory, skipped=True)
     job = worker.construct(config)
+    environment = _environment(job) | {"memory_kept": memory_kept}
     if directory.checkpoint.exists():
-        checkpoint.load(directory.checkpoint)  # refuse a spoilt one before touching anything
+        worker.check_resumable(job, directory)
+        _check_environment(directory, environment)
     with directory.lock(), _logging_to(directory), checkpoint.deferred_signals() as stop:
-        status = directory.status().get("status")
-        if status in FINISHED:
-            lacking = status == "done" and worker.missing_evals(config, directory)
-            if lacking:
-                _guarded(directory, lambda: worker.evaluate_finished(job, directory, stop))
-            return _outcome(directory, skipped=not lacking)
-        if not directory.env():
-            directory.write_config(config)
-            directory.write_env(_environment(job))
-        log.info("%s: %s", directory.id, job.plan)
-        directory.write_status(_guarded(directory, lambda: worker.work(job, directory, stop)))
+        status = directory.status().get("status")  # another process may have run it meanwhile
+        if status not in FINISHED:
+            _prepare(directory, config, environment)
+            log.info("%s: %s, freed memory is kept: %s", directory.id, job.plan, memory_kept)
+            _guarded(directory, lambda: _work(job, directory, stop))
+        elif status == "done" and worker.missing_evals(config, directory):
+            _set_threads(directory)
+            _guarded(directory, lambda: worker.evaluate_finished(job, directory, stop))
+        else:
+            return _outcome(directory, skipped=True)
     return _outcome(directory, skipped=False)
 
 
-def evaluate(run: str, specs: list[str], *, root: str, device: str) -> Outcome:
+def _work(job: "Job", directory: RunDir, stop: "Stop") -> None:
+    from normlab import worker
+
+    status = worker.work(job, directory, stop)
+    directory.write_env(directory.env() | {"ended": _now()})
+    directory.write_status(status)
+
+
+def evaluate(run: str, specs: list[str], *, root: str, data_root: str | None = None) -> Outcome:
     """Evaluate a finished run under further protocols; appends to its ``evals.csv``.
 
-    Raises ValueError in one line for an unknown run, one that is not finished, an unknown protocol
-    or an unreadable checkpoint.
+    Raises ValueError in one line for an unknown run, one that is not finished, an unknown protocol,
+    an unreadable checkpoint, and for another data set, torch or kind of device than the run's.
     """
     directory = runs.find(run, Path(root))
-    config = with_later_keys(directory.config()) | {"device": device, "evals": specs}
+    config = with_later_keys(directory.config()) | {"evals": specs}
+    config["data_root"] = data_root or config["data_root"]
+    config["device"] = directory.env().get("device", config["device"])
     check(config)
     status = directory.status().get("status", "unfinished")
     if status != "done":
         raise ValueError(f"run {directory.id} is {status}: only a finished run can be evaluated")
     from normlab import checkpoint, worker
 
-    checkpoint.load(directory.checkpoint)
     job = worker.construct(config)
+    worker.check_resumable(job, directory)
+    _check_environment(directory, _environment(job))
     with directory.lock(), _logging_to(directory), checkpoint.deferred_signals() as stop:
-        worker.evaluate_finished(job, directory, stop)
+        _set_threads(directory)
+        _guarded(directory, lambda: worker.evaluate_finished(job, directory, stop))
     return _outcome(directory, skipped=False)
+
+
+def _prepare(directory: RunDir, config: dict[str, Any], environment: dict[str, Any]) -> None:
+    """Write what describes the run, and set its threads; a resumed run keeps its first start's."""
+    recorded = directory.env()
+    if not recorded:
+        directory.write_config(config)
+        _set_threads(directory, environment["threads"])
+        directory.write_env(environment)
+        return
+    directory.clear_status()
+    _set_threads(directory)
+    if environment["source"] not in recorded["source"].split("+"):
+        # Half of the run comes from other code: neither digest alone would be true.
+        recorded["source"] += "+" + environment["source"]
+        recorded["dirty"] = recorded["dirty"] or environment["dirty"]
+        directory.write_env(recorded)
+
+
+def _check_environment(directory: RunDir, environment: dict[str, Any]) -> None:
+    """Refuse to continue or evaluate a run under what would make other numbers."""
+    recorded = directory.env()
+    for key, name in (("torch", "torch"), ("data_digest", "data"), ("device", "device")):
+        if recorded.get(key) != environment[key]:
+            raise ValueError(
+                f"run {directory.id} was made with {name} {recorded.get(key)}, and this is "
+                f"{environment[key]}: use that, or give another runs= to train it anew"
+            )
+
+
+@cache
+def _default_threads() -> int:
+    """What torch would use in this process, before any run set a number."""
+    import torch
+
+    return torch.get_num_threads()
+
+
+def _set_threads(directory: RunDir, number: int | None = None) -> None:
+    """As many threads as the run began with: sums depend on how they are split."""
+    import torch
+
+    _default_threads()
+    torch.set_num_threads(number or directory.env()["threads"])
 
 
 def _guarded(directory: RunDir, action: Callable[[], T]) -> T:
@@ -129,8 +191,9 @@ def _guarded(directory: RunDir, action: Callable[[], T]) -> T:
     except Exception as error:
         log.exception("%s failed", directory.id)
         reason = f"{type(error).__name__}: {error}".splitlines()[0]
-        if directory.status().get("status") not in FINISHED:
-            directory.write_status({"status": "failed", "reason": reason})
+        with suppress(OSError):  # what failed may be the disk
+            if directory.status().get("status") not in FINISHED:
+                directory.write_status({"status": "failed", "reason": reason})
         raise JobError(f"{directory.id} failed: {reason} (log: {directory.log})") from None
 
 
@@ -164,7 +227,7 @@ def _environment(job: "Job") -> dict[str, Any]:
         "chance": 100 * (1 - 1 / job.data.num_classes),
         "device": device.type,
         "processor": torch.cuda.get_device_name() if device.type == "cuda" else _processor(),
-        "threads": torch.get_num_threads(),
+        "threads": job.config["threads"] or _default_threads(),
         "normlab": __version__,
         "python": platform.python_version(),
         "torch": torch.__version__,
@@ -172,8 +235,12 @@ def _environment(job: "Job") -> dict[str, Any]:
         "numpy": numpy.__version__,
         "parameters": sum(p.numel() for p in job.model.parameters()),
         "dropped_per_epoch": job.dropped,
-        "started": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
+        "started": _now(),
     }
+
+
+def _now() -> str:
+    return time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime())
 
 
 def _claims(scale: str | None) -> str:

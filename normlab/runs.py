@@ -87,16 +87,24 @@ class RunDir:
     def lock(self) -> Iterator[None]:
         """Hold the run; a second process that starts the same run waits here and says so.
 
-        The kernel drops the lock with the process that holds it, however that ends.
+        The kernel drops the lock with the process that holds it, however that ends; its data
+        workers do not inherit it.
         """
-        self.path.mkdir(parents=True, exist_ok=True)
-        with (self.path / ".lock").open("a") as file:
-            try:
-                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except BlockingIOError:
-                log.warning("%s is running in another process: waiting for it", self.id)
-                fcntl.flock(file, fcntl.LOCK_EX)
-            yield
+        path = self.path / ".lock"
+        while True:
+            self.path.mkdir(parents=True, exist_ok=True)
+            with path.open("a") as file:
+                try:
+                    fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                except (BlockingIOError, PermissionError):
+                    log.warning("%s is running in another process: waiting for it", self.id)
+                    fcntl.lockf(file, fcntl.LOCK_EX)
+                # Somebody may have deleted the directory while we waited.
+                if path.exists() and os.path.samestat(os.fstat(file.fileno()), path.stat()):
+                    for left in self.path.glob(".*.[0-9]*"):  # by a kill in the middle of a write
+                        left.unlink(missing_ok=True)
+                    yield
+                    return
 
     def config(self) -> dict[str, Any]:
         """The resolved config. Raises ValueError if there is none or it cannot be read."""
@@ -126,6 +134,10 @@ class RunDir:
     def status(self) -> dict[str, Any]:
         """The run's end, or {} while there is none."""
         return self._json("status.json")
+
+    def clear_status(self) -> None:
+        """Make the run unfinished again."""
+        (self.path / "status.json").unlink(missing_ok=True)
 
     def write_status(self, status: dict[str, Any]) -> None:
         write_atomically(self.path / "status.json", json.dumps(status, indent=1) + "\n")
@@ -228,15 +240,26 @@ def table(root: Path) -> "pd.DataFrame":
     return frame.assign(**{name: pd.to_numeric(frame[name]) for name in numbers})
 
 
-def committed(results: Path) -> dict[str, set[str]]:
-    """Run id -> protocols evaluated, over the committed ``results/*/runs.csv``."""
-    done: dict[str, set[str]] = {}
+@dataclass(frozen=True)
+class Committed:
+    """What ``results/`` says of a run."""
+
+    status: str
+    evals: set[tuple[str, int]]
+    """(protocol, epoch) of its evaluations."""
+
+
+def committed(results: Path) -> dict[str, Committed]:
+    """The finished runs of the committed ``results/*/runs.csv``, by id."""
+    found: dict[str, Committed] = {}
     for path in sorted(results.glob("*/runs.csv")):
         with path.open(newline="") as file:
             for row in csv.DictReader(file):
                 if row["status"] in FINISHED:
-                    done.setdefault(row["id"], set()).add(row["protocol"])
-    return done
+                    run = found.setdefault(row["id"], Committed(row["status"], set()))
+                    if row["protocol"]:
+                        run.evals.add((row["protocol"], int(float(row["epoch"]))))
+    return found
 
 
 @cache

@@ -74,6 +74,8 @@ class Trainer:
     step: int = 0
     history: list[dict[str, Any]] = field(default_factory=list)
     seconds: float = 0.0
+    last: dict[str, Any] = field(default_factory=dict)
+    """The newest finite numbers: those to record when the run diverges."""
     _loss: Tensor = field(init=False)
     _wrong: Tensor = field(init=False)
 
@@ -127,6 +129,9 @@ class Trainer:
             row["epoch"], row["lr"], row["train_loss"], row["train_error"],
             (self.steps - first) * self.plan.batch_size / elapsed,
         )  # fmt: skip
+        # The loss of a step comes before its update: the last updates have not been looked at.
+        if not all(bool(p.isfinite().all()) for p in self.model.parameters()):
+            raise Diverged(f"a weight is not finite after epoch {self.epoch + 1}")
         self.history.append(row)
         self.epoch, self.step = self.epoch + 1, 0
         self._start_epoch()
@@ -181,13 +186,14 @@ class Trainer:
             raise Diverged(
                 f"the training loss is {loss} at epoch {self.epoch + 1}, step {self.step}"
             )
-        return {
+        self.last = {
             "epoch": self.epoch + 1,
             "step": self.epoch * self.steps + self.step,
             "lr": self.optimizer.param_groups[0]["lr"],
             "train_loss": loss,
             "train_error": 100 * self._wrong.item() / seen,
         }
+        return self.last
 
     # -- the checkpoint ---------------------------------------------------------------------------
 
@@ -220,11 +226,11 @@ class Trainer:
         self.model.load_state_dict(state["model"])
         self.optimizer.load_state_dict(state["optimizer"])
         torch.set_rng_state(state["rng"]["cpu"])
-        if state["rng"]["cuda"] and torch.cuda.is_available():
-            torch.cuda.set_rng_state_all(state["rng"]["cuda"])
+        for number, rng in enumerate(state["rng"]["cuda"][: torch.cuda.device_count()]):
+            torch.cuda.set_rng_state(rng, number)
         self.epoch, self.step = state["position"]["epoch"], state["position"]["step"]
         self._loss = state["running"]["loss"].to(self.settings.device)
         self._wrong = state["running"]["wrong"].to(self.settings.device)
         self.history, self.seconds = list(state["history"]), state["seconds"]
-        if self.bank and state["ema_bank"]:
+        if self.bank:
             self.bank.load_state_dict(state["ema_bank"])

@@ -43,17 +43,72 @@ def construct(config: dict[str, Any]) -> Job:
     plan = build.plan(config)
     data = build.data(config)
     per_epoch, dropped = steps(data.size("train"), plan, config["remainder"])
-    model = build.model(config, data)
+    try:
+        model = build.model(config, data)
+    except RuntimeError as error:  # too large for the memory, or a shape the network cannot take
+        raise ValueError(f"model={config['model']['name']}: {str(error).splitlines()[0]}") from None
     bank = EmaBank(model, config["ema_bank"]) if config["ema_bank"] else None
-    return Job(config, plan, data, model, build.optimizer(config, model), bank, per_epoch, dropped)
+    job = Job(config, plan, data, model, build.optimizer(config, model), bank, per_epoch, dropped)
+    check = evaluator(job, Stop()).check
+    for protocol in protocols(config):
+        check(protocol)
+    return job
+
+
+def evaluator(job: Job, stop: Stop) -> Evaluator:
+    """What evaluates the job's model as it now is; it ends between batches when asked to stop."""
+    return Evaluator(
+        job.model,
+        job.data,
+        nbs=job.plan.nbs,
+        seed=job.config["seed"],
+        device=build.device(job.config),
+        channels_last=job.config["channels_last"],
+        precision=job.config["precision"],
+        bank=job.bank,
+        tick=stop.raise_if_asked,
+    )
+
+
+def protocols(config: dict[str, Any]) -> list[Protocol]:
+    """The evaluations a config asks for."""
+    return [Protocol.parse(spec) for spec in config["evals"]]
+
+
+def wanted_evals(config: dict[str, Any]) -> list[tuple[int, Protocol]]:
+    """The evaluations a run shall have in the end, by epoch."""
+    epochs = range(max(1, config["epochs"] - config["eval_last"] + 1), config["epochs"] + 1)
+    return [(epoch, protocol) for epoch in epochs for protocol in protocols(config)]
 
 
 def missing_evals(config: dict[str, Any], run: RunDir) -> list[tuple[int, Protocol]]:
     """The evaluations a run asks for and has not made, by epoch."""
     have = {(row["protocol"], int(row["epoch"])) for row in run.evals()}
-    wanted = [Protocol.parse(spec) for spec in config["evals"]]
-    epochs = range(max(1, config["epochs"] - config["eval_last"] + 1), config["epochs"] + 1)
-    return [(e, p) for e in epochs for p in wanted if (str(p), e) not in have]
+    return [(epoch, p) for epoch, p in wanted_evals(config) if (str(p), epoch) not in have]
+
+
+def check_resumable(job: Job, run: RunDir) -> None:
+    """Refuse to continue a run that cannot give what the config asks for.
+
+    Raises ValueError for an unreadable checkpoint, for evaluations of epochs whose weights were not
+    kept, and for an EMA bank that was not tracked from the start.
+    """
+    state = checkpoint.load(run.checkpoint)
+    anew = f"delete {run.path} to train it anew, or give another runs="
+    if job.bank and (not state["ema_bank"] or state["ema_bank"]["decays"] != list(job.bank.decays)):
+        tracked = state["ema_bank"]["decays"] if state["ema_bank"] else []
+        raise ValueError(
+            f"ema_bank={job.config['ema_bank']}: run {run.id} has tracked {tracked}; {anew}"
+        )
+    passed = state["position"]["epoch"]
+    lost = {
+        e for e, _ in missing_evals(job.config, run) if e < passed and not run.snapshot(e).exists()
+    }
+    if lost:
+        raise ValueError(
+            f"eval_last={job.config['eval_last']}: run {run.id} has not kept the weights of "
+            f"epoch {min(lost)}; {anew}"
+        )
 
 
 def work(job: Job, run: RunDir, stop: Stop) -> dict[str, Any]:
@@ -96,8 +151,8 @@ def work(job: Job, run: RunDir, stop: Stop) -> dict[str, Any]:
                 trainer.save()
     except Diverged as error:
         log.warning("diverged: %s", error)
-        last = trainer.history[-1] if trainer.history else {}
-        return {"status": "diverged", "reason": str(error), "seconds": trainer.elapsed} | last
+        ended = {"status": "diverged", "reason": str(error), "seconds": trainer.elapsed}
+        return ended | trainer.last
     return {"status": "done", "seconds": trainer.elapsed} | trainer.history[-1]
 
 
@@ -110,17 +165,7 @@ def evaluate_epoch(
     job: Job, run: RunDir, epoch: int, history: list[dict[str, Any]], stop: Stop
 ) -> None:
     """Make the evaluations that this epoch still lacks, with the weights the model holds."""
-    evaluator = Evaluator(
-        job.model,
-        job.data,
-        nbs=job.plan.nbs,
-        seed=job.config["seed"],
-        device=build.device(job.config),
-        channels_last=job.config["channels_last"],
-        precision=job.config["precision"],
-        bank=job.bank,
-        tick=stop.raise_if_asked,
-    )
+    evaluate = evaluator(job, stop)
     for due, protocol in missing_evals(job.config, run):
         if due != epoch:
             continue
@@ -135,7 +180,7 @@ def evaluate_epoch(
                 **numbers,
             }
         else:
-            row = evaluator.run(protocol)
+            row = evaluate.run(protocol)
         run.add_eval({"epoch": epoch, **row})
         log.info("epoch %d, %s: error %.2f %% (n=%d)", epoch, protocol, row["error"], row["n"])
 
@@ -148,7 +193,5 @@ def evaluate_finished(job: Job, run: RunDir, stop: Stop) -> None:
         state = final if last else checkpoint.load(run.snapshot(epoch))
         job.model.load_state_dict(state["model"])
         if job.bank:
-            if not state["ema_bank"]:
-                raise ValueError(f"run {run.id} tracked no ema_bank: train it anew to have one")
             job.bank.load_state_dict(state["ema_bank"])
         evaluate_epoch(job, run, epoch, final["history"], stop)

@@ -77,6 +77,7 @@ def test_sigterm_waits_and_then_ends_with_143():
         assert stop
         with pytest.raises(SystemExit) as error:
             stop.raise_if_asked()
+        stop.signal = None
     assert error.value.code == 143
     assert signal.getsignal(signal.SIGTERM) == before
 
@@ -87,3 +88,10 @@ def test_ctrl_c_waits_once_and_then_acts():
         assert stop
         with pytest.raises(KeyboardInterrupt):
             os.kill(os.getpid(), signal.SIGINT)
+        stop.signal = None
+
+
+def test_a_signal_after_the_last_look_is_not_lost():
+    with pytest.raises(SystemExit) as error, checkpoint.deferred_signals():
+        os.kill(os.getpid(), signal.SIGTERM)
+    assert error.value.code == 143

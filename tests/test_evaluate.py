@@ -136,7 +136,7 @@ def test_evaluating_leaves_no_trace(trained, spec):
 def test_how_many_samples_go_through_at_once_does_not_matter(trained, monkeypatch):
     protocols = [Protocol.parse(s) for s in ("val:ema", "val:batch", "val:precise/samples:96")]
     many = [numbers(evaluator(trained).run(p)) for p in protocols]
-    monkeypatch.setattr(evaluate, "_FORWARD", 24)
+    monkeypatch.setattr(evaluate, "_BLOCK", 24)
     few = [numbers(evaluator(trained).run(p)) for p in protocols]
     for a, b in zip(many, few, strict=True):
         assert (a["n"], a["error"]) == (b["n"], b["error"])
@@ -159,3 +159,35 @@ def test_a_stop_is_honoured_between_batches(trained):
     with pytest.raises(KeyboardInterrupt):
         evaluator(trained, tick=stop).run(Protocol.parse("val:precise"))
     assert all(m.statistics is None for m in trained.model.modules() if hasattr(m, "statistics"))
+
+
+def test_the_images_of_an_estimate_do_not_depend_on_its_batch():
+    """Else an error against the estimation batch would also be one against other crops."""
+    cfg = config.compose(
+        ["scale=demo", "norm=bn", "device=cpu", "batch_size=64", "data.augment=crop"]
+    )
+    job = worker.construct(cfg)
+    bn = Evaluator(job.model, job.data, nbs=64, seed=0, device=torch.device("cpu"))
+    seen = [
+        torch.cat([x for x, _ in bn._groups("train", batch, 0, samples=900, augment=True)])
+        for batch in (2, 100, 900)
+    ]
+    assert len(seen[0]) == 900
+    assert torch.equal(seen[0], seen[1])
+    assert torch.equal(seen[0], seen[2])
+    plain = torch.cat([x for x, _ in bn._groups("train", 900, 0, samples=900)])
+    assert not torch.equal(seen[0], plain)
+
+
+@pytest.mark.parametrize(
+    ("spec", "says"),
+    [
+        ("val:batch/batch:400", "val offers 300"),
+        ("val:precise/batch:1000", "train offers 997"),
+        ("val:precise/samples:10/batch:20", "offers 10"),
+        ("val:precise/samples:5000", "train has 997"),
+    ],
+)
+def test_what_cannot_be_evaluated_is_refused_beforehand(trained, spec, says):
+    with pytest.raises(ValueError, match=says):
+        evaluator(trained).check(Protocol.parse(spec))

@@ -3,6 +3,7 @@
 import csv
 import json
 import logging
+import math
 
 import pytest
 import torch
@@ -86,7 +87,7 @@ def test_a_finished_run_computes_only_the_protocols_it_lacks(monkeypatch):
 def test_evaluating_later_is_evaluating_at_once():
     at_once = start("evals=[val:ema,val:precise,val:batch]", "eval_last=1")
     later = start("seed=1")
-    later = launch.evaluate(later.id, ["val:precise", "val:batch"], root="runs", device="cpu")
+    later = launch.evaluate(later.id, ["val:precise", "val:batch"], root="runs")
     both = start("seed=1", "evals=[val:ema,val:precise,val:batch]", "runs=elsewhere")
     assert later.summary == both.summary
     assert at_once.summary != both.summary
@@ -95,7 +96,7 @@ def test_evaluating_later_is_evaluating_at_once():
 def test_the_last_epochs_can_be_evaluated_later():
     at_once = start("epochs=3", "eval_last=2", "evals=[val:ema,val:precise]", "runs=a")
     later = start("epochs=3", "eval_last=2")
-    later = launch.evaluate(later.id, ["val:precise"], root="runs", device="cpu")
+    later = launch.evaluate(later.id, ["val:precise"], root="runs")
 
     def rows(path):
         with (path / "evals.csv").open(newline="") as file:
@@ -139,6 +140,7 @@ def test_a_run_that_explodes_is_recorded_as_diverged_and_not_tried_again(monkeyp
     assert outcome.summary == {}
     status = json.loads((outcome.path / "status.json").read_text())
     assert "epoch" in status["reason"]
+    assert "train_loss" not in status or math.isfinite(status["train_loss"])
     made = steps_made(monkeypatch)
     assert start("norm=none", "nbs=null", "lr=1e30", "epochs=3").skipped
     assert not made
@@ -177,17 +179,100 @@ def test_what_cannot_be_built_is_refused_before_anything_is_written(tmp_path, ov
     assert not list(tmp_path.iterdir())
 
 
+def test_evaluations_that_cannot_be_made_are_refused_before_training(tmp_path):
+    with pytest.raises(ValueError, match="val offers 300"):
+        start("batch_size=512", "nbs=512", "evals=[val:batch]")
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_batch_that_is_formed_otherwise_than_said_is_refused(tmp_path):
+    for overrides in (["norm=bn", "norm.batch=ghost"], ["norm=bn", "norm.batch=none", "nbs=null"]):
+        with pytest.raises(ValueError, match="formed as per_rank"):
+            start(*overrides)
+    assert not list(tmp_path.iterdir())
+
+
+def test_epochs_whose_weights_were_not_kept_are_refused_with_what_to_do():
+    first = start("epochs=3")
+    with pytest.raises(ValueError, match=r"eval_last=2.*epoch 2; delete runs"):
+        start("epochs=3", "eval_last=2")
+    assert first.path.exists()
+
+
+def test_an_ema_bank_is_tracked_from_the_start_or_not_at_all():
+    first = start("epochs=2")
+    with pytest.raises(ValueError, match=r"has tracked \[\]; delete"):
+        start("epochs=2", "ema_bank=[0.5]", "evals=[val:ema/decay:0.5]")
+    (first.path / "status.json").unlink()
+    with pytest.raises(ValueError, match=r"has tracked \[\]; delete"):
+        start("epochs=2", "ema_bank=[0.5]")
+
+
+@pytest.mark.parametrize("key", ["torch", "data_digest", "device"])
+def test_a_run_continues_only_where_it_began(key):
+    first = start()
+    env = json.loads((first.path / "env.json").read_text())
+    (first.path / "env.json").write_text(json.dumps(env | {key: "other"}))
+    with pytest.raises(ValueError, match="other"):
+        launch.evaluate(first.id, ["test:ema"], root="runs")
+    (first.path / "status.json").unlink()
+    with pytest.raises(ValueError, match="other"):
+        start()
+
+
+def test_a_run_resumed_with_other_code_names_both():
+    first = start()
+    env = json.loads((first.path / "env.json").read_text())
+    (first.path / "env.json").write_text(json.dumps(env | {"source": "0ld0ld00"}))
+    (first.path / "status.json").unlink()
+    start()
+    source = json.loads((first.path / "env.json").read_text())["source"]
+    assert source == f"0ld0ld00+{runs.source_digest()}"
+
+
+def test_threads_do_not_leak_from_run_to_run():
+    default = launch._default_threads()
+    start("threads=2")
+    second = start("threads=null", "seed=1")
+    assert json.loads((second.path / "env.json").read_text())["threads"] == default
+
+
+def test_a_full_disk_is_a_failed_run_not_a_refusal(monkeypatch):
+    def full(*_):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(runs, "write_atomically", full)
+    monkeypatch.setattr(worker.checkpoint, "write_atomically", full)
+    monkeypatch.setattr(runs.RunDir, "write_config", lambda *_: None)
+    monkeypatch.setattr(runs.RunDir, "write_env", lambda *_: None)
+    monkeypatch.setattr(launch, "_set_threads", lambda *_: None)
+    with pytest.raises(launch.JobError, match="No space left"):
+        start()
+
+
+def test_a_committed_diverged_run_is_not_tried_again(monkeypatch):
+    first = start("norm=none", "nbs=null", "lr=1e30", "epochs=3")
+    results = first.path.parent.parent / "results" / "nbs"
+    results.mkdir(parents=True)
+    runs.table(first.path.parent).to_csv(results / "runs.csv", index=False)
+    launch._committed.cache_clear()
+    made = steps_made(monkeypatch)
+    again = start("norm=none", "nbs=null", "lr=1e30", "epochs=3", "runs=fresh")
+    assert (again.status, again.skipped) == ("diverged", True)
+    assert not made
+
+
 def test_an_ema_that_was_not_tracked_is_refused():
     first = start()
     with pytest.raises(ValueError, match="not tracked"):
-        launch.evaluate(first.id, ["val:ema/decay:0.5"], root="runs", device="cpu")
+        launch.evaluate(first.id, ["val:ema/decay:0.5"], root="runs")
 
 
 def test_what_is_not_finished_is_not_evaluated():
     first = start()
     (first.path / "status.json").unlink()
     with pytest.raises(ValueError, match="unfinished"):
-        launch.evaluate(first.id, ["val:ema"], root="runs", device="cpu")
+        launch.evaluate(first.id, ["val:ema"], root="runs")
 
 
 def test_a_spoilt_checkpoint_is_refused_and_nothing_is_lost():

@@ -99,13 +99,40 @@ def test_a_run_is_found_by_id_prefix_and_path(tmp_path):
 
 def test_committed_results_are_read(tmp_path):
     (tmp_path / "nbs").mkdir()
+    rows = [
+        {"id": "a", "status": "done", "protocol": "val:ema", "epoch": "2"},
+        {"id": "a", "status": "done", "protocol": "val:batch", "epoch": "2.0"},
+        {"id": "b", "status": "failed", "protocol": "", "epoch": ""},
+        {"id": "c", "status": "diverged", "protocol": "", "epoch": ""},
+    ]
     with (tmp_path / "nbs" / "runs.csv").open("w", newline="") as file:
-        writer = csv.DictWriter(file, ["id", "status", "protocol"])
+        writer = csv.DictWriter(file, list(rows[0]))
         writer.writeheader()
-        writer.writerow({"id": "a", "status": "done", "protocol": "val:ema"})
-        writer.writerow({"id": "a", "status": "done", "protocol": "val:batch"})
-        writer.writerow({"id": "b", "status": "failed", "protocol": ""})
-    assert runs.committed(tmp_path) == {"a": {"val:ema", "val:batch"}}
+        writer.writerows(rows)
+    assert runs.committed(tmp_path) == {
+        "a": runs.Committed("done", {("val:ema", 2), ("val:batch", 2)}),
+        "c": runs.Committed("diverged", set()),
+    }
+
+
+def test_what_a_kill_left_of_a_write_is_removed(tmp_path):
+    run = RunDir(tmp_path / "run")
+    with run.lock():
+        (run.path / ".checkpoint.pt.4711").write_bytes(b"half")
+    with run.lock():
+        assert [path.name for path in run.path.iterdir()] == [".lock"]
+
+
+def test_a_directory_deleted_while_waiting_is_made_anew(tmp_path):
+    run = RunDir(tmp_path / "run")
+    holder = multiprocessing.get_context("spawn").Process(target=hold, args=(str(run.path), 1.0))
+    holder.start()
+    while not (run.path / "held").exists():
+        time.sleep(0.01)
+    Path.unlink(run.path / ".lock")
+    with run.lock():
+        assert (run.path / ".lock").exists()
+    holder.join()
 
 
 def hold(path: str, seconds: float) -> None:

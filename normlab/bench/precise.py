@@ -14,8 +14,8 @@ from normlab.population import estimate
 BATCH = 100
 
 
-def row(*, rounds: int, images: int) -> Row:
-    """Estimate over ``images`` images in batches of 100, both in channels_last.
+def row(*, rounds: int, images: int, channels_last: bool) -> Row:
+    """Estimate over ``images`` images in batches of 100, both in the same layout.
 
     Raises ImportError where fvcore is not installed.
     """
@@ -26,15 +26,16 @@ def row(*, rounds: int, images: int) -> Row:
     torch.set_num_threads(1)
     data = dataset(images)
     batches: list[tuple[Tensor, Tensor]] = list(
-        data.eval_batches("train", batch_size=BATCH, order=None, channels_last=True)
+        data.eval_batches("train", batch_size=BATCH, order=None, channels_last=channels_last)
     )
     inputs = [x for x, _ in batches]
     torch.manual_seed(0)
     ours = build(norms.find("bn"), num_classes=CLASSES, shape=SHAPE, depth=20)
     theirs = build(nn.BatchNorm2d, num_classes=CLASSES, shape=SHAPE, depth=20)
     theirs.load_state_dict(ours.state_dict())
+    layout = torch.channels_last if channels_last else torch.contiguous_format
     for model in (ours, theirs):
-        model.to(memory_format=torch.channels_last)
+        model.to(memory_format=layout)
     theirs.train()
     seconds = take_turns(
         {
@@ -44,7 +45,8 @@ def row(*, rounds: int, images: int) -> Row:
         rounds,
     )
     return rate_row(
-        f"precise statistics of ResNet-20 over {images} images",
+        f"precise statistics of ResNet-20 over {images} images, "
+        f"{'channels_last' if channels_last else 'NCHW'}",
         "fvcore's update_bn_stats, the same model and layout",
         seconds["ours"],
         seconds["theirs"],

@@ -39,6 +39,11 @@ def float32_affine(
     return weight, bias
 
 
+def _needs_float32(x: Tensor) -> bool:
+    """Whether torch's operators refuse a half `x` with float32 parameters: all but the CPU's do."""
+    return is_half(x) and x.device.type != "cpu"
+
+
 def variance(rstd: Tensor, eps: float) -> Tensor:
     """The biased variance behind rstd = 1 / sqrt(var + eps); rounding below zero is clamped."""
     return rstd.detach().pow(-2).sub_(eps).clamp_(min=0)
@@ -63,6 +68,11 @@ def grouped_batch_norm(
     where `interleaved`. Returns y, in the dtype and memory layout of x, and mean and biased
     variance (G, C), detached.
     """
+    if _needs_float32(x):
+        y, mean, var = grouped_batch_norm(
+            x.float(), groups, interleaved=interleaved, weight=weight, bias=bias, eps=eps
+        )
+        return y.to(x.dtype), mean, var
     samples, channels = x.shape[:2]
     split = (samples // groups, groups) if interleaved else (groups, samples // groups)
     weight, bias = float32_affine(x, weight, bias)
@@ -107,6 +117,8 @@ def group_norm(
 
     x is (N, C, ...) with `groups` dividing C. The output has the dtype and memory layout of x.
     """
+    if _needs_float32(x):
+        return group_norm(x.float(), groups, weight=weight, bias=bias, eps=eps).to(x.dtype)
     samples, channels = x.shape[:2]
     weight, bias = float32_affine(x, weight, bias)
     if _is_channels_last(x):

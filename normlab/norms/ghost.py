@@ -1,6 +1,6 @@
 """Ghost batch normalization (Hoffer, Hubara & Soudry 2017): statistics over chunks of the batch."""
 
-from typing import Literal, get_args
+from typing import ClassVar, Literal, get_args
 
 import torch
 from torch import Tensor
@@ -53,6 +53,8 @@ class GhostBatchNorm(PopulationNorm):
     the state_dict keys are BatchNorm2d's. Errors: ValueError for the arguments above; in forward
     see PopulationNorm. Second derivatives exist for contiguous inputs only.
     """
+
+    batch: ClassVar[str] = "ghost"
 
     def __init__(
         self,
