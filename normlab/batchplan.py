@@ -6,14 +6,18 @@ both numbers and the nearest choices that work. Nothing is rounded and no norm i
 of another size would be another experiment, and one of a single sample is instance norm.
 """
 
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, field
+from functools import lru_cache
 from math import isqrt, lcm
 
 BATCHES = ("per_rank", "ghost", "sync", "virtual", "none")
 """How a norm forms its batch: `per_rank` over a rank's micro-batch, `ghost` over chunks of it,
 `sync` over the micro-batches of a group of ranks, `virtual` over a micro-batch and extra
 forward-only samples, `none` over no other sample."""
+
+MOST = 2**31 - 1
+"""The largest number of anything."""
 
 
 class PlanError(ValueError):
@@ -54,6 +58,8 @@ class BatchPlan:
     """Ranks that share one set of statistics."""
     virtual_extra: int
     """Samples per forward pass that only add to the statistics."""
+    asked: tuple[int | None, int | None] = field(default=(None, None), compare=False, repr=False)
+    """The nbs and micro_batch that the plan was made from: what another batch size has to fit."""
 
     def rows(self) -> list[tuple[str, str, str]]:
         """(key, value, meaning) for every quantity, in the order in which a step is taken apart."""
@@ -93,7 +99,7 @@ def plan(
     """
     if batch not in BATCHES:
         raise PlanError(
-            f"norm {norm}: batch must be one of {', '.join(BATCHES)}, got batch={batch}"
+            f"norm={norm}: norm.batch must be one of {', '.join(BATCHES)}, got norm.batch={batch}"
         )
 
     def solve(batch_size: int, nbs: int | None, micro_batch: int | None) -> BatchPlan:
@@ -102,7 +108,7 @@ def plan(
     try:
         return solve(batch_size, nbs, micro_batch)
     except PlanError as refusal:
-        if batch_size < 1 or world_size < 1:
+        if any(not 1 <= n <= MOST for n in (batch_size, world_size, nbs or 1, micro_batch or 1)):
             raise
         choices = {
             "nbs": _nearest(
@@ -131,14 +137,18 @@ def _solve(
     micro_batch: int | None,
 ) -> BatchPlan:
     """The plan, or a refusal that does not yet say what would work."""
+    asked = (nbs, micro_batch)
     for name, value in (
         ("batch_size", batch_size),
         ("world_size", world_size),
         ("nbs", nbs),
         ("micro_batch", micro_batch),
     ):
-        if value is not None and value < 1:
-            raise PlanError(f"{name} must be at least 1, got {name}={value}")
+        least = 2 if name == "nbs" else 1
+        if value is not None and not least <= value <= MOST and (name, value) != ("nbs", 1):
+            raise PlanError(
+                f"{name} must be at least {least} and at most {MOST}, got {name}={value}"
+            )
     if batch == "none" and nbs is not None:
         raise PlanError(
             f"norm={norm} looks at no other sample and takes no nbs, got nbs={nbs}: leave it out"
@@ -179,6 +189,7 @@ def _solve(
         ghost_chunks=chunks,
         sync_group=ranks,
         virtual_extra=extra,
+        asked=asked,
     )
 
 
@@ -230,17 +241,18 @@ def steps(n: int, plan: BatchPlan, remainder: str = "drop") -> tuple[int, int]:
     """
     if remainder not in ("drop", "error"):
         raise PlanError(f"remainder must be drop or error, got remainder={remainder}")
-    size = plan.batch_size
+    size, (nbs, micro_batch) = plan.batch_size, plan.asked
     count, dropped = divmod(n, size)
 
     def works(other: int) -> None:
         if not 1 <= other <= n or (remainder == "error" and n % other):
             raise PlanError("leaves a remainder")
-        _solve(other, plan.nbs, plan.world_size, plan.batch, "", None)
+        _solve(other, nbs, plan.world_size, plan.batch, "", micro_batch)
 
     if count > 0 and not (dropped and remainder == "error"):
         return count, dropped
-    candidates = _divisors(n) + _multiples(n, plan.world_size * (plan.nbs or 1)) if n > 0 else []
+    unit = plan.world_size * lcm(nbs or 1, micro_batch or 1)
+    candidates = [*_divisors(n), *_multiples(n, unit)] if n > 0 else []
     choices = {"batch_size": _nearest(size, candidates, works)}
     said = f"batch_size={size} leaves {dropped} of {n} training samples over (remainder=error)"
     if count < 1:
@@ -255,10 +267,11 @@ def _share(batch_size: int, world_size: int) -> str:
     return f"the {each} samples per rank (batch_size={batch_size}, world_size={world_size})"
 
 
-def _divisors(n: int) -> list[int]:
+@lru_cache(maxsize=8)
+def _divisors(n: int) -> tuple[int, ...]:
     """Ascending."""
     low = [d for d in range(1, isqrt(n) + 1) if n % d == 0]
-    return low + [n // d for d in reversed(low) if d * d != n]
+    return (*low, *(n // d for d in reversed(low) if d * d != n))
 
 
 def _multiples(n: int, unit: int) -> list[int]:
@@ -267,7 +280,7 @@ def _multiples(n: int, unit: int) -> list[int]:
 
 
 def _nearest(
-    value: int | None, candidates: list[int], attempt: Callable[[int], object]
+    value: int | None, candidates: Iterable[int], attempt: Callable[[int], object]
 ) -> list[int]:
     """The nearest candidates below and above a value for which the attempt does not refuse."""
     works = []

@@ -14,8 +14,9 @@ precise        population statistics pooled over ``samples`` training images in 
 precise_mean   the same with the mean of the batch variances, as the original BN paper has it
 ============== =====================================================================================
 
-``batch`` is the run's NBS unless given. Norms without population statistics (gn, ln, in, none)
-behave the same in training and at test: every protocol is their plain forward.
+``batch`` is the run's NBS unless given. ``order`` is one of 0..999: the evaluator draws from the
+stream ``seed * 1000 + order``, so that no two seeds share one. Norms without population statistics
+(gn, ln, in, none) behave the same in training and at test: every protocol is their plain forward.
 """
 
 from dataclasses import dataclass
@@ -29,6 +30,18 @@ _KEYS = {
     "ema": ("decay",),
     "precise": ("batch", "samples", "order"),
     "precise_mean": ("batch", "samples", "order"),
+}
+
+
+ORDERS = 1000
+"""Orders of one seed: the stream of an order is ``seed * ORDERS + order``."""
+
+# Half-open ranges: (lowest allowed, first not allowed, the two in words).
+_RANGES = {
+    "batch": (2, 2**31, "at least 2 and below 2**31"),
+    "samples": (2, 2**31, "at least 2 and below 2**31"),
+    "order": (0, ORDERS, f"one of 0..{ORDERS - 1}"),
+    "decay": (0, 1, "at least 0 and below 1"),
 }
 
 
@@ -74,11 +87,11 @@ class Protocol:
 
 
 def _number(spec: str, key: str, text: str) -> float | int:
-    least = {"batch": 2, "samples": 2, "order": 0, "decay": 0}[key]
+    low, high, allowed = _RANGES[key]
     try:
         value = float(text) if key == "decay" else int(text)
     except ValueError:
         raise ValueError(f"evals: '{spec}': {key} must be a number, got '{text}'") from None
-    if value < least or (key == "decay" and value >= 1):
-        raise ValueError(f"evals: '{spec}': {key} must be at least {least}, decay below 1")
+    if not low <= value < high:
+        raise ValueError(f"evals: '{spec}': {key} must be {allowed}, got {key}:{text}")
     return value

@@ -69,7 +69,7 @@ def test_no_step_of_an_epoch_has_another_size(asked: dict, n: int, remainder: st
         assert str(n) in str(refused.value)
         assert f"batch_size={planned.batch_size}" in str(refused.value)
         for size in refused.value.choices["batch_size"]:
-            again = plan(size, planned.nbs, batch=planned.batch, world_size=planned.world_size)
+            again = plan(**asked | {"batch_size": size})
             assert steps(n, again, remainder)[0] >= 1
         return
     count, dropped = steps(n, planned, remainder)
@@ -127,7 +127,12 @@ def test_a_step_is_taken_apart(asked: dict, expected: tuple[int | None, ...]) ->
         ({"batch_size": 64, "nbs": 4, "batch": "virtual", "micro_batch": 8}, ["nbs=4", "=8"]),
         ({"batch_size": 64, "nbs": 48, "batch": "sync", "world_size": 4}, ["nbs=48", "4 ranks"]),
         ({"batch_size": 64, "nbs": 8, "batch": "chunky"}, ["chunky", "per_rank, ghost"]),
-        ({"batch_size": 0, "nbs": None}, ["batch_size=0"]),
+        ({"batch_size": 0, "nbs": None}, ["batch_size=0", "at least 1"]),
+        ({"batch_size": 64, "nbs": 0}, ["nbs=0", "at least 2"]),
+        ({"batch_size": 64, "nbs": -4}, ["nbs=-4", "at least 2"]),
+        ({"batch_size": 10**23, "nbs": 7}, ["batch_size=1000", "at most 2147483647"]),
+        ({"batch_size": 64, "nbs": 10**23}, ["nbs=1000", "at most 2147483647"]),
+        ({"batch_size": 2**31 - 1, "nbs": 7}, ["nbs=7 does not divide", "nbs=2147483647"]),
         ({"batch_size": 8, "nbs": None, "world_size": 0}, ["world_size=0"]),
     ],
 )
@@ -148,6 +153,28 @@ def test_a_remainder_is_dropped_or_refused_and_never_a_smaller_batch() -> None:
         steps(100, planned)
     with pytest.raises(PlanError, match="remainder must be drop or error"):
         steps(1000, planned, "keep")
+
+
+@pytest.mark.parametrize(
+    ("asked", "n", "remainder", "works"),
+    [
+        # The statistics of bn are the whole batch's unless an nbs is asked for: any size would do.
+        ({"batch_size": 2000, "nbs": None}, 997, "drop", [997]),
+        ({"batch_size": 333, "nbs": None}, 1000, "error", [250, 500]),
+        ({"batch_size": 2000, "nbs": 8}, 997, "drop", [992]),
+        ({"batch_size": 2048, "nbs": None, "micro_batch": 64}, 997, "drop", [960]),
+        ({"batch_size": 300, "nbs": None, "micro_batch": 100}, 1000, "error", [200, 500]),
+        ({"batch_size": 2048, "nbs": 8, "batch": "ghost", "micro_batch": 64}, 997, "drop", [960]),
+    ],
+)
+def test_another_batch_size_is_offered_that_fits_what_was_asked(
+    asked: dict, n: int, remainder: str, works: list[int]
+) -> None:
+    with pytest.raises(PlanError) as refusal:
+        steps(n, plan(**asked), remainder)
+    assert refusal.value.choices == {"batch_size": works}
+    for size in works:
+        steps(n, plan(**asked | {"batch_size": size}), remainder)
 
 
 def test_rows_show_what_the_way_of_forming_uses() -> None:

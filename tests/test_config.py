@@ -252,7 +252,7 @@ def test_all_that_is_offered_passes_the_check() -> None:
         ("lr=0", "lr=0.0"),
         ("lr=nan", "lr=nan"),
         ("lr=inf", "lr=inf"),
-        ("epochs=0", "epochs must be at least 1, got epochs=0"),
+        ("epochs=0", "epochs must be at least 1 and at most 2147483647, got epochs=0"),
         ("batch_size=0", "batch_size must be at least 1"),
         ("seed=-1", "seed must be at least 0"),
         ("decay=1", "decay must be at least 0 and below 1, got decay=1.0"),
@@ -281,7 +281,19 @@ def test_all_that_is_offered_passes_the_check() -> None:
         ("evals=[val:emma]", "val:emma"),
         ("evals=[tset:ema]", "train, val, test"),
         ("evals=[val:ema/decay:0.99]", "ema_bank=[0.99]"),
-        ("nbs=0", "nbs=0"),
+        ("nbs=0", "nbs must be at least 2"),
+        ("nbs=-4", "nbs must be at least 2"),
+        ("batch_size=99999999999999999999999 nbs=7", "batch_size must be at least 1 and at most"),
+        ("seed=99999999999999999999999", "seed must be at least 0 and at most 2147483647"),
+        ("epochs=99999999999999999999999", "epochs must be at least 1 and at most 2147483647"),
+        ("micro_batch=99999999999999999999999", "micro_batch must be at least 1 and at most"),
+        ("model.width=99999999999999999999999", "model.width must be at most 2147483647"),
+        ("norm.eps=nan", "norm.eps must be a finite number, got norm.eps=nan"),
+        ("norm.eps=inf", "norm.eps must be a finite number"),
+        ("+model.stem={scale:[1,-inf]}", "model.stem.scale must be a finite number"),
+        ("runs=", "runs must be the path of a directory, got runs=''"),
+        ("data_root=", "data_root must be the path of a directory"),
+        ("norm.batch=chunky", "norm.batch must be one of per_rank, ghost"),
         ("nbs=48", "batch_size=128"),
         ("norm=ghost", "norm=ghost needs nbs"),
         ("norm=gn nbs=8", "norm=gn"),
@@ -293,6 +305,40 @@ def test_a_value_that_makes_no_sense_is_refused_by_name(overrides: str, said: st
         check(composed)
     assert said in str(refusal.value)
     assert "\n" not in str(refusal.value)
+
+
+def test_a_norm_says_how_its_batch_is_formed() -> None:
+    composed = compose()
+    del composed["norm"]["batch"]
+    for ask in (check, config.plan_of):
+        with pytest.raises(ConfigError, match=r"norm=bn lacks norm\.batch.*per_rank, ghost"):
+            ask(composed)
+
+
+@pytest.mark.parametrize("override", ["norm=../norm/bn", "+model=./tiny", "scale=bn,../scale/desk"])
+def test_an_option_is_a_name_and_no_path(override: str) -> None:
+    with pytest.raises(ConfigError, match="and no path, got ") as refusal:
+        compose([override])
+    assert override in str(refusal.value)
+
+
+@pytest.mark.parametrize(
+    ("override", "written"),
+    [
+        ("runs=ü ñ/日本", """'runs="ü ñ/日本"'"""),
+        ("runs=$(whoami)", """'runs="$(whoami)"'"""),
+        ("runs='", """'key="value"'"""),
+        ("evals=[val:ema", """'key="value"'"""),
+    ],
+)
+def test_what_hydra_cannot_read_is_named_with_how_to_write_it(override: str, written: str) -> None:
+    with pytest.raises(ConfigError) as refusal:
+        compose([override])
+    assert override in str(refusal.value)
+    assert written in str(refusal.value)
+    assert len(str(refusal.value).splitlines()) == 1
+    if not written.startswith("'key"):
+        assert compose([written.strip("'")])["runs"] == override.removeprefix("runs=")
 
 
 def test_a_group_is_a_mapping_with_a_name() -> None:

@@ -29,7 +29,7 @@ def test_a_spec_is_read(spec, protocol):
     statistics=st.sampled_from(["precise", "precise_mean"]),
     batch=st.none() | st.integers(2, 4096),
     samples=st.none() | st.integers(2, 10**6),
-    order=st.integers(0, 99),
+    order=st.integers(0, 999),
 )
 def test_writing_and_reading_agree(split, statistics, batch, samples, order):
     protocol = Protocol(split, statistics, batch=batch, samples=samples, order=order)
@@ -49,6 +49,10 @@ def test_writing_and_reading_agree(split, statistics, batch, samples, order):
         ("val:precise/samples:many", "number"),
         ("val:ema/decay:1", "below 1"),
         ("val:ema/decay:-0.5", "at least 0"),
+        ("val:ema/decay:nan", "at least 0 and below 1"),
+        ("val:batch/order:1000", r"order must be one of 0\.\.999, got order:1000"),
+        ("val:precise/order:-1", r"0\.\.999"),
+        ("val:batch/batch:99999999999999999999", r"below 2\*\*31"),
     ],
 )
 def test_a_wrong_spec_is_refused_in_one_line(spec, says):

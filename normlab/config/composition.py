@@ -90,8 +90,13 @@ def _refuse_malformed(override: str) -> None:
     key, _, text = override.partition("=")
     if not key.lstrip("+~"):
         raise ConfigError(f"'{override}' is not of the form key=value")
-    if key in ("norm", "model", "data", "recipe") and (text == "null" or text.isdigit()):
-        raise ConfigError(f"{key} takes a name ({', '.join(options(key))}), got {override}")
+    group = key.lstrip("+")
+    if group in ("norm", "model", "data", "recipe") and (text == "null" or text.isdigit()):
+        raise ConfigError(f"{group} takes a name ({', '.join(options(group))}), got {override}")
+    if group in ("norm", "model", "data", "recipe", "scale") and re.match(r"[^{]*/", text):
+        raise ConfigError(
+            f"{group} takes a name ({', '.join(options(group))}) and no path, got {override}"
+        )
 
 
 def _chosen(overrides: Sequence[str], group: str) -> str | None:
@@ -116,10 +121,12 @@ def default_scale() -> str:
 @contextmanager
 def explained() -> Iterator[None]:
     """Turn what Hydra, OmegaConf and YAML raise into ConfigError, in at most four lines."""
-    from hydra.errors import HydraException
+    from hydra.errors import HydraException, OverrideParseException
 
     try:
         yield
+    except OverrideParseException as error:
+        raise ConfigError(_unreadable(str(error.override), str(error))) from error
     except (HydraException, OmegaConfBaseException, YAMLError) as error:
         raise ConfigError(_explanation(error)) from error
 
@@ -131,8 +138,6 @@ def _explanation(error: Exception) -> str:
         return _no_option(*missing.groups())
     if unknown := re.search(r"Key '([^']+)' (?:is )?not in", f"{cause or ''}\n{text}"):
         return _no_key(unknown[1], cause or error, text)
-    if malformed := re.search(r"Error parsing override '(.*)'\n(?:missing EQUAL|.* at '=')", text):
-        return f"'{malformed[1]}' is not of the form key=value"
     first = [line for line in _lines(text) if "override_grammar" not in line]
     detail = _lines(str(cause)) if cause else first[1:]
     said = [first[0] if first else type(error).__name__]
@@ -142,6 +147,19 @@ def _explanation(error: Exception) -> str:
         said = [line for line in said if not line.startswith("full_key")]
         said.append(f"{key[1]} takes {wanted}")
     return "\n".join(said[:4])
+
+
+def _unreadable(override: str, text: str) -> str:
+    """What Hydra's grammar does not take, and how to write it."""
+    if re.search(r"missing EQUAL| at '='", text):
+        return f"'{override}' is not of the form key=value"
+    key, _, value = override.partition("=")
+    if not value or set(value) & set("'\"[]{}"):
+        key, value = "key", "value"
+    return (
+        f"{override} cannot be read: brackets and quotes must close, and a value with other"
+        f""" characters needs quotes inside those of the shell: '{key}="{value}"'"""
+    )
 
 
 def _lines(text: str) -> list[str]:

@@ -5,6 +5,7 @@ makes Hydra refuse a misspelt key or a word where a number belongs.
 """
 
 import math
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -80,13 +81,14 @@ _CHOICES = {
     "recipe.schedule": ("cosine", "step", "constant"),
 }
 
-_LEAST = {
+_SIZES = {  # at least so many, at most batchplan.MOST
     "batch_size": 1,
     "epochs": 1,
     "seed": 0,
     "world_size": 1,
     "eval_last": 1,
     "threads": 1,
+    "micro_batch": 1,
     "recipe.lr_batch": 1,
 }
 
@@ -111,16 +113,23 @@ def check(config: dict[str, Any]) -> None:
     Whether the norm, model and data set take their options is for ``normlab.build`` to see.
     """
     for group in ("norm", "model", "data"):
-        if not isinstance(config[group], dict) or "name" not in config[group]:
-            raise ConfigError(
-                f"{group} must be a mapping with a name, as the files of conf/{group} are"
-            )
+        _check_named(config, group)
+        for key, value in _numbers(group, config[group]):
+            if isinstance(value, int) and abs(value) > batchplan.MOST:
+                raise ConfigError(f"{key} must be at most {batchplan.MOST}, got {key}={value}")
+            if not math.isfinite(value):
+                raise ConfigError(f"{key} must be a finite number, got {key}={value}")
+    for key in ("runs", "data_root"):
+        if not config[key].strip():
+            raise ConfigError(f"{key} must be the path of a directory, got {key}='{config[key]}'")
     for key, choices in _CHOICES.items():
         if (value := _at(config, key)) not in choices:
             raise ConfigError(f"{key} must be one of {', '.join(choices)}, got {key}={value}")
-    for key, least in _LEAST.items():
-        if (value := _at(config, key)) is not None and value < least:
-            raise ConfigError(f"{key} must be at least {least}, got {key}={value}")
+    for key, least in _SIZES.items():
+        if (value := _at(config, key)) is not None and not least <= value <= batchplan.MOST:
+            raise ConfigError(
+                f"{key} must be at least {least} and at most {batchplan.MOST}, got {key}={value}"
+            )
     for key, (low, high) in _WITHIN.items():
         for value in _values(config, key):
             if not low <= value < high:
@@ -165,13 +174,27 @@ def _check_evals(config: dict[str, Any]) -> None:
             )
 
 
+def _check_named(config: dict[str, Any], group: str) -> None:
+    if not isinstance(config[group], dict) or "name" not in config[group]:
+        raise ConfigError(
+            f"{group} must be a mapping with a name, as the files of conf/{group} are"
+        )
+
+
 def plan_of(config: dict[str, Any]) -> batchplan.BatchPlan:
-    """The batch plan of a config. Raises ``batchplan.PlanError``."""
+    """The batch plan of a config. Raises ``batchplan.PlanError``, and ConfigError for a norm that
+    does not say how its batch is formed."""
+    _check_named(config, "norm")
+    if "batch" not in config["norm"]:
+        raise ConfigError(
+            f"norm={config['norm']['name']} lacks norm.batch, how its batch is formed:"
+            f" one of {', '.join(batchplan.BATCHES)}"
+        )
     return batchplan.plan(
         config["batch_size"],
         config["nbs"],
         world_size=config["world_size"],
-        batch=config["norm"].get("batch", "none"),
+        batch=config["norm"]["batch"],
         norm=config["norm"]["name"],
         micro_batch=config["micro_batch"],
     )
@@ -182,6 +205,18 @@ def _at(config: dict[str, Any], key: str) -> Any:
     for part in key.split("."):
         value = value[part]
     return value
+
+
+def _numbers(key: str, value: Any) -> Iterator[tuple[str, int | float]]:
+    """(dotted key, number) of every number in a group's option."""
+    if isinstance(value, dict):
+        for inner, below in value.items():
+            yield from _numbers(f"{key}.{inner}", below)
+    elif isinstance(value, list):
+        for below in value:
+            yield from _numbers(key, below)
+    elif isinstance(value, int | float):
+        yield key, value
 
 
 def _values(config: dict[str, Any], key: str) -> list[float]:
