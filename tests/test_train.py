@@ -204,3 +204,26 @@ def test_the_data_of_an_epoch_is_every_image_once():
     seen = sum(len(y) for _, y in dataset.train_batches(batch_size=1, seed=0, epoch=0))
     assert seen == dataset.size("train")
     assert isinstance(build.norm(resolved("norm=none"))(3), nn.Module)
+
+
+@pytest.mark.slow  # the compiler works for most of a minute
+def test_a_compiled_network_learns_the_same_and_resumes(tmp_path):
+    def run(compiled, epochs=2):
+        ours = trainer(resolved("norm=ghost", "nbs=8", "epochs=2"), tmp_path)
+        ours.forward = torch.compile(ours.model) if compiled else None
+        for _ in range(epochs):
+            ours.train_epoch()
+        ours.save()
+        return ours
+
+    eager, compiled = run(False), run(True)
+    for ours, theirs in zip(compiled.history, eager.history, strict=True):
+        assert ours["train_loss"] == pytest.approx(theirs["train_loss"], rel=0.05)
+    assert compiled.model.state_dict().keys() == eager.model.state_dict().keys()
+
+    run(True, epochs=1)
+    resumed = trainer(resolved("norm=ghost", "nbs=8", "epochs=2"), tmp_path)
+    resumed.load_state_dict(checkpoint.load(tmp_path / "c.pt"))
+    resumed.forward = torch.compile(resumed.model)
+    resumed.train_epoch()
+    assert resumed.history == compiled.history
