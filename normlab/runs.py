@@ -39,6 +39,10 @@ RUN_COLUMNS = [
     "status",
 ]  # fmt: skip
 COLUMNS = RUN_COLUMNS + EVAL_COLUMNS
+NUMBERS = {
+    "nbs", "seed", "batch_size", "epochs", "lr", "decay", "world_size", "threads", "chance",
+    "seconds", "batch", "samples", "order", "epoch", "n", "error", "loss",
+}  # fmt: skip
 
 # What no run executes: changing it cannot change a run's numbers.
 _NOT_RUN = {
@@ -221,6 +225,48 @@ def summary(run: RunDir) -> dict[str, Any]:
     return {column: values.get(column) for column in RUN_COLUMNS}
 
 
+DEFAULT_ROOT = Path("runs")
+"""Where run directories lie unless somebody says otherwise."""
+
+
+def check_root(root: Path) -> None:
+    """Refuse a root that somebody named and that is no directory; the default one may be absent."""
+    if root != DEFAULT_ROOT and not root.is_dir():
+        raise ValueError(f"--runs {root}: there is no such directory")
+
+
+def readable(root: Path) -> Iterator[tuple[dict[str, Any], list[dict[str, Any]]]]:
+    """Every run's own columns (``RUN_COLUMNS``) and its evaluations, numbers as numbers.
+
+    A directory that cannot be read is left out with a warning: it must not hide the others.
+    """
+    for run in listed(root):
+        try:
+            own, evals = _numbers(summary(run)), [_numbers(row) for row in run.evals()]
+        except KeyError as error:
+            log.warning("left out %s: its files have no %s", run.path, error)
+        except (ValueError, TypeError, OSError, csv.Error) as error:
+            log.warning("left out %s: %s", run.path, error)
+        else:
+            yield own, evals
+
+
+def _numbers(row: dict[str, Any]) -> dict[str, Any]:
+    """The row with what stands as text in its columns of numbers read. Raises ValueError."""
+    read = dict(row)
+    for column in NUMBERS & row.keys():
+        try:
+            if row[column] in (None, ""):
+                read[column] = None
+            elif isinstance(row[column], str):
+                read[column] = float(row[column])
+            else:
+                float(row[column])
+        except (ValueError, TypeError):
+            raise ValueError(f"its {column} is {row[column]!r}, which is no number") from None
+    return read
+
+
 def table(root: Path) -> "pd.DataFrame":
     """All runs under a root: one row per run and evaluation; a run without any has one row.
 
@@ -229,12 +275,8 @@ def table(root: Path) -> "pd.DataFrame":
     import pandas as pd
 
     rows: list[dict[str, Any]] = []
-    for run in listed(root):
-        try:
-            own = summary(run)
-            rows += [own | row for row in run.evals()] or [own]
-        except (ValueError, KeyError, TypeError) as error:
-            log.warning("left out %s: %s", run.path, error)
+    for own, evals in readable(root):
+        rows += [own | row for row in evals] or [own]
     frame = pd.DataFrame(rows, columns=COLUMNS)
     numbers = ["nbs", "batch", "samples", "order", "epoch", "n", "error", "loss", "seconds"]
     return frame.assign(**{name: pd.to_numeric(frame[name]) for name in numbers})

@@ -18,6 +18,7 @@ def main(what: str | None, *, root: str) -> int:
         print("normlab show WHAT, where WHAT is one of:", ", ".join(TABLES))
     else:
         _print(TABLES[what](Path(root)))
+    sys.stdout.flush()  # a reader who has left is met here, where the command line expects it
     return 0
 
 
@@ -101,14 +102,14 @@ def _experiments(_: Path) -> list[list[str]]:
 
 
 def _runs(root: Path) -> list[list[str]]:
-    """One row per run; read without pandas."""
+    """One row per run; read without pandas. Raises ValueError for a root that is not there."""
+    runs.check_root(root)
     table = [["id", "status", "scale", "experiment", "evaluations", "seconds"]]
-    for run in runs.listed(root):
-        row = runs.summary(run)
-        cells = [row.get(key) for key in ("id", "status", "scale", "experiment")]
+    for row, evals in runs.readable(root):
+        cells = [row[key] for key in ("id", "status", "scale", "experiment")]
+        seconds = row["seconds"]
         table.append(["" if cell is None else str(cell) for cell in cells])
-        seconds = row.get("seconds")
-        table[-1] += [str(len(run.evals())), f"{float(seconds):.1f}" if seconds else ""]
+        table[-1] += [str(len(evals)), f"{seconds:.1f}" if seconds else ""]
     return table
 
 

@@ -76,6 +76,29 @@ def test_an_unreadable_run_is_left_out_with_a_warning(tmp_path, caplog):
     assert "broken" in caplog.text
 
 
+@pytest.mark.parametrize(
+    ("name", "content", "says"),
+    [
+        ("config.yaml", "{}", "no 'model'"),
+        ("config.yaml", "[", "cannot be read"),
+        ("config.yaml", "model: tiny", "left out"),
+        ("evals.csv", "protocol,epoch,error\ntest:ema,2,twelve\n", "error is 'twelve'"),
+        ("evals.csv", "protocol,epoch,error\ntest:ema,last,12\n", "epoch is 'last'"),
+        ("evals.csv", b"protocol,epoch,error\n\xff\xfe,2,12\n", "decode"),
+        ("env.json", "[1]", "left out"),
+        ("status.json", '{"status": "done", "seconds": "long"}', "seconds is 'long'"),
+    ],
+)
+def test_one_broken_run_is_named_and_hides_no_other(tmp_path, caplog, name, content, says):
+    finished(tmp_path)
+    broken = finished(tmp_path, "broken")
+    content = content if isinstance(content, bytes) else content.encode()
+    (broken.path / name).write_bytes(content)
+    assert set(runs.table(tmp_path)["id"]) == {"tiny-ghost-nbs8-s100-0123abcd"}
+    assert str(broken.path) in caplog.text
+    assert says in caplog.text
+
+
 def test_an_evaluation_made_again_replaces_its_row(tmp_path):
     run = finished(tmp_path)
     run.add_eval({**ROW, "error": 11.0})

@@ -1,0 +1,41 @@
+"""The table of runs; the other tables are in test_cli."""
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from test_runs import finished
+
+from normlab import show
+
+
+def test_a_broken_run_is_left_out(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], caplog: pytest.LogCaptureFixture
+) -> None:
+    run = finished(tmp_path)
+    (tmp_path / "broken").mkdir()
+    (tmp_path / "broken" / "config.yaml").write_text("{}")
+    assert show.main("runs", root=str(tmp_path)) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert [line.split() for line in lines[1:]] == [[run.id, "done", "demo", "1", "1.5"]]
+    assert str(tmp_path / "broken") in caplog.text
+
+
+def test_a_root_that_somebody_names_must_be_there(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(ValueError, match="nonsense: there is no such directory"):
+        show.main("runs", root="nonsense")
+    assert show.main("runs", root="runs") == 0
+
+
+def test_a_reader_who_leaves_early_is_no_error() -> None:
+    command = [sys.executable, "-m", "normlab", "show", "norms"]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE) as shown:
+        assert shown.stdout is not None
+        assert shown.stderr is not None
+        shown.stdout.close()
+        said = shown.stderr.read()
+    assert (shown.returncode, said) == (0, b"")
