@@ -292,7 +292,6 @@ def test_all_that_is_offered_passes_the_check() -> None:
         ("norm.eps=inf", "norm.eps must be a finite number"),
         ("+model.stem={scale:[1,-inf]}", "model.stem.scale must be a finite number"),
         ("runs=", "runs must be the path of a directory, got runs=''"),
-        ("data_root=", "data_root must be the path of a directory"),
         ("norm.batch=chunky", "norm.batch must be one of per_rank, ghost"),
         ("nbs=48", "batch_size=128"),
         ("norm=ghost", "norm=ghost needs nbs"),

@@ -119,9 +119,8 @@ def check(config: dict[str, Any]) -> None:
                 raise ConfigError(f"{key} must be at most {batchplan.MOST}, got {key}={value}")
             if not math.isfinite(value):
                 raise ConfigError(f"{key} must be a finite number, got {key}={value}")
-    for key in ("runs", "data_root"):
-        if not config[key].strip():
-            raise ConfigError(f"{key} must be the path of a directory, got {key}='{config[key]}'")
+    if not config["runs"].strip():
+        raise ConfigError(f"runs must be the path of a directory, got runs='{config['runs']}'")
     for key, choices in _CHOICES.items():
         if (value := _at(config, key)) not in choices:
             raise ConfigError(f"{key} must be one of {', '.join(choices)}, got {key}={value}")
