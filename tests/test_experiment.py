@@ -7,6 +7,7 @@ from omegaconf import OmegaConf
 
 from normlab import experiment, plugins
 
+FLAT, FALLS = "claims.bottom_is_flat", "claims.train_error_falls"
 FILES = sorted(Path(plugins.package_dir("experiments")).glob("*.yaml"))
 
 
@@ -79,24 +80,109 @@ def test_unknown_names_are_answered_with_the_known_ones():
         experiment.load("nbs").scale("huge")
 
 
-@pytest.mark.parametrize(
-    ("change", "says"),
-    [
-        ({"claims.bottom_is_flat.kind": "equal"}, "direction, equivalence, shape"),
-        ({"claims.bottom_is_flat.margn": 1}, "margn"),
-        ({"claims.bottom_is_flat.monotone": {"falls": "nbs", "terms": []}}, "either"),
-        ({"claims.train_error_falls.kind": "direction"}, "exactly one"),
-        ({"protocols.test_precise": None, "colour": "red"}, "colour"),
-    ],
-)
-def test_a_malformed_file_is_refused_by_name(tmp_path, monkeypatch, change, says):
+BROKEN = [
+    ({"colour": "red"}, "broken.yaml: unknown keys .*colour"),
+    ({"title": None}, "title: must be text"),
+    ({"set": "norm"}, "set: must be a mapping"),
+    ({"scales.desk": {"set": {}}}, "scales.desk: missing keys .*axes"),
+    ({"scales.desk.axis": {}}, "scales.desk: unknown keys .*axis.* .allowed: axes, set"),
+    ({"scales.desk.axes.nbs": 2}, "scales.desk.axes.nbs: must be a list"),
+    ({"scales.desk.axes.nbs": []}, "scales.desk.axes.nbs: has no values"),
+    ({"scales.desk.axes.seed": ["one"]}, "scales.desk.axes.seed: .*whole numbers"),
+    ({"protocols.test_ema": "test:ema"}, "protocols.test_ema: must be a mapping"),
+    ({"protocols.test_ema.eval": "test:emma"}, "protocols.test_ema: .*test:emma.*ema"),
+    ({"protocols.test_ema.lable": "x"}, "protocols.test_ema: unknown keys .*lable"),
+    ({"baseline.nbs": 3}, "baseline: scale demo does not run nbs=3"),
+    ({"baseline.lr": 3}, "baseline: scale demo does not run lr=3"),
+    ({"table.rows": "nbs"}, "table: unknown keys .*rows"),
+    ({"table.columns": ["val_ema"]}, "table.columns: unknown protocols .*val_ema"),
+    ({"figure.series": ["val_ema"]}, "figure.series: unknown protocols .*val_ema"),
+    ({"figure.series": []}, "figure.series: names no protocol"),
+    ({"figure.kind": "pie"}, "figure.kind: no figure kind 'pie' .*curves"),
+    ({"figure.x": "lr"}, "figure.x: 'lr' is no axis of scale demo"),
+    ({"figure": {"kind": "curves"}}, "figure: missing keys .*series"),
+    ({"published": {"label": "x"}}, "published: must be a list"),
+    ({"published": [{"label": "x", "x": "nbs"}]}, r"published\[0\]: missing keys .*values"),
+    (
+        {"published": [{"label": "x", "x": "nbs", "values": {"test_ema": {2: "low"}}}]},
+        r"published\[0\].values.test_ema.2: must be a number, is 'low'",
+    ),
+    ({f"{FLAT}.kind": "equal"}, "direction, equivalence, shape"),
+    ({f"{FLAT}.margn": 1}, f"{FLAT}: unknown keys .*margn"),
+    ({f"{FLAT}.margin": -0.1}, f"{FLAT}.margin: must not be below 0"),
+    ({f"{FLAT}.margin": "small"}, f"{FLAT}.margin: must be a number"),
+    ({f"{FLAT}.primary": "yes"}, f"{FLAT}.primary: must be true or false, is 'yes'"),
+    ({f"{FLAT}.paper": 0.5}, f"{FLAT}.paper: must be text"),
+    ({f"{FLAT}.contrasts": []}, f"{FLAT}: kind equivalence takes exactly one"),
+    ({f"{FLAT}.contrasts": [[]]}, rf"{FLAT}.contrasts\[0\]: has no term"),
+    ({f"{FLAT}.contrasts": [[[1, "test_ema"]]]}, rf"{FLAT}.contrasts\[0\]: a term is .factor"),
+    ({f"{FLAT}.contrasts": [[[1, "val", {}]]]}, "unknown protocols .*val"),
+    ({f"{FLAT}.contrasts": [[[1, "test_ema", {"lr": 1}]]]}, "lr: 1 names no cell"),
+    ({f"{FLAT}.monotone": {"falls": "nbs", "terms": []}}, "either contrasts or monotone"),
+    ({f"{FALLS}.kind": "direction"}, "exactly one"),
+    ({f"{FALLS}.monotone.til": 8}, f"{FALLS}.monotone: unknown keys .*til"),
+    ({f"{FALLS}.monotone.rises": "nbs"}, f"{FALLS}.monotone: needs either falls or rises"),
+    ({f"{FALLS}.monotone.falls": "lr"}, f"{FALLS}.monotone: 'lr' is no axis"),
+    ({f"{FALLS}.monotone.upto": "max"}, f"{FALLS}.monotone.upto: must be a number"),
+    ({f"{FALLS}.monotone.terms": [[1]]}, f"{FALLS}.monotone.terms: a term is .factor, protocol"),
+]
+
+
+def load_broken(tmp_path, monkeypatch):
+    monkeypatch.setattr(experiment, "files", lambda: {"broken": tmp_path / "broken.yaml"})
+    return experiment.load.__wrapped__("broken")
+
+
+@pytest.mark.parametrize(("change", "says"), BROKEN, ids=[next(iter(c)) for c, _ in BROKEN])
+def test_a_malformed_file_is_refused_by_file_and_key(tmp_path, monkeypatch, change, says):
     raw = OmegaConf.load(experiment.files()["nbs"])
     for key, value in change.items():
-        OmegaConf.update(raw, key, value, force_add=True)
+        OmegaConf.update(raw, key, value, merge=False, force_add=True)
     OmegaConf.save(raw, tmp_path / "broken.yaml")
-    monkeypatch.setattr(experiment, "files", lambda: {"broken": tmp_path / "broken.yaml"})
-    with pytest.raises(ValueError, match=says):
-        experiment.load.__wrapped__("broken")
+    with pytest.raises(ValueError, match=says) as refused:
+        load_broken(tmp_path, monkeypatch)
+    message = str(refused.value)
+    assert message.startswith("experiments/broken.yaml")
+    assert len(message.splitlines()) == 1
+
+
+@pytest.mark.parametrize(
+    ("content", "says"),
+    [
+        (b"title: [", "line 1"),
+        (b"title: one\ntitle: two", "duplicate key title, line 2"),
+        (b"", "missing keys"),
+        (b"- title", "must be a mapping"),
+        (b"title: \xff\xfe", "broken.yaml"),
+        (b"title: ${nothing}", "nothing"),
+    ],
+)
+def test_a_file_that_is_no_mapping_is_refused(tmp_path, monkeypatch, content, says):
+    (tmp_path / "broken.yaml").write_bytes(content)
+    with pytest.raises(ValueError, match=says) as refused:
+        load_broken(tmp_path, monkeypatch)
+    assert str(refused.value).startswith("experiments/broken.yaml")
+    assert len(str(refused.value).splitlines()) == 1
+
+
+def test_a_monotone_claim_ends_where_it_says():
+    claim = experiment.load("nbs").claims["train_error_falls"]
+    (contrast,) = claim.contrasts({"nbs": [256, 512, 1024]})
+    assert [cell for _, _, cell in contrast.terms] == [{"nbs": 256}, {"nbs": 512}]
+
+
+def test_the_kinds_of_figure_are_those_that_can_be_drawn():
+    from normlab.report import figures
+
+    assert [path.stem for path in experiment.FIGURES.glob("[!_]*.py")] == figures.names()
+
+
+def test_the_page_on_experiments_shows_one_that_loads(tmp_path, monkeypatch):
+    page = (FILES[0].parent.parent / "docs" / "how-to-add-an-experiment.md").read_text()
+    shown = page.split("```yaml\n")[1].split("```")[0]
+    (tmp_path / "broken.yaml").write_text(shown)
+    loaded = load_broken(tmp_path, monkeypatch)
+    assert loaded.table == {"columns": ["test"]}
 
 
 def test_editing_a_claim_changes_the_digest(tmp_path, monkeypatch):

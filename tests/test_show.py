@@ -1,5 +1,6 @@
 """The table of runs; the other tables are in test_cli."""
 
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -33,7 +34,9 @@ def test_a_root_that_somebody_names_must_be_there(
 
 def test_a_reader_who_leaves_early_is_no_error() -> None:
     command = [sys.executable, "-m", "normlab", "show", "norms"]
-    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE) as shown:
+    buffered = {key: value for key, value in os.environ.items() if key != "PYTHONUNBUFFERED"}
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
+    with subprocess.Popen(command, env=buffered, **pipes) as shown:
         assert shown.stdout is not None
         assert shown.stderr is not None
         shown.stdout.close()

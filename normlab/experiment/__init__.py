@@ -6,29 +6,36 @@ the others do not know. Nothing here imports torch.
 
 import hashlib
 import json
-from collections.abc import Iterator
+from collections.abc import Collection
 from dataclasses import dataclass, field
 from functools import cache
-from itertools import pairwise, product
+from itertools import product
 from pathlib import Path
 from typing import Any
 
 from omegaconf import OmegaConf
+from yaml import YAMLError
 
-from normlab import plugins
+from normlab import plugins, protocols
+from normlab.experiment import claim
+from normlab.experiment.checks import items, mapping, named, number, refuse, text
+from normlab.experiment.claim import Claim, Contrast
 
-KINDS = ("direction", "equivalence", "shape")
+__all__ = [
+    "Cell", "Claim", "Contrast", "Experiment", "Protocol", "Published", "Scale", "files", "load",
+    "names", "overlay",
+]  # fmt: skip
+
 GROUPS = ("model", "norm", "data", "recipe")
 """The groups of ``conf/`` whose value in ``set`` or ``axes`` is an option's name."""
 
-_KEYS = {
+_KEYS = (
     "title", "source", "set", "scales", "protocols", "baseline", "table", "figure", "published",
     "claims",
-}  # fmt: skip
-_CLAIM_KEYS = {"sentence", "paper", "kind", "primary", "margin", "contrasts", "monotone"}
+)  # fmt: skip
 
-Term = tuple[float, str, dict[str, Any]]
-"""Factor, protocol, and the axes' values of the cell it is read from."""
+FIGURES = Path(__file__).parent.parent / "report" / "figures"
+"""The kinds of figure, a module each: looked up by name, since importing one takes a second."""
 
 
 @dataclass(frozen=True)
@@ -48,14 +55,6 @@ class Protocol:
 
 
 @dataclass(frozen=True)
-class Contrast:
-    """A sum of terms in percentage points, taken within a seed."""
-
-    label: str
-    terms: list[Term]
-
-
-@dataclass(frozen=True)
 class Cell:
     """One run of the grid: its place on the axes and the overrides that make it."""
 
@@ -70,63 +69,6 @@ class Published:
     label: str
     x: str
     values: dict[str, dict[Any, float]]
-
-
-@dataclass(frozen=True)
-class Claim:
-    """One falsifiable sentence with its test; ``margin`` in percentage points."""
-
-    name: str
-    sentence: str
-    paper: str
-    kind: str
-    primary: bool
-    margin: float
-    spec: dict[str, Any] = field(repr=False)
-
-    def contrasts(self, axes: dict[str, list[Any]]) -> list[Contrast]:
-        """The contrasts on a grid with these axes; `min` and `max` become the axis' ends.
-
-        Raises ValueError when the grid lacks a cell that the claim speaks of.
-        """
-        if "monotone" in self.spec:
-            raw = list(self._steps(axes))
-        else:
-            raw = [[tuple(term) for term in terms] for terms in self.spec["contrasts"]]
-        return [self._contrast(terms, axes) for terms in raw]
-
-    def _steps(self, axes: dict[str, list[Any]]) -> Iterator[list[Term]]:
-        """Neighbours along the axis, ordered so that a true claim makes every contrast positive."""
-        spec = self.spec["monotone"]
-        axis, sign = (spec["falls"], 1) if "falls" in spec else (spec["rises"], -1)
-        values = [v for v in sorted(axes.get(axis, [])) if v <= spec.get("upto", v)]
-        for low, high in pairwise(values):
-            yield [
-                (side * factor, protocol, {axis: value})
-                for value, side in ((low, sign), (high, -sign))
-                for factor, protocol in spec["terms"]
-            ]
-
-    def _contrast(self, terms: list[Any], axes: dict[str, list[Any]]) -> Contrast:
-        resolved: list[Term] = []
-        for factor, protocol, cell in terms:
-            at = {}
-            for axis, value in cell.items():
-                values = axes.get(axis, [])
-                ends = {"min": min, "max": max}
-                at[axis] = ends[value](values) if value in ends and values else value
-                if at[axis] not in values:
-                    raise ValueError(
-                        f"claim {self.name} reads {axis}={value}, which this scale does not run "
-                        f"(it runs {axis}={','.join(map(str, values)) or 'nothing'})"
-                    )
-            resolved.append((float(factor), protocol, at))
-        label = " ".join(
-            f"{'+' if f > 0 else '-'}{'' if abs(f) == 1 else f'{abs(f):g} '}{p}"
-            f"({', '.join(f'{k}={v}' for k, v in cell.items())})"
-            for f, p, cell in resolved
-        )
-        return Contrast(label, resolved)
 
 
 @dataclass(frozen=True)
@@ -201,61 +143,108 @@ def names() -> list[str]:
 
 @cache
 def load(name: str) -> Experiment:
-    """Read ``experiments/<name>.yaml``. Raises ValueError for an unknown name or a wrong file."""
+    """Read ``experiments/<name>.yaml``.
+
+    Raises ValueError in one line for an unknown name and, by file and key, for what is wrong in it.
+    """
     known = files()
     if name not in known:
         raise ValueError(f"no experiment '{name}' (experiments: {', '.join(sorted(known))})")
-    raw = OmegaConf.to_container(OmegaConf.load(known[name]), resolve=True)
-    if not isinstance(raw, dict):
-        raise ValueError(f"experiments/{name}.yaml is not a mapping")
-    if wrong := set(raw) ^ _KEYS:
-        raise ValueError(
-            f"experiments/{name}.yaml: unknown or missing keys {sorted(map(str, wrong))}"
-        )
+    where = f"experiments/{name}.yaml"
+    try:
+        loaded = OmegaConf.to_container(OmegaConf.load(known[name]), resolve=True)
+    except (YAMLError, OSError, ValueError) as error:
+        mark = getattr(error, "problem_mark", None)
+        reason = getattr(error, "problem", None) or str(error).splitlines()[0]
+        refuse(where, reason + (f", line {mark.line + 1}" if mark else ""))
+    raw = mapping(where, loaded, _KEYS)
+    scales = {
+        scale: _scale(f"{where}, scales.{scale}", value)
+        for scale, value in mapping(f"{where}, scales", raw["scales"]).items()
+    }
+    evals = {
+        key: _protocol(f"{where}, protocols.{key}", value)
+        for key, value in mapping(f"{where}, protocols", raw["protocols"]).items()
+    }
+    axes: dict[str, list[Any]] = {}
+    for grid in scales.values():
+        for axis, values in grid.axes.items():
+            axes.setdefault(axis, []).extend(values)
+    _baseline(f"{where}, baseline", raw["baseline"], scales)
+    mapping(f"{where}, table", raw["table"], {"columns"})
+    named(f"{where}, table.columns", raw["table"]["columns"], evals)
+    _figure(f"{where}, figure", raw["figure"], scales, evals)
     return Experiment(
         name=name,
-        title=raw["title"],
-        source=raw["source"],
-        set=raw["set"],
-        scales={
-            scale: Scale(set=grid.get("set", {}), axes=grid["axes"])
-            for scale, grid in raw["scales"].items()
-        },
-        protocols={key: Protocol(**value) for key, value in raw["protocols"].items()},
+        title=text(f"{where}, title", raw["title"]),
+        source=text(f"{where}, source", raw["source"]),
+        set=mapping(f"{where}, set", raw["set"]),
+        scales=scales,
+        protocols=evals,
         baseline=raw["baseline"],
         table=raw["table"],
         figure=raw["figure"],
-        published=[Published(**value) for value in raw["published"]],
+        published=[
+            _published(f"{where}, published[{i}]", value, evals)
+            for i, value in enumerate(items(f"{where}, published", raw["published"]))
+        ],
         claims={
-            key: _claim(name, key, value, raw["protocols"]) for key, value in raw["claims"].items()
+            key: claim.read(f"{where}, claims.{key}", key, value, evals, axes)
+            for key, value in mapping(f"{where}, claims", raw["claims"]).items()
         },
         judging={key: raw[key] for key in ("claims", "protocols", "set")},
     )
 
 
-def _claim(experiment: str, name: str, raw: dict[str, Any], protocols: dict[str, Any]) -> Claim:
-    where = f"experiments/{experiment}.yaml, claim {name}"
-    if unknown := set(raw) - _CLAIM_KEYS:
-        raise ValueError(f"{where}: unknown keys {sorted(unknown)}")
-    if missing := _CLAIM_KEYS - {"contrasts", "monotone"} - set(raw):
-        raise ValueError(f"{where}: missing keys {sorted(missing)}")
-    if ("contrasts" in raw) == ("monotone" in raw):
-        raise ValueError(f"{where}: needs either contrasts or monotone")
-    if raw["kind"] not in KINDS:
-        raise ValueError(f"{where}: kind '{raw['kind']}' is none of {', '.join(KINDS)}")
-    if raw["kind"] != "shape" and len(raw.get("contrasts", [])) != 1:
-        raise ValueError(f"{where}: a {raw['kind']} has exactly one contrast")
-    contrasts = [raw["monotone"]["terms"]] if "monotone" in raw else raw["contrasts"]
-    if strange := {term[1] for terms in contrasts for term in terms} - set(protocols):
-        raise ValueError(f"{where}: unknown protocols {sorted(strange)}")
-    return Claim(
-        name=name,
-        sentence=raw["sentence"],
-        paper=raw["paper"],
-        kind=raw["kind"],
-        primary=raw["primary"],
-        margin=float(raw["margin"]),
-        spec={key: raw[key] for key in ("contrasts", "monotone") if key in raw},
+def _scale(where: str, value: Any) -> Scale:
+    raw = mapping(where, value, {"axes"}, {"set"})
+    axes = mapping(f"{where}.axes", raw["axes"])
+    for axis, values in axes.items():
+        if not items(f"{where}.axes.{axis}", values):
+            refuse(f"{where}.axes.{axis}", "has no values")
+    if not all(type(seed) is int for seed in axes.get("seed", [None])):
+        refuse(f"{where}.axes.seed", "must be a list of whole numbers")
+    return Scale(set=mapping(f"{where}.set", raw.get("set", {})), axes=axes)
+
+
+def _protocol(where: str, value: Any) -> Protocol:
+    raw = mapping(where, value, ("eval", "label"))
+    try:
+        protocols.Protocol.parse(text(f"{where}.eval", raw["eval"]))
+    except ValueError as error:
+        refuse(where, str(error))
+    return Protocol(raw["eval"], text(f"{where}.label", raw["label"]))
+
+
+def _baseline(where: str, value: Any, scales: dict[str, Scale]) -> None:
+    for axis, at in mapping(where, value).items():
+        for scale, grid in scales.items():
+            if at not in (values := grid.axes.get(axis, [])):
+                runs = ",".join(map(str, values)) or "nothing"
+                refuse(where, f"scale {scale} does not run {axis}={at} (it runs {axis}={runs})")
+
+
+def _figure(where: str, value: Any, scales: dict[str, Scale], known: Collection[str]) -> None:
+    raw = mapping(where, value, ("kind", "x", "xlabel", "series"), optional=None)
+    kinds = sorted(path.stem for path in FIGURES.glob("[!_]*.py"))
+    if raw["kind"] not in kinds:
+        refuse(f"{where}.kind", f"no figure kind '{raw['kind']}' (kinds: {', '.join(kinds)})")
+    for scale, grid in scales.items():
+        if raw["x"] not in grid.axes:
+            refuse(f"{where}.x", f"'{raw['x']}' is no axis of scale {scale}")
+    text(f"{where}.xlabel", raw["xlabel"])
+    named(f"{where}.series", raw["series"], known)
+
+
+def _published(where: str, value: Any, known: Collection[str]) -> Published:
+    raw = mapping(where, value, ("label", "x", "values"))
+    values = mapping(f"{where}.values", raw["values"])
+    named(f"{where}.values", list(values), known)
+    for protocol, numbers in values.items():
+        for at, error in numbers.items() if isinstance(numbers, dict) else [("", numbers)]:
+            number(f"{where}.values.{protocol}.{at}", error)
+    return Published(
+        label=text(f"{where}.label", raw["label"]), x=text(f"{where}.x", raw["x"]), values=values
     )
 
 
