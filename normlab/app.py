@@ -35,7 +35,8 @@ _ONLY_SHOWS = {"-h", "--help", "--hydra-help", "-c", "--cfg", "-i", "--info"}
 def train(argv: list[str]) -> int:
     """Run what the overrides describe, once or as a sweep; returns the exit code.
 
-    0: all done. 1: a run failed or diverged. 2: something was refused before it wrote anything.
+    0: all done. 1: a run failed or diverged, or some cells were refused while others ran. 2:
+    refused before anything was written.
     Raises ConfigError where not even a job could be composed.
     """
     flags, overrides = _split(argv)
@@ -96,7 +97,7 @@ def task(cfg: DictConfig) -> None:
         file.write(json.dumps(note) + "\n")  # one short write, whole beside those of other jobs
 
 
-def evaluate(run: str, specs: list[str], *, root: str, device: str) -> int:
+def evaluate(run: str, specs: list[str], *, root: str, data_root: str | None) -> int:
     """`normlab eval`: a finished run under further protocols; returns the exit code.
 
     Raises ValueError or OSError for what cannot be evaluated.
@@ -104,7 +105,7 @@ def evaluate(run: str, specs: list[str], *, root: str, device: str) -> int:
     from normlab import launch
 
     try:
-        outcome = launch.evaluate(run, specs, root=root, device=device)
+        outcome = launch.evaluate(run, specs, root=root, data_root=data_root)
     except launch.JobError as error:
         print(f"normlab: {error}", file=sys.stderr)
         return 1
@@ -147,7 +148,7 @@ def _close(notes: list[dict[str, Any]]) -> int:
         print(
             f"{len(notes)} cells: {count['done']} done ({count['done'] - skipped} run, "
             f"{skipped} skipped), {count['diverged']} diverged, "
-            f"{count['failed'] + count['refused']} failed"
+            f"{count['failed']} failed, {count['refused']} refused"
         )
     messages = Counter(note["message"] for note in notes if "message" in note)
     said = [
@@ -161,7 +162,9 @@ def _close(notes: list[dict[str, Any]]) -> int:
         )
     print("\n".join(said), end="\n" if said else "", file=sys.stderr)
     statuses = {note["status"] for note in notes}
-    return 2 if "refused" in statuses else 1 if statuses & {"failed", "diverged"} else 0
+    if "refused" in statuses:  # 2 promises that nothing was written
+        return 2 if all(n["status"] == "refused" or n.get("skipped") for n in notes) else 1
+    return 1 if statuses & {"failed", "diverged"} else 0
 
 
 def _split(argv: list[str]) -> tuple[list[str], list[str]]:

@@ -1,7 +1,8 @@
 """`normlab <command> ...`: each command in one line, imported only when it is the one.
 
-Exit codes: 0 done, 1 a run failed or diverged, 2 refused (one to five lines say why, and nothing
-was written), 130 Ctrl-C, 143 SIGTERM. NORMLAB_TRACEBACK=1 shows where a refusal comes from.
+Exit codes: 0 done, 1 a run failed or diverged, or cells of a sweep were refused while others ran,
+2 refused (one to five lines say why, and nothing was written), 130 Ctrl-C, 143 SIGTERM.
+NORMLAB_TRACEBACK=1 shows where a refusal comes from.
 """
 
 import os
@@ -29,6 +30,10 @@ Shell completion: eval "$(normlab -sc install=bash)"
 """
 
 
+RUNS = "runs"
+"""Where run directories lie unless another place is named: there may be none yet."""
+
+
 def train(argv: list[str]) -> int:
     from normlab import app
 
@@ -44,7 +49,7 @@ def sweep(argv: list[str]) -> int:
 def report(argv: list[str]) -> int:
     parser = _parser("report", "Tables, figures, verdicts and one page over all experiments.")
     parser.add_argument("experiment", nargs="*", help="whose report to print (default: all)")
-    parser.add_argument("--runs", default="runs", help="where run directories lie")
+    _add_runs(parser)
     parser.add_argument(
         "--results", default="results", help="where to write, and what is committed"
     )
@@ -54,19 +59,21 @@ def report(argv: list[str]) -> int:
     given = parser.parse_args(argv)
     from normlab.report import main as write
 
-    return write(given.experiment, runs=given.runs, results=given.results, refresh=given.refresh)
+    return write(
+        given.experiment, runs=given.runs or RUNS, results=given.results, refresh=given.refresh
+    )
 
 
 def evaluate(argv: list[str]) -> int:
     parser = _parser("eval", "A finished run under further protocols, added to its evals.csv.")
     parser.add_argument("run", help="a run's id, its beginning, or its directory")
     parser.add_argument("spec", nargs="+", help="e.g. test:ema; see normlab show protocols")
-    parser.add_argument("--runs", default="runs", help="where run directories lie")
-    parser.add_argument("--device", default="auto", help="auto, cpu or cuda")
+    _add_runs(parser)
+    parser.add_argument("--data-root", help="where data sets lie (default: as in the run)")
     given = parser.parse_args(argv)
     from normlab import app
 
-    return app.evaluate(given.run, given.spec, root=given.runs, device=given.device)
+    return app.evaluate(given.run, given.spec, root=given.runs or RUNS, data_root=given.data_root)
 
 
 def plan(argv: list[str]) -> int:
@@ -84,9 +91,9 @@ def show(argv: list[str]) -> int:
     parser.add_argument(
         "what", nargs="?", choices=list(show.TABLES), help="default: a list of these"
     )
-    parser.add_argument("--runs", default="runs", help="where run directories lie")
+    _add_runs(parser)
     given = parser.parse_args(argv)
-    return show.main(given.what, root=given.runs)
+    return show.main(given.what, root=given.runs or RUNS)
 
 
 def bench(argv: list[str]) -> int:
@@ -195,3 +202,18 @@ def _parser(command: str, description: str) -> "ArgumentParser":
             raise ValueError(f"{command}: {message}{near} (normlab {command} --help)")
 
     return Parser(prog=f"normlab {command}", description=description, allow_abbrev=False)
+
+
+def _add_runs(parser: "ArgumentParser") -> None:
+    """`--runs`, which a typing error shall not turn into a table of nothing."""
+    from argparse import ArgumentTypeError
+    from pathlib import Path
+
+    def directory(given: str) -> str:
+        if not Path(given).is_dir():
+            raise ArgumentTypeError(f"'{given}' is not a directory")
+        return given
+
+    parser.add_argument(
+        "--runs", type=directory, help=f"where run directories lie (default: {RUNS})"
+    )

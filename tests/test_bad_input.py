@@ -15,9 +15,9 @@ from pathlib import Path
 
 import pytest
 
-from normlab import cli
+from normlab import cli, plugins
 
-SMALL = "data=synthetic data.n=64 batch_size=16 epochs=1 evals=[val:ema]"
+SMALL = "data=synthetic data.n=64 batch_size=16 epochs=2 evals=[val:ema]"
 """A run of a second, for the cases about runs."""
 
 
@@ -46,6 +46,7 @@ CASES = [
     case("flag", "show norm", "norm", "norms"),
     case("flag", "plan --nbs 4", "--nbs", "plan --help"),
     case("flag", "bench --quik", "--quik"),
+    case("flag", "eval RUN test:ema --device gpu", "--device"),
     case("unknown key", "train nsb=4", "nsb", "did you mean 'nbs'"),
     case("unknown key", "train +bogus=1", "bogus", "batch_size"),
     case("unknown key", "train ++lrr=1", "lrr", "did you mean 'lr'"),
@@ -72,12 +73,18 @@ CASES = [
     case("syntax", "train =4", "=4"),
     case("syntax", "train evals=[val:ema", "[val:ema"),
     case("syntax", "train nbs=2,4", "nbs=2,4", "--multirun"),
+    case("syntax", "train runs=日本", "runs=日本", "cannot be read", """'runs="日本"'"""),
+    case("syntax", "train -m seed=0,1 runs=ü", "runs=ü", "cannot be read", """'runs="ü"'"""),
+    case("syntax", "train runs=$(whoami)", "runs=$(whoami)", "cannot be read", "quotes"),
+    case("syntax", "plan nbs='", "nbs='", "cannot be read", "quotes must close"),
     case("unknown option", "train norm=ghst", "ghst", "did you mean 'ghost'", "bn"),
     case("unknown option", "train model=resnet21", "resnet21", "resnet20"),
     case("unknown option", "train data=mnist", "mnist", "digits"),
     case("unknown option", "train recipe=adam", "adam", "cosine"),
     case("unknown option", "train scale=desktop", "desktop", "desk"),
-    case("unknown option", "train norm=a/b", "a/b"),
+    case("unknown option", "train norm=a/b", "a/b", "no path", "ghost"),
+    case("unknown option", "train norm=../norm/bn", "norm=../norm/bn", "no path", "ghost"),
+    case("unknown option", "train scale=../scale/desk", "scale=../scale/desk", "no path", "demo"),
     case("unknown option", "train norm.population=median norm=ghost nbs=8", "median", "mean"),
     case("unknown option", "train data.augment=mixup", "mixup", "none"),
     case("experiment", "train experiment=nsb", "nsb", "nbs"),
@@ -97,12 +104,21 @@ CASES = [
     case("range", "train precision=fp16", "precision=fp16", "bf16"),
     case("range", "train device=gpu", "device=gpu", "cuda"),
     case("range", "train seed=-1", "seed", "at least 0"),
+    case("range", "train seed=99999999999999999999999", "seed", "at most 2147483647"),
+    case("range", "train epochs=99999999999999999999999", "epochs", "at most 2147483647"),
+    case("range", "plan batch_size=99999999999999999999999 nbs=7", "batch_size", "2147483647"),
+    case("range", "train model.width=99999999999999999999999", "model.width", "2147483647"),
+    case("range", "train norm.eps=nan", "norm.eps=nan", "finite"),
+    case("range", "train runs=", "runs", "directory"),
+    case("range", "train norm.batch=chunky", "norm.batch=chunky", "per_rank, ghost"),
+    case("range", "train norm.batch=ghost nbs=8", "norm.batch=ghost", "norm=bn", "per_rank"),
     case("range", "train ema_bank=[2]", "ema_bank", "below 1"),
     case("range", "train recipe.warmup=5", "recipe.warmup", "below 1"),
     case("range", "train recipe.schedule=poly", "recipe.schedule=poly", "cosine"),
     case("range", "train world_size=2", "world_size=2", "only world_size=1"),
     case("range", "train -m epochs=0 seed=0,1", "epochs", "at least 1", "2 cells"),
-    case("batch plan", "train nbs=0", "nbs=0", "at least 1"),
+    case("batch plan", "train nbs=0", "nbs=0", "at least 2"),
+    case("batch plan", "train nbs=-4", "nbs=-4", "at least 2"),
     case("batch plan", "train nbs=1", "nbs=1", "instance norm"),
     case("batch plan", "train nbs=48 batch_size=128", "nbs=48", "batch_size=128", "32 or 64"),
     case("batch plan", "train nbs=256 batch_size=128", "nbs=256", "batch_size=128", "nbs=128"),
@@ -117,19 +133,33 @@ CASES = [
     case("layer", "train norm=gn norm.channels_per_group=4", "groups", "channels_per_group"),
     case("layer", "train norm=gn norm.groups=5", "5", "16"),
     case("layer", "train model.width=0", "model.width=0", "at least 1"),
+    case("layer", "train model.width=4000000", "model=tiny", "allocate"),  # 500 TB
     case("layer", "train model=resnet20 model.stages=5 data=synthetic", "stages", "3"),
     case("evaluation", "train evals=[val:emma]", "val:emma", "precise"),
     case("evaluation", "train evals=[tset:ema]", "tset:ema", "train, val, test"),
     case("evaluation", "train evals=[val:augmented]", "val:augmented", "train:augmented"),
     case("evaluation", "train evals=[val:batch/batch:1]", "batch", "at least 2"),
     case("evaluation", "train evals=[val:ema/decay:0.9]", "decay:0.9", "ema_bank"),
+    case("evaluation", "train evals=[val:batch/order:1000]", "order:1000", "0..999"),
+    case("evaluation", "train batch_size=512", "val:batch", "512", "300"),
     case("evaluation", "eval RUN val:emma", "val:emma", "precise"),
     case("evaluation", "eval RUN tset:ema", "tset:ema", "test"),
     case("run", "eval nosuchrun val:ema", "nosuchrun", "runs"),
     case("run", "eval RUN test:ema --runs elsewhere", "elsewhere"),
     case("run", "eval spoilt test:ema", "checkpoint.pt"),
     case("run", "eval unfinished test:ema", "unfinished", "finished"),
-    case("run", "eval RUN test:ema --device gpu", "gpu", "cuda"),
+    case("run", "report --runs nonsense", "--runs", "nonsense", "not a directory"),
+    case("run", "show runs --runs nonsense", "--runs", "nonsense", "not a directory"),
+    # The weights of its first epoch are gone, and what was not tracked cannot be read.
+    case("run", f"train {SMALL} eval_last=2", "eval_last=2", "epoch 1", "delete", "runs="),
+    case(
+        "run",
+        f"train {SMALL} ema_bank=[0.5] evals=[val:ema/decay:0.5]",
+        "ema_bank=[0.5]",
+        "tracked []",
+        "delete",
+        "runs=",
+    ),
     case("run", f"train {SMALL} runs=spoilt_runs", "checkpoint.pt"),
     case("data", "train data=cifar10 data_root=empty", "cifar10", "data_root"),
     case("data", "train data=cifar100 data_root=empty", "cifar100", "data_root"),
@@ -215,6 +245,31 @@ def test_bad_input_is_refused(
     out, err = capfd.readouterr()
     judge(code, out, err, bad.says)
     assert content(tmp_path) == before
+
+
+@pytest.mark.parametrize(
+    ("text", "says"),
+    [
+        ("- a\n- b\n", "mapping"),
+        ("title: [\n", "lab.yaml"),
+        ("title: A lab\n", "missing"),
+    ],
+)
+@pytest.mark.parametrize("line", ["sweep lab", "train experiment=lab", "report lab"])
+def test_a_malformed_experiment_is_refused(
+    line: str,
+    text: str,
+    says: str,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capfd: pytest.CaptureFixture[str],
+) -> None:
+    (tmp_path / "lab.yaml").write_text(text)
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(plugins, "experiment_dirs", lambda: [tmp_path])
+    code = cli.main(line.split())
+    judge(code, *capfd.readouterr(), ("lab", says))
+    assert [path.name for path in tmp_path.iterdir()] == ["lab.yaml"]
 
 
 @pytest.mark.parametrize(

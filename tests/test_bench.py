@@ -7,7 +7,8 @@ from pathlib import Path
 
 import pytest
 
-from normlab.bench import loading, main, precise, starting, training, write
+from normlab import allocator
+from normlab.bench import loading, main, precise, precise_rows, starting, training, write
 from normlab.bench.images import dataset
 from normlab.bench.measure import Process, Row, Spread, limit_row, rate_row, take_turns
 
@@ -60,9 +61,20 @@ def test_topics_that_train_yield_their_rows() -> None:
     assert [row.bar for row in rows] == [1.0, 0.97, 1.35]
 
 
-def test_precise_statistics_are_compared_with_fvcores() -> None:
-    pytest.importorskip("fvcore")
-    assert precise.row(rounds=1, images=200).ratio.median > 0
+@pytest.mark.parametrize("channels_last", [False, True])
+def test_precise_statistics_are_compared_with_fvcores(channels_last: bool) -> None:
+    assert precise.row(rounds=1, images=200, channels_last=channels_last).ratio.median > 0
+
+
+def test_precise_statistics_are_measured_in_both_layouts_with_memory_kept(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    done: list[object] = []
+    monkeypatch.setattr(allocator, "keep_freed_memory", lambda: done.append("kept"))
+    monkeypatch.setattr(precise, "row", lambda **given: done.append(given) or ROW)
+    assert precise_rows(rounds=1, images=5) == [ROW, ROW]
+    each = {"rounds": 1, "images": 5}
+    assert done == ["kept", each | {"channels_last": False}, each | {"channels_last": True}]
 
 
 def test_both_sides_of_the_data_path_deliver_the_same_amount() -> None:

@@ -121,7 +121,7 @@ def test_flags_may_stand_anywhere(
     for line in ("-m nbs=2,4 seed=0", "nbs=2,4 -m seed=0", "nbs=2,4 seed=0 --multirun"):
         code, out, err = run("train", *line.split(), capture=capfd)
         assert (code, err) == (0, "")
-        assert "2 cells: 2 done (2 run, 0 skipped), 0 diverged, 0 failed" in out
+        assert "2 cells: 2 done (2 run, 0 skipped), 0 diverged, 0 failed, 0 refused" in out
     assert [c["nbs"] for c in seen] == [2, 4] * 3
 
 
@@ -184,16 +184,20 @@ def test_the_summary_and_the_exit_code_of_a_sweep(
     recorded(monkeypatch, seed1="failed", seed2="diverged", seed3="skipped")
     code, out, err = run("train", "-m", "seed=0,1,2,3", capture=capfd)
     assert code == 1
-    assert "4 cells: 2 done (1 run, 1 skipped), 1 diverged, 1 failed" in out
+    assert "4 cells: 2 done (1 run, 1 skipped), 1 diverged, 1 failed, 0 refused" in out
     assert "run-3  skipped" in out
     assert "run-1 failed: RuntimeError: boom" in err
     assert "run-2 diverged" in err
 
     recorded(monkeypatch, seed1="refused")
     code, out, err = run("train", "-m", "seed=0,1,2", capture=capfd)
-    assert code == 2  # the other cells ran
-    assert "3 cells: 2 done (2 run, 0 skipped), 0 diverged, 1 failed" in out
+    assert code == 1  # the other cells ran
+    assert "3 cells: 2 done (2 run, 0 skipped), 0 diverged, 0 failed, 1 refused" in out
     assert err == "normlab: seed=1 is refused\n"
+
+    for other, expected in (("skipped", 2), ("failed", 1), ("diverged", 1)):
+        recorded(monkeypatch, seed0=other, seed1="refused")
+        assert run("train", "-m", "seed=0,1", capture=capfd)[0] == expected
 
     recorded(monkeypatch, **{f"seed{n}": "refused" for n in range(6)})
     code, _, err = run("train", "-m", "seed=0,1,2,3,4,5", capture=capfd)
@@ -305,7 +309,7 @@ def test_a_sweep_two_at_a_time(tmp_path: Path) -> None:
     )
     assert done.returncode == 0, done.stderr
     assert done.stdout.splitlines()[-1] == (
-        "2 cells: 2 done (2 run, 0 skipped), 0 diverged, 0 failed"
+        "2 cells: 2 done (2 run, 0 skipped), 0 diverged, 0 failed, 0 refused"
     )
     assert [path.name for path in tmp_path.iterdir()] == ["runs"]
     assert len(list((tmp_path / "runs").iterdir())) == 2

@@ -7,6 +7,7 @@ import argparse
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
+from normlab import allocator
 from normlab.bench.measure import Row
 
 OUT = Path("results") / "bench"
@@ -31,7 +32,7 @@ def main(argv: Sequence[str]) -> int:
 
 def measured(*, quick: bool) -> Iterator[Row]:
     """Every row, cheapest first; one whose peer is not installed is said and left out."""
-    from normlab.bench import loading, precise, starting, training
+    from normlab.bench import loading, starting, training
 
     few = 5 if quick else 15
     topics: list[Callable[[], list[Row]]] = [
@@ -39,10 +40,21 @@ def measured(*, quick: bool) -> Iterator[Row]:
         lambda: [starting.second_run_row(rounds=few)],
         lambda: [loading.row(rounds=few, batches=16)],
         lambda: training.rows(rounds=few, steps=4 if quick else 8),
-        lambda: [precise.row(rounds=2 if quick else 5, images=2_000 if quick else 10_000)],
+        lambda: precise_rows(rounds=2 if quick else 5, images=1_000 if quick else 10_000),
     ]
     for topic in topics:
         try:
             yield from topic()
         except ImportError as missing:
             print(f"left out: {missing} (pip install 'normlab[bench]')", flush=True)
+
+
+def precise_rows(*, rounds: int, images: int) -> list[Row]:
+    """A row for each memory layout; this process keeps freed memory, as every run does."""
+    from normlab.bench import precise
+
+    allocator.keep_freed_memory()
+    return [
+        precise.row(rounds=rounds, images=images, channels_last=channels_last)
+        for channels_last in (False, True)
+    ]

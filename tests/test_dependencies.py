@@ -1,0 +1,49 @@
+"""What the package imports is declared, and what is declared is pinned."""
+
+import ast
+import re
+import sys
+import tomllib
+from importlib.metadata import packages_distributions
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parent.parent
+PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+
+
+def names(requirements: list[str]) -> set[str]:
+    return {canonical(re.split(r"[<>=!~;\[ ]", text)[0]) for text in requirements}
+
+
+def canonical(name: str) -> str:
+    return re.sub(r"[-_.]+", "-", name).lower()
+
+
+def imported() -> set[str]:
+    """The distributions whose packages a file of normlab imports, anywhere in it."""
+    packages: set[str] = set()
+    for path in (ROOT / "normlab").rglob("*.py"):
+        for node in ast.walk(ast.parse(path.read_text())):
+            if isinstance(node, ast.Import):
+                packages |= {alias.name.split(".")[0] for alias in node.names}
+            elif isinstance(node, ast.ImportFrom) and node.module and not node.level:
+                packages.add(node.module.split(".")[0])
+    known = packages_distributions()
+    outside = packages - set(sys.stdlib_module_names) - {"normlab"}
+    return {canonical(known[package][0]) for package in outside}
+
+
+def test_what_is_imported_is_declared() -> None:
+    declared = names(PROJECT["dependencies"]) | names(PROJECT["optional-dependencies"]["bench"])
+    assert imported() <= declared
+
+
+def test_what_is_declared_is_pinned() -> None:
+    pins = names([p for p in (ROOT / "constraints.txt").read_text().splitlines() if "==" in p])
+    extras = PROJECT["optional-dependencies"].values()
+    assert names(PROJECT["dependencies"]).union(*map(names, extras)) <= pins
+
+
+def test_the_tests_have_what_the_benchmarks_compare_with() -> None:
+    extras = PROJECT["optional-dependencies"]
+    assert names(extras["bench"]) <= names(extras["dev"])
