@@ -17,14 +17,13 @@ from tqdm import tqdm
 from normlab.data.base import Dataset
 from normlab.norms.base import normalization, population_layers
 from normlab.population import EmaBank, Population, estimate, using
-from normlab.protocols import Protocol
+from normlab.protocols import ORDERS, Protocol
 
 PRECISE_SAMPLES = 10_000
 """How many training images estimate population statistics, as in the paper's figures."""
 
 _BLOCK = 512
 """Samples that are read, and where asked augmented, together: the same whatever the groups are."""
-_ORDERS = 1000  # orders that one run's seed can tell apart
 
 
 @dataclass
@@ -131,7 +130,7 @@ class Evaluator:
         waiting: list[tuple[Tensor, Tensor]] = []
         for read in self.data.eval_batches(
             split, batch_size=_BLOCK, samples=samples,
-            order=self.seed * _ORDERS + order,  # every seed has orders of its own
+            order=self.seed * ORDERS + order,  # every seed has orders of its own
             augment=augment, device=self.device, channels_last=self.channels_last,
         ):  # fmt: skip
             waiting.append(read)

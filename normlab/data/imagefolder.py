@@ -7,6 +7,7 @@ crop comes from a generator of its own, so that the number of workers changes no
 
 import hashlib
 import math
+import signal
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
@@ -107,6 +108,7 @@ class Folder(Dataset):
             num_workers=self._workers,
             pin_memory=device.type == "cuda",
             generator=torch.Generator(),  # without one, each iteration draws from the global one
+            worker_init_fn=_leave_signals_to_the_parent,
         )
         scale = 1 / (255 * torch.tensor(STD, device=device).view(3, 1, 1))
         shift = -torch.tensor(MEAN, device=device).view(3, 1, 1) * 255 * scale
@@ -232,3 +234,10 @@ def _digest(parent: Path, listed: dict[str, ImageFolder]) -> str:
         return cache.shorten(total.hexdigest())
 
     return cache.text(f"digest-{cache.shorten(stamp.hexdigest())}", compute)
+
+
+def _leave_signals_to_the_parent(_: int) -> None:
+    """A signal to the whole process group must not look like a worker's failure: the run is to save
+    and stop, and its workers end with it."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)
