@@ -225,16 +225,6 @@ def summary(run: RunDir) -> dict[str, Any]:
     return {column: values.get(column) for column in RUN_COLUMNS}
 
 
-DEFAULT_ROOT = Path("runs")
-"""Where run directories lie unless somebody says otherwise."""
-
-
-def check_root(root: Path) -> None:
-    """Refuse a root that somebody named and that is no directory; the default one may be absent."""
-    if root != DEFAULT_ROOT and not root.is_dir():
-        raise ValueError(f"--runs {root}: there is no such directory")
-
-
 def readable(root: Path) -> Iterator[tuple[dict[str, Any], list[dict[str, Any]]]]:
     """Every run's own columns (``RUN_COLUMNS``) and its evaluations, numbers as numbers.
 

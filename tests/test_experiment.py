@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 from omegaconf import OmegaConf
 
-from normlab import experiment, plugins
+from normlab import cli, experiment, launch, plugins
 
 FLAT, FALLS = "claims.bottom_is_flat", "claims.train_error_falls"
 FILES = sorted(Path(plugins.package_dir("experiments")).glob("*.yaml"))
@@ -71,6 +71,25 @@ def test_the_overlay_is_the_grid():
     assert node["hydra"]["sweeper"]["params"]["nbs"].startswith("2,4,8")
     assert node["evals"] == experiment.load("nbs").evals()
     assert node["experiment"] == "nbs"
+
+
+def test_the_command_for_a_cell_runs_that_cell_and_no_other(monkeypatch):
+    nbs = experiment.load("nbs")
+    command = nbs.command("demo", [("nbs", 2)], [103, 104])
+    assert command == "normlab sweep nbs scale=demo nbs=2 seed=103,104"
+    assert (
+        nbs.command("demo", [("nbs", 2)], range(100, 110)) == "normlab sweep nbs scale=demo nbs=2"
+    )
+    assert nbs.command("demo", [("name", "a b")]) == "normlab sweep nbs scale=demo 'name=a b'"
+
+    def run(config):
+        ran.append((config["scale"], config["nbs"], config["seed"]))
+        return launch.Outcome("id", "done", False, Path("runs/id"), {})
+
+    ran: list[tuple[str, int, int]] = []
+    monkeypatch.setattr(launch, "run", run)
+    assert cli.main(command.split()[1:]) == 0
+    assert ran == [("demo", 2, 103), ("demo", 2, 104)]
 
 
 def test_unknown_names_are_answered_with_the_known_ones():

@@ -23,15 +23,6 @@ def test_a_broken_run_is_left_out(
     assert str(tmp_path / "broken") in caplog.text
 
 
-def test_a_root_that_somebody_names_must_be_there(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.chdir(tmp_path)
-    with pytest.raises(ValueError, match="nonsense: there is no such directory"):
-        show.main("runs", root="nonsense")
-    assert show.main("runs", root="runs") == 0
-
-
 def test_a_reader_who_leaves_early_is_no_error() -> None:
     command = [sys.executable, "-m", "normlab", "show", "norms"]
     buffered = {key: value for key, value in os.environ.items() if key != "PYTHONUNBUFFERED"}

@@ -6,7 +6,8 @@ the others do not know. Nothing here imports torch.
 
 import hashlib
 import json
-from collections.abc import Collection
+import shlex
+from collections.abc import Collection, Iterable, Sequence
 from dataclasses import dataclass, field
 from functools import cache
 from itertools import product
@@ -120,9 +121,18 @@ class Experiment:
         """The evaluation specs that every run of this experiment needs."""
         return [protocol.eval for protocol in self.protocols.values()]
 
-    def command(self, scale: str) -> str:
-        """The command that fills this experiment's missing cells at a scale."""
-        return f"normlab sweep {self.name} scale={scale}"
+    def command(
+        self, scale: str, point: Iterable[tuple[str, Any]] = (), seeds: Sequence[int] = ()
+    ) -> str:
+        """The command that fills missing cells at a scale: all, or those of a point and seeds.
+
+        A value on the command line takes the place of the axis that the sweep would run.
+        """
+        words = ["normlab", "sweep", self.name, f"scale={scale}"]
+        words += [f"{axis}={value}" for axis, value in point]
+        if seeds and list(seeds) != self.scale(scale).axes.get("seed"):
+            words.append("seed=" + ",".join(map(str, seeds)))
+        return shlex.join(words)
 
 
 def files() -> dict[str, Path]:

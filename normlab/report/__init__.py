@@ -5,6 +5,7 @@ Everything is made again from the numbers each time, for all experiments, so tha
 """
 
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 
 from normlab import experiment as experiments
@@ -38,6 +39,7 @@ def main(names: Sequence[str], *, runs: str, results: str, refresh: bool) -> int
         report, paths = report_experiment(experiments.load(name), local, root, refresh=refresh)
         reports.append(report)
         written[name] = paths
+    reports = judged(reports)
     verdicts = [
         (report.experiment.name, verdict)
         for report in reports
@@ -51,14 +53,25 @@ def main(names: Sequence[str], *, runs: str, results: str, refresh: bool) -> int
     shown = [report for report in reports if not names or report.experiment.name in names]
     for report in shown:
         print(terminal.experiment(report, written[report.experiment.name]))
-    print("\n".join(f"wrote {path}" for path in shared))
+    print("\n".join(f"wrote {path}" for path in shared), flush=True)
     return 0
+
+
+def judged(reports: list[ExperimentReport]) -> list[ExperimentReport]:
+    """The reports with their verdicts, which at each scale depend on all experiments together."""
+    scales = [dict(report.scales) for report in reports]
+    for name in dict.fromkeys(name for here in scales for name in here):
+        here = [own for own in scales if name in own]
+        found = judge_all([own[name].results for own in here])
+        for own, verdicts in zip(here, found, strict=True):
+            own[name] = replace(own[name], verdicts=verdicts)
+    return [replace(report, scales=own) for report, own in zip(reports, scales, strict=True)]
 
 
 def report_experiment(
     experiment: Experiment, local: list[Row], root: Path, *, refresh: bool
 ) -> tuple[ExperimentReport, list[Path]]:
-    """One experiment's report and the files written for it under ``root/<name>/``."""
+    """One experiment's report, not yet judged, and the files written under ``root/<name>/``."""
     folder = root / experiment.name
     committed = read(folder / "runs.csv")
     # Composing a grid takes a tenth of a second a cell: only scales with runs are worth it.
@@ -87,11 +100,10 @@ def report_experiment(
 def report_scale(
     experiment: Experiment, scale: str, grid: Grid, rows: list[Row], folder: Path
 ) -> tuple[ScaleReport, list[Path]]:
-    """One scale: always judged (without runs: "not run"), written only where there are runs."""
+    """One scale, written only where there are runs."""
     found = results(experiment, scale, grid, rows)
-    verdicts = judge_all(found)
     if not found.rows:
-        return ScaleReport(grid, found, verdicts, [], ""), []
+        return ScaleReport(grid, found, [], ""), []
     marks = provenance.marks(found, run_directories.source_digest())
     facts = [*provenance.facts(found), *(f"Note: {mark}" for mark in marks)]
     figure = figures.draw(found, provenance.subtitle(found))
@@ -104,7 +116,7 @@ def report_scale(
         f"figure-{scale}.svg": svg,
     }
     written = [write(folder / name, data) for name, data in content.items()]
-    return ScaleReport(grid, found, verdicts, marks, svg.decode()), written
+    return ScaleReport(grid, found, marks, svg.decode()), written
 
 
 def write(path: Path, content: str | bytes) -> Path:

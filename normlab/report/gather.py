@@ -16,7 +16,7 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
-from normlab.runs import COLUMNS, FINISHED, RUN_COLUMNS
+from normlab.runs import COLUMNS, FINISHED, NUMBERS, RUN_COLUMNS
 
 Row = dict[str, str]
 """One evaluation of one run (or a run without any): column -> text, "" for nothing."""
@@ -80,14 +80,32 @@ def rows_of(frame: pd.DataFrame) -> list[Row]:
 
 
 def read(path: Path) -> list[Row]:
-    """The committed rows, or none where there is no file. Raises ValueError for another table."""
+    """The committed rows, or none where there is no file.
+
+    Raises ValueError, naming the file and line, for another table and for what is no number.
+    """
     if not path.is_file():
         return []
-    with path.open(newline="", encoding="utf-8") as file:
-        reader = csv.DictReader(file)
-        if not {"id", "cell", "protocol", "error"} <= set(reader.fieldnames or ()):
-            raise ValueError(f"{path} is not a table of runs: its first line names no id and cell")
-        return [{column: row.get(column) or "" for column in COLUMNS} for row in reader]
+    rows: list[Row] = []
+    try:
+        with path.open(newline="", encoding="utf-8") as file:
+            reader = csv.DictReader(file)
+            if not {"id", "cell", "protocol", "error"} <= set(reader.fieldnames or ()):
+                raise ValueError("its first line names no id, cell, protocol and error")
+            for row in reader:
+                rows.append({column: row.get(column) or "" for column in COLUMNS})
+                _check_numbers(rows[-1], reader.line_num)
+    except (ValueError, csv.Error) as error:
+        raise ValueError(f"{path} is not a table of runs: {error}") from None
+    return rows
+
+
+def _check_numbers(row: Row, line: int) -> None:
+    for column in (column for column in COLUMNS if column in NUMBERS):
+        try:
+            (int if column in INTEGERS else float)(row[column] or 0)
+        except ValueError:
+            raise ValueError(f"line {line}: {column} is '{row[column]}'") from None
 
 
 def csv_text(rows: Iterable[Mapping[str, Any]], columns: list[str]) -> str:

@@ -15,7 +15,7 @@ from normlab.runs import FINISHED
 
 LAST_EPOCHS = {"gpu": 5, "paper": 5}
 """Scales at which a run's number is the median over its last evaluated epochs, as in the papers;
-everywhere else it is the last epoch's. Never the best over epochs."""
+everywhere else it is the last epoch's. Never the best over epochs, and never of fewer epochs."""
 
 Point = tuple[tuple[str, Any], ...]
 """A place on the grid: (axis, value) for every axis but the seed."""
@@ -85,8 +85,8 @@ class Results:
     """Seeds without a finished run."""
     diverged: int
     failed: int
-    lacking: int
-    """Finished runs without an evaluation that the experiment asks for."""
+    lacking: dict[Point, list[int]]
+    """Seeds whose finished run was not evaluated as the experiment and the scale ask for."""
     others: dict[Environment, int]
     """Finished runs per environment that is not judged."""
     surplus: int
@@ -142,7 +142,8 @@ def results(experiment: Experiment, scale: str, grid: Grid, rows: Iterable[Row])
     specs = {key: str(Protocol.parse(p.eval)) for key, p in experiment.protocols.items()}
     values: dict[tuple[Point, str], dict[int, float]] = {}
     taken: dict[tuple[str, int], Row] = {}
-    lacking = surplus = 0
+    lacking: dict[Point, list[int]] = {}
+    surplus = 0
     for run in runs:
         row, seed = run[0], _integer(run[0]["seed"])
         if row["status"] not in FINISHED:
@@ -152,10 +153,12 @@ def results(experiment: Experiment, scale: str, grid: Grid, rows: Iterable[Row])
             continue
         taken[row["cell"], seed] = row
         numbers = {key: run_number(run, spec, scale) for key, spec in specs.items()}
-        lacking += any(math.isnan(number) for number in numbers.values())
+        point = grid.points[row["cell"]]
+        if any(math.isnan(number) for number in numbers.values()):
+            lacking.setdefault(point, []).append(seed)
         for key, number in numbers.items():
             if not math.isnan(number):
-                values.setdefault((grid.points[row["cell"]], key), {})[seed] = number
+                values.setdefault((point, key), {})[seed] = number
 
     keys = {point: key for key, point in grid.points.items()}
     return Results(
@@ -174,14 +177,17 @@ def results(experiment: Experiment, scale: str, grid: Grid, rows: Iterable[Row])
             run[0]["status"] == "failed" and (run[0]["cell"], _integer(run[0]["seed"])) not in taken
             for run in runs
         ),
-        lacking=lacking,
+        lacking={point: sorted(seeds) for point, seeds in lacking.items()},
         others={here: n for here, n in sorted(finished.items()) if here != judged and n},
         surplus=surplus,
     )
 
 
 def run_number(run: list[Row], protocol: str, scale: str) -> float:
-    """The one number a run counts with under a protocol, error in %; nan if it was not evaluated.
+    """The one number a run counts with under a protocol, error in %.
+
+    nan if it was not evaluated, or after fewer epochs than the scale asks for: a median of other
+    epochs would be another number.
 
     A diverged run scores what guessing scores: leaving it out would flatter the arm that diverges.
     """
@@ -193,9 +199,8 @@ def run_number(run: list[Row], protocol: str, scale: str) -> float:
             epochs.setdefault(_integer(row["epoch"]), []).append(float(row["error"]))
     # Several draws at one epoch are averaged: the unit is the run.
     errors = [statistics.fmean(sorted(epochs[epoch])) for epoch in sorted(epochs)]
-    if not errors:
-        return math.nan
-    return statistics.median(errors[-LAST_EPOCHS.get(scale, 1) :])
+    last = LAST_EPOCHS.get(scale, 1)
+    return statistics.median(errors[-last:]) if len(errors) >= last else math.nan
 
 
 def sort_key(grids: Mapping[str, Grid]) -> Callable[[Row], tuple[Any, ...]]:

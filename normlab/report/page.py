@@ -2,7 +2,7 @@
 
 import re
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from html import escape
 
 from normlab.experiment import Experiment
@@ -19,10 +19,10 @@ class ScaleReport:
 
     grid: Grid
     results: Results
-    verdicts: list[Verdict]
     marks: list[str]
     figure: str
     """The figure as SVG, or "" when there is no run."""
+    verdicts: list[Verdict] = field(default_factory=list)
 
 
 @dataclass(frozen=True)
@@ -48,7 +48,7 @@ STYLE = """
 }
 * { box-sizing: border-box; }
 body {
-  margin: 0 auto; padding: 1rem; max-width: 64rem;
+  margin: 0 auto; padding: 1rem; max-width: 84rem;
   color: var(--ink); background: var(--paper); font: 16px/1.5 system-ui, sans-serif;
 }
 h1 { font-size: 1.5rem; }
@@ -66,9 +66,13 @@ th, td {
 td { white-space: nowrap; }
 td:first-child, th:first-child, td.text, th.text { text-align: left; }
 td.text { white-space: normal; min-width: 14rem; }
-figure { margin: 1rem 0; }
+p, li { max-width: 56rem; }
+figure { margin: 1rem 0; max-width: 62rem; }
 figure svg { width: 100%; height: auto; background: #fff; border-radius: .4rem; }
-code { background: var(--card); padding: .1rem .3rem; border-radius: .2rem; }
+code {
+  background: var(--card); padding: .1rem .3rem; border-radius: .2rem;
+  overflow-wrap: anywhere;
+}
 .mark { border-left: .25rem solid var(--bad); padding-left: .6rem; }
 .verdict { font-weight: 600; }
 .reproduced { color: var(--good); }
@@ -153,9 +157,10 @@ def _scale(experiment: Experiment, scale: str, one: ScaleReport) -> list[str]:
     if quoted:
         parts.append(f'<p class="soft">Paper: {escape(quoted)}.</p>')
     gone = provenance.missing(results)
-    if gone or results.lacking:
-        parts.append(f"<p>Missing cells, filled by {command}:</p>")
-        parts += ["<ul>", *(f"<li>{escape(cell)}</li>" for cell in gone), "</ul>"]
+    if gone:
+        parts.append(f"<p>Missing cells, all filled by {command}, or one by one:</p><ul>")
+        parts += [f"<li>{escape(cell)}: <code>{escape(fill)}</code></li>" for cell, fill in gone]
+        parts.append("</ul>")
     return parts
 
 

@@ -56,11 +56,12 @@ def marks(results: Results, source_today: str) -> list[str]:
     rows = results.rows
     dirty = sum(row["dirty"] == "true" for row in rows)
     older = sum(row["source"] != source_today for row in rows)
+    lacking = sum(map(len, results.lacking.values()))
     of_the_runs = {
         "run with uncommitted changes": dirty,
         "made by a source that differs from today's": older,
         "diverged, counted with chance error": results.diverged,
-        "lacking an evaluation that the experiment asks for": results.lacking,
+        "lacking an evaluation that the experiment asks for": lacking,
         "older than the claims as they stand (every claim is exploratory)": edited(results),
     }
     beside = {
@@ -74,14 +75,19 @@ def marks(results: Results, source_today: str) -> list[str]:
     ]
 
 
-def missing(results: Results) -> list[str]:
-    """The grid's cells without a finished run: "NBS 2: seeds 103-109"."""
-    return [
-        f"{', '.join(f'{axis_name(axis)} {value}' for axis, value in point) or 'all'}: "
-        f"seeds {_ranges(gone)}"
-        for point, gone in results.missing.items()
-        if gone
-    ]
+def missing(results: Results) -> list[tuple[str, str]]:
+    """The grid's cells that lack a finished run or evaluations of it, and what fills each.
+
+    For example "NBS 2: seeds 103-109" and "normlab sweep nbs scale=desk nbs=2 seed=103,...".
+    """
+    cells = []
+    for what, seeds_of in (("", results.missing), (", evaluations", results.lacking)):
+        for point, gone in seeds_of.items():
+            where = ", ".join(f"{axis_name(axis)} {value}" for axis, value in point) or "all"
+            if gone:
+                command = results.experiment.command(results.scale, point, gone)
+                cells.append((f"{where}: seeds {_ranges(gone)}{what}", command))
+    return cells
 
 
 def _distinct(values: Iterable[str]) -> str:

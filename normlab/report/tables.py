@@ -6,12 +6,18 @@ from dataclasses import dataclass
 from typing import Any
 
 from normlab.experiment import Experiment, Published
+from normlab.protocols import Protocol
 from normlab.report.gather import csv_text
 from normlab.report.grid import Point, Results
 from normlab.report.statistics import Sample
 from normlab.report.verdicts import Verdict
 
 MISSING = "–"
+
+VALIDATION = (
+    "what papers call validation are the official held-out images, compared with our test split; "
+    "our own validation split is kept for choices"
+)
 
 TABLE_COLUMNS = [
     "protocol", "n", "error", "half_width", "change", "change_half_width",
@@ -183,11 +189,15 @@ def baseline_name(experiment: Experiment) -> str:
 
 
 def sources(experiment: Experiment) -> list[str]:
-    """Which source the "paper" columns quote, by protocol label."""
-    return [
+    """Which source the "paper" columns quote, by protocol label, and of which split."""
+    said = [
         f"{source.label}: {', '.join(experiment.protocols[p].label for p in source.values)}"
         for source in experiment.published
     ]
+    quoted = {protocol for source in experiment.published for protocol in source.values}
+    if any(Protocol.parse(experiment.protocols[p].eval).split == "test" for p in quoted):
+        said.append(VALIDATION)
+    return said
 
 
 def markdown(results: Results, facts: Sequence[str]) -> str:

@@ -50,7 +50,11 @@ def _scale(report: ExperimentReport, name: str, scale: ScaleReport) -> list[str]
         lines.append("    " + "  ".join(cells).rstrip())
     lines += [f"    note: {mark}" for mark in scale.marks]
     if not found.complete:
-        gone = sum(map(len, found.missing.values()))
         total = len(found.points) * len(found.grid.seeds)
-        lines.append(f"    {gone} of {total} runs are missing, fill them with: {command}")
+        gone = sum(map(len, found.missing.values()))
+        lacking = sum(map(len, found.lacking.values()))
+        said = [f"{gone} of {total} runs are missing"] if gone else []
+        said += [f"{lacking} of {total} lack evaluations"] if lacking else []
+        lines.append(f"    {', '.join(said)}, fill them with: {command}")
+        lines += [f"      {cell}: {fill}" for cell, fill in provenance.missing(found)]
     return lines

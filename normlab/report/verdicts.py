@@ -1,7 +1,7 @@
 """The verdict on every claim of an experiment at one scale; docs/claims.md says it in words."""
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 
 from normlab.experiment import Claim
@@ -38,6 +38,7 @@ class Verdict:
     verdict: str
     label: str
     n: int
+    """Seeds of the deciding contrast (another one with fewer may make the claim exploratory)."""
     effect: float
     low: float
     high: float
@@ -130,20 +131,20 @@ def judge(claim: Claim, results: Results) -> Verdict:
     if claim.kind == "shape":
         held = sum(one.verdict == REPRODUCED for one in contrasts)
         notes.append(f"{held} of {len(contrasts)} contrasts hold; shown: {decides.label}")
-    n = min(one.sample.n for one in contrasts)
-    if n < 2:
+    fewest = min(one.sample.n for one in contrasts)
+    if fewest < 2:
         notes.append("one seed gives no interval")
     level = 90 if claim.kind == "equivalence" and verdict != CONTRADICTED else 95
     low, high = decides.sample.interval(level / 100)
-    exploratory = not claim.primary or n < SEEDS_OF_A_PRIMARY or edited(results) > 0
-    if claim.primary and n < SEEDS_OF_A_PRIMARY:
-        notes.append(f"exploratory: {n} of the {SEEDS_OF_A_PRIMARY} seeds of a primary claim")
+    exploratory = not claim.primary or fewest < SEEDS_OF_A_PRIMARY or edited(results) > 0
+    if claim.primary and fewest < SEEDS_OF_A_PRIMARY:
+        notes.append(f"exploratory: {fewest} of the {SEEDS_OF_A_PRIMARY} seeds of a primary claim")
     return Verdict(
         claim=claim,
         scale=results.scale,
         verdict=verdict,
         label="exploratory" if exploratory else "primary",
-        n=n,
+        n=decides.sample.n,
         effect=decides.sample.mean,
         low=low,
         high=high,
@@ -155,25 +156,34 @@ def judge(claim: Claim, results: Results) -> Verdict:
     )
 
 
-def judge_all(results: Results) -> list[Verdict]:
-    """Every claim at one scale, Holm's correction over the primary ones.
+def judge_all(every: Sequence[Results]) -> list[list[Verdict]]:
+    """Every claim of the experiments at one scale, Holm's correction over all their primary ones.
 
-    All declared primary claims count in the correction, those without runs with p = 1. A verdict
-    that does not survive becomes "not resolved" and says what it was.
+    The primary claims of an experiment with a run at this scale count in the correction, those
+    without runs with p = 1; an experiment that nobody has run here asks nothing. A verdict that
+    does not survive becomes "not resolved" and says what it was.
     """
-    verdicts = [judge(claim, results) for claim in results.experiment.claims.values()]
-    primary = [i for i, verdict in enumerate(verdicts) if verdict.claim.primary]
-    adjusted = holm([verdicts[i].p for i in primary])
-    for i, p_holm in zip(primary, adjusted, strict=True):
-        one = verdicts[i]
-        if one.verdict == NOT_RUN:
-            continue
-        one = replace(one, p_holm=p_holm)
-        if one.verdict in (REPRODUCED, CONTRADICTED, NEGLIGIBLE) and p_holm > LEVEL:
-            note = f"{one.verdict} alone, but does not survive Holm's correction"
-            one = replace(one, verdict=NOT_RESOLVED, notes=(note, *one.notes))
-        verdicts[i] = one
+    verdicts = [[judge(one, found) for one in found.experiment.claims.values()] for found in every]
+    primary = [
+        (i, j)
+        for i, found in enumerate(every)
+        for j, one in enumerate(verdicts[i])
+        if found.rows and one.claim.primary
+    ]
+    adjusted = holm([verdicts[i][j].p for i, j in primary])
+    for (i, j), p_holm in zip(primary, adjusted, strict=True):
+        verdicts[i][j] = corrected(verdicts[i][j], p_holm)
     return verdicts
+
+
+def corrected(one: Verdict, p_holm: float) -> Verdict:
+    """The verdict after Holm's correction."""
+    if one.verdict == NOT_RUN:
+        return one
+    if one.verdict in (REPRODUCED, CONTRADICTED, NEGLIGIBLE) and p_holm > LEVEL:
+        note = f"{one.verdict} alone, but does not survive Holm's correction"
+        one = replace(one, verdict=NOT_RESOLVED, notes=(note, *one.notes))
+    return replace(one, p_holm=p_holm)
 
 
 def edited(results: Results) -> int:

@@ -52,6 +52,25 @@ def test_another_file_is_refused(tmp_path):
         read(path)
 
 
+@pytest.mark.parametrize(
+    ("change", "says"),
+    [
+        ({"error": "twelve"}, "line 2: error is 'twelve'"),
+        ({"batch": "2.5"}, "line 2: batch is '2.5'"),
+        ({"epoch": "last"}, "line 2: epoch is 'last'"),
+        ({"chance": "90 %"}, "line 2: chance is '90 %'"),
+        ({"commit": "\udcff"}, "codec can't decode"),
+    ],
+)
+def test_a_file_that_cannot_be_read_is_named(make_run, tmp_path, change, says):
+    path = tmp_path / "runs.csv"
+    (row,) = make_run("desk", 2, 100, {"test_precise": 40.0}, **change)
+    path.write_text(csv_text([row], COLUMNS), errors="surrogateescape")
+    with pytest.raises(ValueError, match=says) as refused:
+        read(path)
+    assert str(refused.value).startswith(str(path))
+
+
 def test_no_file_is_no_rows(tmp_path):
     assert read(tmp_path / "runs.csv") == []
 

@@ -5,8 +5,10 @@ import math
 import pytest
 
 from normlab import config, experiment
-from normlab.report import grid
+from normlab.report import grid, provenance
 from normlab.report.grid import run_number
+
+SOURCE_TODAY = "5ea50de1"
 
 
 def point(nbs: int) -> grid.Point:
@@ -21,6 +23,41 @@ def test_the_last_epoch_counts_at_desk(make_run):
 def test_the_median_of_the_last_five_counts_at_gpu(make_run):
     run = make_run("gpu", 2, 100, {"test_precise": [1.0, 9.0, 5.0, 7.0, 6.0, 30.0]})
     assert run_number(run, "test:precise", "gpu") == 7.0
+
+
+@pytest.mark.parametrize("scale", ["gpu", "paper"])
+def test_fewer_than_five_epochs_are_no_median_of_five(make_run, scale):
+    run = make_run("gpu", 2, 100, {"test_precise": [9.0, 5.0, 7.0, 6.0]})
+    assert math.isnan(run_number(run, "test:precise", scale))
+
+
+def test_a_run_of_too_few_evaluated_epochs_lacks_them(make_run, results_of):
+    errors = dict.fromkeys(("train_batch", "test_batch", "test_precise"), [5.0] * 5)
+    rows = make_run("gpu", 2, 100, errors)
+    rows += make_run("gpu", 2, 101, errors | {"test_precise": [5.0] * 4})
+    found = results_of(rows, "gpu")
+    assert found.values[point(2), "test_precise"] == {100: 5.0}
+    assert found.lacking == {point(2): [101]}
+    assert ("NBS 2: seeds 101, evaluations", "normlab sweep small scale=gpu nbs=2 seed=101") in (
+        provenance.missing(found)
+    )
+
+
+def test_every_missing_cell_names_the_command_that_fills_it(make_run, results_of):
+    rows = [row for s in (100, 102) for row in make_run("gpu", 2, s, {"test_precise": 4.0})]
+    assert provenance.missing(results_of(rows, "gpu"))[:2] == [
+        ("NBS 2: seeds 101, 103-104", "normlab sweep small scale=gpu nbs=2 seed=101,103,104"),
+        ("NBS 8: seeds 100-104", "normlab sweep small scale=gpu nbs=8"),
+    ]
+
+
+def test_a_run_of_two_sources_differs_from_todays(make_run, results_of):
+    """A run that was resumed under other code."""
+    rows = make_run("desk", 2, 100, {}, source=f"01d50cce+{SOURCE_TODAY}")
+    rows += make_run("desk", 2, 101, {}, source=f"{SOURCE_TODAY}+01d50cce")
+    rows += make_run("desk", 2, 102, {})
+    marks = provenance.marks(results_of(rows), SOURCE_TODAY)
+    assert "made by a source that differs from today's: 2 of 3 runs" in marks
 
 
 def test_rows_in_any_order_give_the_same_number(make_run):
@@ -39,7 +76,7 @@ def test_a_diverged_run_scores_chance(make_run, results_of):
     found = results_of(rows)
     assert found.values[point(2), "test_precise"] == {100: 90.0}
     assert found.values[point(2), "train_batch"] == {100: 90.0}
-    assert (found.diverged, found.lacking) == (1, 0)
+    assert (found.diverged, found.lacking) == (1, {})
 
 
 def test_a_failed_run_is_missing_and_counted(make_run, results_of):
@@ -89,7 +126,7 @@ def test_a_second_run_of_a_cell_and_seed_is_left_out_and_counted(make_run, resul
 
 def test_a_run_without_an_evaluation_lacks_it(make_run, results_of):
     found = results_of(make_run("desk", 2, 100, {"test_precise": 40.0}))
-    assert found.lacking == 1
+    assert found.lacking == {point(2): [100]}
     assert not found.complete
 
 

@@ -5,6 +5,7 @@ After a change that is meant, refresh and read the differences:
     REFRESH_GOLDEN=1 pytest tests/report/test_report.py && git diff tests/report
 """
 
+import csv
 import os
 import shutil
 from collections.abc import Callable
@@ -164,7 +165,6 @@ def test_an_unknown_experiment_is_refused_before_anything_is_written(tmp_path: P
 
 def local_run(root: Path, row: gather.Row, rows: list[gather.Row]) -> None:
     """A run directory as a run leaves it."""
-    import csv
     import json
 
     folder = root / row["id"]
@@ -230,6 +230,37 @@ def test_running_the_record_again_is_compared_and_refreshed_on_request(
     assert b"99.0" not in before
 
 
+@pytest.mark.usefixtures("no_figures")
+def test_all_experiments_of_a_scale_share_the_correction(recorded: Path, make_run, monkeypatch):
+    def p_holm() -> str:
+        write_report(recorded)
+        with (recorded / "verdicts.csv").open() as file:
+            lines = [row for row in csv.DictReader(file) if row["claim"] == "bottom_is_flat"]
+        return next(row["p_holm"] for row in lines if row["scale"] == "desk")
+
+    alone = p_holm()
+    small = HERE / "fixture" / "small.yaml"
+    monkeypatch.setattr(experiments, "files", lambda: {"small": small, "twin": small})
+    assert p_holm() == alone  # nobody has run the other one
+    (recorded / "twin").mkdir()
+    rows = make_run("desk", 2, 100, {"test_precise": 40.0})
+    (recorded / "twin" / "runs.csv").write_text(gather.csv_text(rows, COLUMNS))
+    assert float(p_holm()) > float(alone)
+
+
+@pytest.mark.usefixtures("no_figures")
+def test_one_broken_run_hides_no_other(make_run, tmp_path: Path, caplog):
+    for seed in (100, 101):
+        rows = make_run("desk", 2, seed, {"test_precise": 40.0})
+        local_run(tmp_path / "runs", rows[0], rows)
+    broken = tmp_path / "runs" / rows[0]["id"] / "evals.csv"
+    broken.write_text(broken.read_text().replace("40.0", "forty"))
+    assert write_report(tmp_path / "results", tmp_path / "runs") == 0
+    assert str(broken.parent) in caplog.text
+    rows = gather.read(tmp_path / "results" / "small" / "runs.csv")
+    assert [row["seed"] for row in rows] == ["100"]
+
+
 class Page(HTMLParser):
     """Tags in balance, identifiers once, nothing loaded from elsewhere."""
 
@@ -278,8 +309,9 @@ def test_the_page(recorded: Path):
     for said in (
         "A small <experiment> & its table",
         "normlab sweep small scale=demo",
-        "NBS 128: seeds 107-109",
-        "NBS 8: seeds 104",
+        "NBS 128: seeds 107-109: normlab sweep small scale=demo nbs=128 seed=107,108,109",
+        "NBS 8: seeds 104: normlab sweep small scale=demo nbs=8 seed=104",
+        "what papers call validation are the official held-out images",
         "diverged, counted with chance error: 1 of 40 runs",
         "commit 0123456789ab",
         "cifar10 (JPEG copy, lossy)",
@@ -303,7 +335,7 @@ def test_every_value_on_the_page_is_escaped(make_run, tmp_path: Path):
         commit=evil,
         data_note=evil,
         model=evil,
-        threads=evil,
+        precision=evil,
     )
     folder = tmp_path / "results" / "small"
     folder.mkdir(parents=True)

@@ -6,8 +6,9 @@ import numpy as np
 import pytest
 
 from normlab.report import verdicts
+from normlab.report.grid import Results
 from normlab.report.statistics import Sample
-from normlab.report.verdicts import judge_all, judge_direction, judge_equivalence
+from normlab.report.verdicts import Verdict, judge_direction, judge_equivalence
 
 
 def sample(low: float, high: float, n: int = 10) -> Sample:
@@ -80,12 +81,17 @@ def test_how_often_a_true_difference_of_nothing_is_resolved_wrongly():
     assert 0.035 < resolved / len(told) < 0.065
 
 
-def by_name(found: list[verdicts.Verdict]) -> dict[str, verdicts.Verdict]:
+def judged(*every: Results) -> list[Verdict]:
+    """The first one's verdicts, beside the other experiments of the scale."""
+    return verdicts.judge_all(every)[0]
+
+
+def by_name(found: list[Verdict]) -> dict[str, Verdict]:
     return {one.claim.name: one for one in found}
 
 
 def test_the_verdicts_of_a_whole_scale(make_runs, results_of):
-    found = by_name(judge_all(results_of(make_runs("desk"))))
+    found = by_name(judged(results_of(make_runs("desk"))))
     assert {name: one.verdict for name, one in found.items()} == {
         "train_error_falls": "reproduced",
         "small_is_worse": "reproduced",
@@ -101,11 +107,21 @@ def test_the_verdicts_of_a_whole_scale(make_runs, results_of):
 
 
 def test_a_shape_shows_the_contrast_that_decides(make_runs, results_of):
-    one = by_name(judge_all(results_of(make_runs("desk"))))["train_error_falls"]
+    one = by_name(judged(results_of(make_runs("desk"))))["train_error_falls"]
     assert [c.label for c in one.contrasts][-1] == "+train_batch(nbs=32) -train_batch(nbs=128)"
     assert one.effect == pytest.approx(one.contrasts[-1].sample.mean)  # 3 points, the smallest step
     assert one.p == max(c.p_for for c in one.contrasts)
     assert "3 of 3 contrasts hold" in one.notes[-1]
+
+
+def test_the_seeds_shown_are_those_of_the_contrast_that_decides(make_runs, results_of):
+    rows = [row for row in make_runs("desk") if (row["nbs"], row["seed"]) != ("2", "109")]
+    one = by_name(judged(results_of(rows)))["train_error_falls"]
+    assert [c.sample.n for c in one.contrasts] == [9, 10, 10]
+    assert one.effect == one.contrasts[-1].sample.mean
+    assert one.n == 10
+    assert one.label == "exploratory"
+    assert "9 of the 10 seeds" in one.notes[-1]
 
 
 def test_one_contradicted_contrast_contradicts_a_shape(make_runs, results_of):
@@ -114,7 +130,7 @@ def test_one_contradicted_contrast_contradicts_a_shape(make_runs, results_of):
         | ({"error": "30.0"} if row["nbs"] == "128" and row["protocol"] == "train:batch" else {})
         for row in make_runs("desk")
     ]
-    one = by_name(judge_all(results_of(rows)))["train_error_falls"]
+    one = by_name(judged(results_of(rows)))["train_error_falls"]
     assert one.verdict == "contradicted"
     assert one.effect < 0
     assert one.p == pytest.approx(3 * min(c.p_against for c in one.contrasts))
@@ -126,54 +142,65 @@ def test_a_verdict_that_does_not_survive_holm_is_not_resolved(make_run, results_
     for i, seed in enumerate(range(100, 110)):
         rows += make_run("desk", 2, seed, {"test_precise": 41.15 + (i - 4.5) * 0.28})
         rows += make_run("desk", 32, seed, {"test_precise": 40.0})
-    one = by_name(judge_all(results_of(rows)))["small_is_worse"]
+    one = by_name(judged(results_of(rows)))["small_is_worse"]
     assert 0.0125 < one.p < 0.05
     assert one.p_holm == pytest.approx(4 * one.p)
     assert one.verdict == "not resolved"
     assert one.notes[0] == "reproduced alone, but does not survive Holm's correction"
 
 
+def test_holm_corrects_over_all_experiments_of_a_scale(make_run, results_of):
+    rows = []
+    for i, seed in enumerate(range(100, 110)):
+        rows += make_run("desk", 2, seed, {"test_precise": 42.0 + i * 0.1})
+        rows += make_run("desk", 32, seed, {"test_precise": 40.0})
+    found, started = results_of(rows), results_of(rows[:1])
+    alone = by_name(judged(found))["small_is_worse"]
+    assert alone.p_holm == pytest.approx(4 * alone.p)
+    beside = by_name(judged(found, started))["small_is_worse"]
+    assert beside.p_holm == pytest.approx(8 * alone.p)
+    assert judged(found, results_of([])) == judged(found)
+
+
 def test_shuffling_rows_changes_nothing(make_runs, results_of):
     rows = make_runs("desk")
     shuffled = random.Random(3).sample(rows, len(rows))
-    assert judge_all(results_of(shuffled)) == judge_all(results_of(rows))
+    assert judged(results_of(shuffled)) == judged(results_of(rows))
 
 
 def test_less_than_ten_seeds_are_exploratory(make_runs, results_of):
     rows = [row for row in make_runs("desk") if row["seed"] != "109"]
-    one = by_name(judge_all(results_of(rows)))["small_is_worse"]
+    one = by_name(judged(results_of(rows)))["small_is_worse"]
     assert (one.n, one.label) == (9, "exploratory")
     assert "9 of the 10 seeds" in one.notes[-1]
 
 
 def test_claims_edited_after_the_runs_are_exploratory(make_runs, results_of):
-    one = by_name(judge_all(results_of(make_runs("desk", claims="small:00000000"))))[
-        "small_is_worse"
-    ]
+    one = by_name(judged(results_of(make_runs("desk", claims="small:00000000"))))["small_is_worse"]
     assert one.label == "exploratory"
     assert one.notes[0] == "exploratory: declared or edited after 40 of the runs"
 
 
 @pytest.mark.parametrize("claims", ["", "another:c1a15ed0"])
 def test_claims_declared_after_the_runs_are_exploratory(make_runs, results_of, claims):
-    one = by_name(judge_all(results_of(make_runs("desk", claims=claims))))["small_is_worse"]
+    one = by_name(judged(results_of(make_runs("desk", claims=claims))))["small_is_worse"]
     assert one.label == "exploratory"
 
 
 def test_a_run_that_another_experiment_asked_for_judges_as_well(make_runs, results_of):
     rows = make_runs("desk", experiment="another")
-    assert by_name(judge_all(results_of(rows)))["small_is_worse"].label == "primary"
+    assert by_name(judged(results_of(rows)))["small_is_worse"].label == "primary"
 
 
 def test_no_runs_are_not_run(results_of):
-    found = judge_all(results_of([]))
+    found = judged(results_of([]))
     assert {one.verdict for one in found} == {"not run"}
     assert {one.n for one in found} == {0}
 
 
 def test_a_shape_with_a_missing_cell_is_not_run_and_says_how_much_is(make_runs, results_of):
     rows = [row for row in make_runs("desk") if row["nbs"] != "128"]
-    one = by_name(judge_all(results_of(rows)))["train_error_falls"]
+    one = by_name(judged(results_of(rows)))["train_error_falls"]
     assert one.verdict == "not run"
     assert one.notes == ("2 of 3 contrasts have runs",)
 
@@ -183,5 +210,5 @@ def test_claims_that_are_not_run_count_in_the_correction(make_run, results_of):
     for i, seed in enumerate(range(100, 110)):
         rows += make_run("desk", 2, seed, {"test_precise": 42.0 + i * 0.1})
         rows += make_run("desk", 32, seed, {"test_precise": 40.0})
-    one = by_name(judge_all(results_of(rows)))["small_is_worse"]
+    one = by_name(judged(results_of(rows)))["small_is_worse"]
     assert one.p_holm == pytest.approx(4 * one.p)
