@@ -11,10 +11,15 @@ TORCH_INDEX ?=
 SCALE ?= demo
 # How many runs go side by side.
 JOBS ?= 2
+# 1: run what is committed too, and let the new numbers replace the committed ones.
+FRESH ?=
 
 BIN := $(VENV)/bin
 INSTALL = $(BIN)/python -m pip install --quiet --disable-pip-version-check \
 	$(if $(TORCH_INDEX),--extra-index-url $(TORCH_INDEX)) -c constraints.txt
+# Where the demo writes its report, and the one that compares its runs with the committed ones.
+MINE = runs/demo-report
+BESIDE = runs/demo-compared
 SIDE_BY_SIDE = hydra/launcher=joblib hydra.launcher.n_jobs=$(JOBS)
 
 .DEFAULT_GOAL := help
@@ -46,18 +51,23 @@ $(VENV)/.ready-dev: pyproject.toml constraints.txt | $(VENV)/.made
 demo: setup
 	$(BIN)/normlab train norm=ghost nbs=32
 	$(BIN)/normlab sweep nbs scale=demo skip_done=local $(SIDE_BY_SIDE)
-	$(BIN)/normlab report
+	@rm -rf $(MINE) $(BESIDE)
+	$(BIN)/normlab report nbs --results $(MINE)
 	@echo
-	@echo 'The figure:             $(CURDIR)/results/nbs/figure-demo.png'
-	@echo 'The page, with verdicts: $(CURDIR)/results/index.html'
+	@mkdir -p $(BESIDE)/nbs && { cp results/nbs/runs.csv $(BESIDE)/nbs 2>/dev/null || true; }
+	@$(BIN)/normlab report nbs --results $(BESIDE) | sed -n 's/^  note: \(.* run again here.*\)/\1/p' \
+	 | grep . || echo 'No committed run was made with this version of torch on this kind of device.'
+	@rm -rf $(BESIDE)
+	@echo 'The figure:              $(CURDIR)/$(MINE)/nbs/figure-demo.png'
+	@echo 'The page, with verdicts: $(CURDIR)/$(MINE)/index.html'
 
-## sweep-nbs    run what is missing of an experiment: sweep-<experiment> SCALE=demo|desk|gpu|paper
+## sweep-nbs    run what is missing: sweep-<experiment> SCALE=demo|desk|gpu|paper, with FRESH=1 the committed too
 sweep-%: setup
-	$(BIN)/normlab sweep $* scale=$(SCALE) $(SIDE_BY_SIDE)
+	$(BIN)/normlab sweep $* scale=$(SCALE) $(if $(FRESH),skip_done=local) $(SIDE_BY_SIDE)
 
-## report       write every table, figure and verdict, and the page results/index.html
+## report       write tables, figures, verdicts, results/index.html; FRESH=1: own runs replace committed ones
 report: setup
-	$(BIN)/normlab report
+	$(BIN)/normlab report $(if $(FRESH),--refresh)
 
 ## test         the test suite, under 10 minutes
 test: $(VENV)/.ready-dev
