@@ -56,7 +56,7 @@ demo: setup
 	@echo
 	@mkdir -p $(BESIDE)/nbs && { cp results/nbs/runs.csv $(BESIDE)/nbs 2>/dev/null || true; }
 	@$(BIN)/normlab report nbs --results $(BESIDE) | sed -n 's/^  note: \(.* run again here.*\)/\1/p' \
-	 | grep . || echo 'No committed run was made with this version of torch on this kind of device.'
+	 | grep . || echo 'No committed run was run again here: they are of another torch or kind of device.'
 	@rm -rf $(BESIDE)
 	@echo 'The figure:              $(CURDIR)/$(MINE)/nbs/figure-demo.png'
 	@echo 'The page, with verdicts: $(CURDIR)/$(MINE)/index.html'

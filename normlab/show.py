@@ -18,7 +18,6 @@ def main(what: str | None, *, root: str) -> int:
         print("normlab show WHAT, where WHAT is one of:", ", ".join(TABLES))
     else:
         _print(TABLES[what](Path(root)))
-    sys.stdout.flush()  # a reader who has left is met here, where the command line expects it
     return 0
 
 
@@ -129,3 +128,4 @@ def _print(table: list[list[str]]) -> None:
     for row in table:
         cells = (cell.ljust(width) for cell, width in zip(row, widths, strict=False))
         sys.stdout.write("  ".join(cells).rstrip() + "\n")
+    sys.stdout.flush()  # a reader who has left is met here, where the command line expects it

@@ -23,11 +23,12 @@ def test_a_broken_run_is_left_out(
     assert str(tmp_path / "broken") in caplog.text
 
 
-def test_a_reader_who_leaves_early_is_no_error() -> None:
-    command = [sys.executable, "-m", "normlab", "show", "norms"]
+@pytest.mark.parametrize("words", ["show norms", "plan", "report nbs"])
+def test_a_reader_who_leaves_early_is_no_error(words: str, tmp_path: Path) -> None:
+    command = [sys.executable, "-m", "normlab", *words.split()]
     buffered = {key: value for key, value in os.environ.items() if key != "PYTHONUNBUFFERED"}
     pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
-    with subprocess.Popen(command, env=buffered, **pipes) as shown:
+    with subprocess.Popen(command, env=buffered, cwd=tmp_path, **pipes) as shown:
         assert shown.stdout is not None
         assert shown.stderr is not None
         shown.stdout.close()
