@@ -282,15 +282,21 @@ class Committed:
 
 
 def committed(results: Path) -> dict[str, Committed]:
-    """The finished runs of the committed ``results/*/runs.csv``, by id."""
+    """The finished runs of the committed ``results/*/runs.csv``, by id.
+
+    Raises ValueError naming a file that is no such table.
+    """
     found: dict[str, Committed] = {}
     for path in sorted(results.glob("*/runs.csv")):
-        with path.open(newline="") as file:
-            for row in csv.DictReader(file):
-                if row["status"] in FINISHED:
-                    run = found.setdefault(row["id"], Committed(row["status"], set()))
-                    if row["protocol"]:
-                        run.evals.add((row["protocol"], int(float(row["epoch"]))))
+        try:
+            with path.open(newline="") as file:
+                for row in csv.DictReader(file):
+                    if row["status"] in FINISHED:
+                        run = found.setdefault(row["id"], Committed(row["status"], set()))
+                        if row["protocol"]:
+                            run.evals.add((row["protocol"], int(float(row["epoch"]))))
+        except (KeyError, TypeError, ValueError) as error:
+            raise ValueError(f"{path} is not a table of runs ({error!r})") from None
     return found
 
 

@@ -138,6 +138,15 @@ def test_committed_results_are_read(tmp_path):
     }
 
 
+@pytest.mark.parametrize("content", [b"id,status\n\xff\xfe,done\n", b"nothing\nof the kind\n"])
+def test_committed_results_that_are_no_table_are_named(tmp_path, content):
+    (tmp_path / "nbs").mkdir()
+    (tmp_path / "nbs" / "runs.csv").write_bytes(content)
+    with pytest.raises(ValueError, match=r"nbs.runs\.csv is not a table of runs") as error:
+        runs.committed(tmp_path)
+    assert "\n" not in str(error.value)
+
+
 def test_what_a_kill_left_of_a_write_is_removed(tmp_path):
     run = RunDir(tmp_path / "run")
     with run.lock():
