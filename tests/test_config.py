@@ -153,7 +153,7 @@ def test_ids_are_frozen(overrides: str) -> None:
     "overrides",
     [
         "evals=[test:ema]", "eval_last=3", "ema_bank=[0.5,0.99]", "runs=elsewhere",
-        "data_root=/data", "skip_done=none", "checkpoint_every=1", "allocator=system",
+        "data_root=/data", "skip_done=local", "checkpoint_every=1", "allocator=system",
         "device=cpu", "threads=1", "remainder=error",
         # the resolved plan is what counts, however much of it was spelt out
         "nbs=128", "micro_batch=128", "nbs=128 micro_batch=128",

@@ -1,5 +1,6 @@
 """What the README shows of cheap commands is what they print."""
 
+import csv
 import os
 import re
 import subprocess
@@ -49,3 +50,23 @@ def without_numbers(text: str) -> str:
 
 def test_the_readme_shows_some() -> None:
     assert len(shown("plan", "show")) >= 3
+
+
+def numbers_of_the_desk() -> list[str]:
+    """The README's table of verdicts, from the record."""
+    record = README.parent / "results" / "verdicts.csv"
+    with record.open(newline="") as file:
+        rows = [row for row in csv.DictReader(file) if row["scale"] == "desk"]
+    return [
+        f"| `{row['claim']}` | {row['paper']} | {float(row['effect']):+.2f} "
+        f"[{float(row['low']):.2f}, {float(row['high']):.2f}] | {row['verdict']} |"
+        for row in rows
+        if row["experiment"] == "nbs" and row["label"] == "primary"
+    ]
+
+
+def test_the_readmes_numbers_are_those_of_the_record() -> None:
+    expected = numbers_of_the_desk()
+    assert len(expected) == 7
+    for line in expected:
+        assert line in README.read_text().splitlines(), line

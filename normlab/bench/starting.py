@@ -61,7 +61,7 @@ def start_runs(count: int) -> None:
     with tempfile.TemporaryDirectory() as directory:
         for seed in range(count):
             overrides = ["scale=demo", "epochs=1", f"seed={seed}", f"runs={directory}", "threads=1"]
-            composed = config.compose([*overrides, "evals=[train:augmented]", "skip_done=none"])
+            composed = config.compose([*overrides, "evals=[train:augmented]", "skip_done=local"])
             first_steps.clear()
             started = time.perf_counter()
             launch.run(composed)
