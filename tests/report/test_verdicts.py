@@ -159,13 +159,13 @@ def test_holm_corrects_over_all_experiments_of_a_scale(make_run, results_of):
     assert alone.p_holm == pytest.approx(4 * alone.p)
     beside = by_name(judged(found, started))["small_is_worse"]
     assert beside.p_holm == pytest.approx(8 * alone.p)
-    assert judged(found, results_of([])) == judged(found)
+    assert repr(judged(found, results_of([]))) == repr(judged(found))  # nan is no equal of itself
 
 
 def test_shuffling_rows_changes_nothing(make_runs, results_of):
     rows = make_runs("desk")
     shuffled = random.Random(3).sample(rows, len(rows))
-    assert judged(results_of(shuffled)) == judged(results_of(rows))
+    assert repr(judged(results_of(shuffled))) == repr(judged(results_of(rows)))
 
 
 def test_less_than_ten_seeds_are_exploratory(make_runs, results_of):
