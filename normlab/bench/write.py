@@ -90,7 +90,7 @@ def _figure(rows: Sequence[Row]) -> bytes:
     axes.tick_params(axis="y", labelsize=8)
     axes.set_xscale("log", base=2)
     axes.xaxis.set_major_formatter("{x:g}x")
-    axes.set_xlabel("times as fast (from 1x; median and quartiles; dashed: the target)")
+    axes.set_xlabel("times as fast: median, quartiles; dashed: target")
     image = io.BytesIO()
     with mpl.rc_context({"svg.hashsalt": "normlab"}):
         figure.savefig(image, format="svg", metadata={"Date": None})
