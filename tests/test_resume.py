@@ -11,22 +11,40 @@ import subprocess
 import sys
 import time
 from collections import Counter
+from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
 import torch
 
-EPOCHS, BATCH = 4, 32
+BATCH = 32
 ARGUMENTS = [
-    "train", "norm=ghost", "nbs=8", f"batch_size={BATCH}", f"epochs={EPOCHS}", "scale=demo",
-    "ema_bank=[0.5]", "eval_last=2", "checkpoint_every=0", "threads=1", "device=cpu",
+    "train", "norm=ghost", "nbs=8", f"batch_size={BATCH}", "scale=demo",
+    "ema_bank=[0.5]", "threads=1", "device=cpu",
     "evals=[train:augmented,train:batch,val:batch,val:ema,val:ema/decay:0.5,val:precise,"
     "test:precise/batch:2,test:precise_mean]",
 ]  # fmt: skip
 PHASES = ("epoch", "checkpoint", "evaluate")
 
 
-def start(where: Path) -> subprocess.Popen[bytes]:
+@dataclass(frozen=True)
+class Length:
+    """How much there is to do, and how many seconds lie between checkpoints."""
+
+    epochs: int
+    eval_last: int
+    checkpoint_every: float
+
+    def arguments(self) -> list[str]:
+        return [f"{name}={value}" for name, value in vars(self).items()]
+
+
+SHORT = Length(epochs=4, eval_last=2, checkpoint_every=0)
+# Training and evaluating outlast the start of a process, so that kills fall there too.
+LONG = Length(epochs=30, eval_last=8, checkpoint_every=0.02)
+
+
+def start(where: Path, length: Length) -> subprocess.Popen[bytes]:
     where.mkdir(exist_ok=True)
     return subprocess.Popen(
         [
@@ -34,6 +52,7 @@ def start(where: Path) -> subprocess.Popen[bytes]:
             str(Path(__file__).with_name("killable.py")),
             str(where / "phase"),
             *ARGUMENTS,
+            *length.arguments(),
         ],
         cwd=where,
         stdout=subprocess.DEVNULL,
@@ -41,10 +60,10 @@ def start(where: Path) -> subprocess.Popen[bytes]:
     )
 
 
-def finish(where: Path) -> float:
+def finish(where: Path, length: Length) -> float:
     """Run to the end; returns the seconds it took."""
     began = time.monotonic()
-    process = start(where)
+    process = start(where, length)
     _, stderr = process.communicate(timeout=180)
     assert process.returncode == 0, stderr.decode()
     return time.monotonic() - began
@@ -103,33 +122,36 @@ def assert_same(ours: object, theirs: object, where: str) -> None:
         assert ours == theirs, where
 
 
-def assert_resumes(where: Path, reference: Path) -> None:
+def assert_resumes(where: Path, reference: Path, length: Length) -> None:
     """Start again after a kill: only the missing steps are made, and the end is the same."""
     done = position(where)
-    finish(where)
+    finish(where, length)
     made = int((where / "phase.steps").read_text())
-    assert made == EPOCHS * steps_per_epoch() - done
+    assert made == length.epochs * steps_per_epoch() - done
     run = run_directory(where)
     assert run is not None
     assert run.name == reference.name
     assert_identical(run, reference)
 
 
-@pytest.fixture(scope="module")
-def reference(tmp_path_factory) -> tuple[Path, float]:
-    """An uninterrupted run and its wall time."""
-    where = tmp_path_factory.mktemp("reference")
-    seconds = finish(where)
+def uninterrupted(where: Path, length: Length) -> tuple[Path, float]:
+    """A run without a kill, and its wall time."""
+    seconds = finish(where, length)
     run = run_directory(where)
     assert run is not None
     with (run / "evals.csv").open(newline="") as file:
-        assert len(list(csv.DictReader(file))) == 2 * 8
+        assert len(list(csv.DictReader(file))) == length.eval_last * 8
     return run, seconds
+
+
+@pytest.fixture(scope="module")
+def reference(tmp_path_factory) -> Path:
+    return uninterrupted(tmp_path_factory.mktemp("reference"), SHORT)[0]
 
 
 @pytest.mark.parametrize("wanted", PHASES)
 def test_a_kill_in_each_phase(tmp_path, reference, wanted):
-    process = start(tmp_path)
+    process = start(tmp_path, SHORT)
     while phase(tmp_path) != wanted or not list(tmp_path.glob("runs/*/checkpoint.pt")):
         assert process.poll() is None, "ended before it could be killed"
         time.sleep(0.0005)
@@ -137,12 +159,12 @@ def test_a_kill_in_each_phase(tmp_path, reference, wanted):
     process.communicate()
     assert run_directory(tmp_path) is not None
     assert not (run_directory(tmp_path) / "status.json").exists()
-    assert_resumes(tmp_path, reference[0])
+    assert_resumes(tmp_path, reference, SHORT)
 
 
 @pytest.mark.parametrize(("number", "code"), [(signal.SIGTERM, 143), (signal.SIGINT, 130)])
 def test_a_signal_saves_and_ends(tmp_path, reference, number, code):
-    process = start(tmp_path)
+    process = start(tmp_path, SHORT)
     while phase(tmp_path) != "epoch":
         assert process.poll() is None
         time.sleep(0.0005)
@@ -150,31 +172,35 @@ def test_a_signal_saves_and_ends(tmp_path, reference, number, code):
     process.communicate(timeout=60)
     assert process.returncode == code
     assert position(tmp_path) > 0
-    assert_resumes(tmp_path, reference[0])
+    assert_resumes(tmp_path, reference, SHORT)
 
 
 @pytest.mark.slow
-def test_twenty_kills_uniform_over_the_wall_time(tmp_path, reference):
-    run, seconds = reference
+def test_twenty_kills_uniform_over_the_wall_time(tmp_path, capsys):
+    """Kills that come after the end do not count."""
+    run, seconds = uninterrupted(tmp_path / "reference", LONG)
     rng = random.Random(20)
     quota = {"epoch": 5, "checkpoint": 2, "evaluate": 2}
     fell: Counter[str] = Counter()
-    number = 0
-    while number < 20 or any(fell[name] < least for name, least in quota.items()):
-        assert number < 60, f"the phases cannot be hit: {fell}"
-        where = tmp_path / str(number)
-        process = start(where)
+    tries = 0
+    while fell.total() < 20 or any(fell[name] < least for name, least in quota.items()):
+        assert tries < 60, f"the phases cannot be hit: {fell}"
+        where = tmp_path / str(tries)
+        process = start(where, LONG)
         moment = rng.uniform(0, seconds)
         time.sleep(moment)
-        ended = process.poll() is not None
+        alive = process.poll() is None
         process.kill()
         process.communicate()
-        name = "finished" if ended else phase(where)
-        fell[name] += 1
-        number += 1
-        print(
-            f"kill {number}: at {moment:.2f} of {seconds:.2f} s, in {name}, "
-            f"{position(where)} steps saved"
-        )
-        assert_resumes(where, run)
-    print(dict(fell))
+        tries += 1
+        if alive:
+            fell[phase(where)] += 1
+            with capsys.disabled():  # the rows are the record of this test
+                print(
+                    f"\nkill {fell.total()}: at {moment:.2f} of {seconds:.2f} s, "
+                    f"in {phase(where)}, {position(where)} steps saved",
+                    end="",
+                )
+        assert_resumes(where, run, LONG)
+    with capsys.disabled():
+        print(f"\n{dict(fell)}")
