@@ -22,7 +22,6 @@ import normlab.norms
 from normlab import batchplan, schedule
 from normlab.config import plan_of
 from normlab.data.base import Dataset
-from normlab.norms.base import PopulationNorm
 from normlab.train import Settings
 
 Norm = Callable[[int], nn.Module]
@@ -135,11 +134,6 @@ def settings(config: dict[str, Any]) -> Settings:
         clip_norm=recipe["clip_norm"],
         checkpoint_every=config["checkpoint_every"],
     )
-
-
-def has_population(network: nn.Module) -> bool:
-    """Whether any layer of the network keeps population statistics."""
-    return any(isinstance(module, PopulationNorm) for module in network.modules())
 
 
 def _module(group: dict[str, Any]) -> str:

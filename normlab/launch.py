@@ -143,7 +143,8 @@ def evaluate(run: str, specs: list[str], *, root: str, data_root: str | None = N
 def _prepare(directory: RunDir, config: dict[str, Any], environment: dict[str, Any]) -> None:
     """Write what describes the run, and set its threads; a resumed run keeps its first start's."""
     recorded = directory.env()
-    if not recorded:
+    if not recorded or not directory.checkpoint.exists():  # nothing of it is left to continue
+        directory.clear()
         directory.write_config(config)
         _set_threads(directory, environment["threads"])
         directory.write_env(environment)

@@ -139,6 +139,13 @@ class RunDir:
         """The run's end, or {} while there is none."""
         return self._json("status.json")
 
+    def clear(self) -> None:
+        """Remove what an earlier start has made, for a start from nothing; its log stays."""
+        for name in ("evals.csv", "metrics.csv", "status.json"):
+            (self.path / name).unlink(missing_ok=True)
+        for snapshot in self.path.glob("epoch-*.pt"):
+            snapshot.unlink()
+
     def clear_status(self) -> None:
         """Make the run unfinished again."""
         (self.path / "status.json").unlink(missing_ok=True)

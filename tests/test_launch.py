@@ -230,6 +230,19 @@ def test_a_run_resumed_with_other_code_names_both():
     assert source == f"0ld0ld00+{runs.source_digest()}"
 
 
+def test_a_run_that_lost_its_checkpoint_starts_anew_and_records_that():
+    first = start("epochs=2", "eval_last=2")
+    kept = (first.path / "evals.csv").read_text()
+    env = json.loads((first.path / "env.json").read_text())
+    (first.path / "env.json").write_text(json.dumps(env | {"torch": "older"}))
+    (first.path / "evals.csv").write_text(kept.replace("val:ema", "val:batch"))
+    for name in ("status.json", "checkpoint.pt"):
+        (first.path / name).unlink()
+    again = start("epochs=2", "eval_last=2")
+    assert json.loads((again.path / "env.json").read_text())["torch"] == torch.__version__
+    assert (again.path / "evals.csv").read_text() == kept
+
+
 def test_threads_do_not_leak_from_run_to_run():
     default = launch._default_threads()
     start("threads=2")
