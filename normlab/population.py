@@ -95,39 +95,43 @@ class _Collector:
     """Hands what a layer observed to an estimator, many groups at a time and in float64.
 
     Merging every batch as it comes would cost a small network a percent of its forward. What waits
-    is copied: small tensors kept among the activations would scatter the memory that those reuse.
+    is copied to a place made beforehand: small tensors that stay among the activations scatter the
+    memory that those reuse.
     """
 
     rows = 64  # groups that wait, at least
 
-    def __init__(self, estimator: _Pooled | _Mean) -> None:
+    def __init__(self, estimator: _Pooled | _Mean, layer: PopulationNorm) -> None:
         self.estimator = estimator
-        self.statistics: Tensor | None = None  # (2, rows, C): means and variances
         self.counts: list[int] = []
+        self._make_room(layer.running_mean, self.rows)
+
+    def _make_room(self, like: Tensor, rows: int) -> None:
+        self.means = like.new_empty((rows, like.size(-1)), dtype=torch.float64)
+        self.variances = torch.empty_like(self.means)
 
     def observe(self, batch: BatchStatistics) -> None:
-        groups, channels = batch.mean.shape
-        if self.statistics is not None and len(self.counts) + groups > self.statistics.size(1):
+        groups = batch.mean.size(0)
+        if len(self.counts) + groups > self.means.size(0):
             self.flush()
-        if self.statistics is None:
-            shape = (2, max(self.rows, groups), channels)
-            self.statistics = batch.mean.new_empty(shape, dtype=torch.float64)
+            if groups > self.means.size(0):
+                self._make_room(self.means, groups)
         place = slice(len(self.counts), len(self.counts) + groups)
-        self.statistics[0, place] = batch.mean
-        self.statistics[1, place] = batch.var
+        self.means[place].copy_(batch.mean)
+        self.variances[place].copy_(batch.var)
         self.counts += [batch.count] * groups
 
     def flush(self) -> None:
-        assert self.statistics is not None
-        means, variances = self.statistics[:, : len(self.counts)]
-        counts = means.new_tensor(self.counts)[:, None]
-        self.estimator.add(means, variances, counts, sum(self.counts))
-        self.statistics, self.counts = None, []
+        if not self.counts:
+            return
+        rows = len(self.counts)
+        counts = self.means.new_tensor(self.counts)[:, None]
+        self.estimator.add(self.means[:rows], self.variances[:rows], counts, sum(self.counts))
+        self.counts = []
 
     def result(self) -> Statistics | None:
         """What was seen, or None if it was nothing."""
-        if self.counts:
-            self.flush()
+        self.flush()
         return self.estimator.result()
 
 
@@ -175,7 +179,7 @@ def estimate(
     layers = {k: v for k, v in population_layers(model).items() if v.statistics != "population"}
     if not layers:
         return {}
-    seen = {name: _Collector(_ESTIMATORS[estimator]()) for name in layers}
+    seen = {name: _Collector(_ESTIMATORS[estimator](), layer) for name, layer in layers.items()}
     run = _run if forward is None else forward
     passes = 0
     with ExitStack() as restore:

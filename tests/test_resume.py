@@ -41,7 +41,7 @@ class Length:
 
 SHORT = Length(epochs=4, eval_last=2, checkpoint_every=0)
 # Training and evaluating outlast the start of a process, so that kills fall there too.
-LONG = Length(epochs=30, eval_last=8, checkpoint_every=0.005)
+LONG = Length(epochs=24, eval_last=24, checkpoint_every=0)
 
 
 def start(where: Path, length: Length) -> subprocess.Popen[bytes]:

@@ -17,7 +17,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from normlab.norms._grouped import float32_affine, group_norm, grouped_batch_norm, variance
+from normlab.norms._grouped import float32_affine, group_norm, grouped_batch_norm, is_half, variance
 
 __all__ = [
     "BatchStatistics",
@@ -222,19 +222,18 @@ class PopulationNorm(nn.Module):
         if not self.observers:
             y = F.batch_norm(x, mean, var, weight, bias, True, self.momentum, self.eps)
             return y, None
+        if mean is None and not is_half(self.running_mean):
+            # A running average that forgets at once holds the batch's mean and unbiased variance.
+            last = x.new_zeros((2, self.num_features), dtype=self.running_mean.dtype)
+            y = F.batch_norm(x, last[0], last[1], weight, bias, True, 1.0, self.eps)
+            last[1].mul_((count - 1) / count)
+            return y, BatchStatistics(last[:1], last[1:], count)
         # The operator behind F.batch_norm, which also returns the statistics: an observer must not
-        # change a bit of y or of the buffers.
+        # change a bit of the buffers either.
         y, batch_mean, rstd, _, _ = torch._batch_norm_impl_index(
-            x,
-            weight,
-            bias,
-            mean,
-            var,
-            True,
-            self.momentum,
-            self.eps,
+            x, weight, bias, mean, var, True, self.momentum, self.eps,
             torch.backends.cudnn.enabled,
-        )
+        )  # fmt: skip
         batch_var = variance(rstd, self.eps)
         return y, BatchStatistics(batch_mean.detach()[None], batch_var[None], count)
 
