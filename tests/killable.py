@@ -1,8 +1,8 @@
 """normlab with its phase on record: ``python killable.py RECORD <normlab arguments>``.
 
-RECORD holds the phase the process is in (start, epoch, checkpoint, evaluate), so that a test that
-kills it knows where the kill fell; RECORD.steps, written at a normal end, how many optimizer steps
-this process made.
+RECORD holds the phase the process is in: start, epoch, checkpoint, evaluate, or between, where rows
+are written and runs end; so a test that kills it knows where the kill fell. RECORD.steps, written
+at a normal end, holds how many optimizer steps this process made.
 """
 
 import sys
@@ -21,7 +21,7 @@ def within(phase: str, function: Callable[..., Any]) -> Callable[..., Any]:
         try:
             return function(*args, **kwargs)
         finally:
-            record.write_text(before)
+            record.write_text("between" if before == "start" else before)
 
     return wrapped
 
