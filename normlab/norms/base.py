@@ -162,23 +162,7 @@ class PopulationNorm(nn.Module):
                 f"{type(self).__name__} needs more than one element per group and channel: "
                 f"{groups} groups of an input {tuple(x.shape)} leave {count}"
             )
-        # Where nothing is learnt or kept, torch's bits are not owed, and in NCHW on a CPU the route
-        # of many groups takes half the time of torch's batch norm.
-        watching = not (self.updates or torch.is_grad_enabled())
-        if groups == 1 and not (watching and x.is_contiguous() and x.device.type == "cpu"):
-            y, statistics = self._one_group(x, count)
-        else:
-            y, mean, var = grouped_batch_norm(
-                x,
-                groups,
-                interleaved=interleaved,
-                weight=self.weight,
-                bias=self.bias,
-                eps=self.eps,
-            )
-            statistics = BatchStatistics(mean, var, count)
-            if self.updates:
-                self.ema_step(self.running_mean, self.running_var, statistics, self.decay)
+        y, statistics = self._normalize(x, groups, interleaved, count)
         if self.updates:
             self.num_batches_tracked.add_(1)
         if statistics is not None:
@@ -211,6 +195,26 @@ class PopulationNorm(nn.Module):
         if size < 1 or samples % size:
             raise ValueError(f"a batch of {samples} samples is not a multiple of {name}={size}")
         return samples // size, interleaved
+
+    def _normalize(
+        self, x: Tensor, groups: int, interleaved: bool, count: int
+    ) -> tuple[Tensor, BatchStatistics | None]:
+        """Normalize with the groups' statistics and, if the layer updates, move the buffers.
+
+        Returns the statistics if there are observers. `num_batches_tracked` counts afterwards.
+        """
+        # Where nothing is learnt or kept, torch's bits are not owed, and in NCHW on a CPU the route
+        # of many groups takes half the time of torch's batch norm.
+        watching = not (self.updates or torch.is_grad_enabled())
+        if groups == 1 and not (watching and x.is_contiguous() and x.device.type == "cpu"):
+            return self._one_group(x, count)
+        y, mean, var = grouped_batch_norm(
+            x, groups, interleaved=interleaved, weight=self.weight, bias=self.bias, eps=self.eps
+        )
+        statistics = BatchStatistics(mean, var, count)
+        if self.updates:
+            self.ema_step(self.running_mean, self.running_var, statistics, self.decay)
+        return y, statistics
 
     def _one_group(self, x: Tensor, count: int) -> tuple[Tensor, BatchStatistics | None]:
         """torch's batch norm, to the bit, with the update inside; the statistics if observed."""
