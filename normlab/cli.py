@@ -22,6 +22,7 @@ usage: normlab <command> [arguments]
   report  [EXPERIMENT ...]      tables, figures and verdicts from runs/ into results/
   eval    RUN [SPEC ...]        a finished run under further evaluation protocols
   plan    [key=value ...]       how a step's batch is formed: normlab plan batch_size=1024 nbs=32
+  equiv   [key=value ...]       ghost, accumulation and ranks form the same batch: in numbers
   show    [WHAT]                norms, models, data, recipes, scales, experiments, protocols, runs
   bench   [--quick]             the speed of training, data and statistics
 
@@ -84,6 +85,15 @@ def plan(argv: list[str]) -> int:
     return show.plan(parser.parse_args(argv).override)
 
 
+def equiv(argv: list[str]) -> int:
+    parser = _parser("equiv", "Three ways to form a step's batch, compared in float64.")
+    parser.add_argument("override", nargs="*", help="model=resnet8 batch_size=64 nbs=16 ...")
+    given = parser.parse_args(argv)
+    from normlab.equiv import main as compare
+
+    return compare(given.override)
+
+
 def show(argv: list[str]) -> int:
     from normlab import show
 
@@ -111,6 +121,7 @@ COMMANDS = {
     "report": report,
     "eval": evaluate,
     "plan": plan,
+    "equiv": equiv,
     "show": show,
     "bench": bench,
 }
