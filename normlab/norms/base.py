@@ -152,9 +152,7 @@ class PopulationNorm(nn.Module):
         if self.source == "population":
             if self.update:
                 raise ValueError("update=True needs statistics='batch'; they are 'population'")
-            return F.batch_norm(
-                x, self.running_mean, self.running_var, self.weight, self.bias, False, eps=self.eps
-            )
+            return self._apply_population(x)
         groups, interleaved = self._groups(x)
         count = x.numel() // (groups * self.num_features)
         if count < 2:
@@ -177,6 +175,12 @@ class PopulationNorm(nn.Module):
         variances. With one, every layer's rule is torch's.
         """
         move_towards(mean, var, batch.mean.mean(0), batch.unbiased().mean(0), round(1 - decay, 12))
+
+    def _apply_population(self, x: Tensor) -> Tensor:
+        """Normalize with the buffers; nothing moves."""
+        return F.batch_norm(
+            x, self.running_mean, self.running_var, self.weight, self.bias, False, eps=self.eps
+        )
 
     def _form_groups(self) -> tuple[int | None, bool]:
         """The layer's own groups: samples in each (None: all), and whether they interleave."""
