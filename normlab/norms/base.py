@@ -37,12 +37,14 @@ class BatchStatistics:
     """The statistics that one forward normalized with, one row per group of samples.
 
     mean and var (biased) are (G, C), detached, float32 (float64 for a float64 input); count is the
-    number of elements behind each of them.
+    number of elements behind each of them; population is the one that follows them, of a layer's
+    `PopulationNorm.populations`.
     """
 
     mean: Tensor
     var: Tensor
     count: int
+    population: str = ""
 
     def unbiased(self) -> Tensor:
         return self.var * (self.count / (self.count - 1))
@@ -167,6 +169,15 @@ class PopulationNorm(nn.Module):
             for observe in self.observers:
                 observe(statistics)
         return y
+
+    def populations(self) -> dict[str, tuple[Tensor, Tensor]]:
+        """The layer's populations: mean and var (C,), in the buffers' memory.
+
+        The key is what follows the layer's name in a `normlab.population.Population`: nothing where
+        there is one population. A layer with several names each, and its observers are told whose
+        statistics they get (`BatchStatistics.population`).
+        """
+        return {"": (self.running_mean, self.running_var)}
 
     def ema_step(self, mean: Tensor, var: Tensor, batch: BatchStatistics, decay: float) -> None:
         """Move `mean` and `var` (C,), in place, as one updating forward moves the buffers.
