@@ -1,7 +1,7 @@
 """Normalization layers, one per file.
 
 A layer's name is its module's: `find("ghost")` is the one class that `normlab/norms/ghost.py`
-names in `__all__`, so a new layer needs no list. Installed packages add layers as entry points of
+names in `__all__`, beside functions for its use, so a new layer needs no list. Installed packages add layers as entry points of
 the group `normlab.norms`. The classes can also be imported from here (`from normlab.norms import
 GroupNorm`); importing this package alone does not import torch.
 """
@@ -40,8 +40,8 @@ def find(module: str) -> type[nn.Module]:
         raise ValueError(f"no norm {module!r}; there are: {', '.join(names())}")
     if module in _own():
         source = import_module(f"{__name__}.{module}")
-        (name,) = source.__all__
-        found = getattr(source, name)
+        exported = [getattr(source, name) for name in source.__all__]
+        (found,) = (value for value in exported if isinstance(value, type))
     else:
         (point,) = entry_points(group=ENTRY_POINTS, name=module)
         found = point.load()
