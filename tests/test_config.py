@@ -189,6 +189,22 @@ def test_device_data_and_kernels_are_part_of_the_identity() -> None:
     assert len(ids) == 8
 
 
+def test_a_cumulative_average_has_no_decay() -> None:
+    """P5: it is an option of norm=bn, which changes the id; what it does not use changes none."""
+    mine = known_as("norm.cumulative=true")
+    assert mine[-8:] != known_as()[-8:]
+    assert known_as("norm.cumulative=true", "decay=0.5") == mine
+    with pytest.raises(ConfigError, match=r"norm\.cumulative"):
+        compose(["norm=ghost", "nbs=2", "norm.cumulative=true"])
+
+
+def test_recorded_configs_are_completed_outside_the_groups(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A group's new option would be refused by its other members, which do not have it."""
+    monkeypatch.setitem(identity.LATER, "grace", 5)
+    recorded = compose(["norm=gn"])
+    assert identity.with_later_keys(recorded) == recorded | {"grace": 5}
+
+
 def test_workers_of_a_loader_are_not_part_of_the_identity() -> None:
     assert known_as("data=imagefolder") == known_as("data=imagefolder", "data.workers=2")
 

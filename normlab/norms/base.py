@@ -18,6 +18,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from normlab.norms._grouped import float32_affine, group_norm, grouped_batch_norm, is_half, variance
+from normlab.norms._recomputation import leaving_no_trace, recomputing
 
 __all__ = [
     "BatchStatistics",
@@ -27,6 +28,7 @@ __all__ = [
     "move_towards",
     "normalization",
     "population_layers",
+    "recomputing",
 ]
 
 Source = Literal["batch", "population"]
@@ -86,6 +88,10 @@ class PopulationNorm(nn.Module):
             layer's own way of forming groups; None: the layer's own.
         observers: called with the BatchStatistics of every forward that used batch statistics,
             after any update. They change no result, and copies of the layer start without them.
+
+    Activation checkpointing (`torch.utils.checkpoint`, either kind) runs a forward a second time,
+    inside the backward pass: that run neither updates nor calls observers. It takes the choices
+    that are set then; where they come from `normalization`, call backward inside it too.
 
     Raises ValueError for a decay outside [0, 1), and in forward, before any state changes, for a
     batch that the groups do not divide, for one element per group and channel, for a wrong shape,
@@ -150,6 +156,12 @@ class PopulationNorm(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """x (N, C), (N, C, L), (N, C, H, W) or (N, C, D, H, W) to the same shape and dtype."""
+        if recomputing():
+            with leaving_no_trace(self):
+                return self._forward(x)
+        return self._forward(x)
+
+    def _forward(self, x: Tensor) -> Tensor:
         _check_input(x, self.num_features, type(self).__name__)
         if self.source == "population":
             if self.update:
@@ -233,13 +245,15 @@ class PopulationNorm(nn.Module):
 
     def _one_group(self, x: Tensor, count: int) -> tuple[Tensor, BatchStatistics | None]:
         """torch's batch norm, to the bit, with the update inside; the statistics if observed."""
-        mean, var = (self.running_mean, self.running_var) if self.updates else (None, None)
+        mean, var, momentum = None, None, 0.0
+        if self.updates:
+            mean, var, momentum = self.running_mean, self.running_var, self.momentum
         weight: Tensor | None = self.weight
         bias: Tensor | None = self.bias
         if self.running_mean.dtype == torch.float32:
             weight, bias = float32_affine(x, weight, bias)
         if not self.observers:
-            y = F.batch_norm(x, mean, var, weight, bias, True, self.momentum, self.eps)
+            y = F.batch_norm(x, mean, var, weight, bias, True, momentum, self.eps)
             return y, None
         if mean is None and not is_half(self.running_mean):
             # A running average that forgets at once holds the batch's mean and unbiased variance.
@@ -250,7 +264,7 @@ class PopulationNorm(nn.Module):
         # The operator behind F.batch_norm, which also returns the statistics: an observer must not
         # change a bit of the buffers either.
         y, batch_mean, rstd, _, _ = torch._batch_norm_impl_index(
-            x, weight, bias, mean, var, True, self.momentum, self.eps,
+            x, weight, bias, mean, var, True, momentum, self.eps,
             torch.backends.cudnn.enabled,
         )  # fmt: skip
         batch_var = variance(rstd, self.eps)
@@ -265,8 +279,13 @@ class PopulationNorm(nn.Module):
         return f"{self.num_features}, eps={self.eps}, decay={self.decay}, affine={affine}"
 
 
-def move_towards(mean: Tensor, var: Tensor, to_mean: Tensor, to_var: Tensor, weight: float) -> None:
-    """Move `mean` and `var` in place by `weight` of the way to `to_mean` and `to_var`."""
+def move_towards(
+    mean: Tensor, var: Tensor, to_mean: Tensor, to_var: Tensor, weight: float | Tensor
+) -> None:
+    """Move `mean` and `var` in place by `weight` of the way to `to_mean` and `to_var`.
+
+    weight is a number or a tensor of one, in the precision of `mean`.
+    """
     mean.lerp_(to_mean.to(mean.dtype), weight)
     var.lerp_(to_var.to(var.dtype), weight)
 
@@ -330,10 +349,15 @@ def normalization(
 
     None leaves a choice as each layer has it. A layer whose own `statistics` is "population" is
     frozen and stays as it is. What was set before comes back at the end, also after an exception.
-    Raises ValueError for an unknown source and for a group_size below 1.
+    Raises ValueError for an unknown source, for an update that is no bool, for update=True with
+    population statistics and for a group_size below 1.
     """
     if statistics not in (None, "batch", "population"):
         raise ValueError(f"statistics is 'batch' or 'population', not {statistics!r}")
+    if update not in (None, True, False):
+        raise ValueError(f"update is True, False or None, not {update!r}")
+    if update and statistics == "population":
+        raise ValueError("update=True needs statistics='batch'; they are 'population'")
     if group_size is not None and group_size < 1:
         raise ValueError(f"group_size must be at least 1, not {group_size}")
     layers = [v for v in population_layers(model).values() if v.statistics != "population"]
