@@ -103,6 +103,9 @@ class PopulationNorm(nn.Module):
     """How the normalization batch is formed, in the words of `normlab.batchplan`; norms that look
     at no other sample have no such attribute."""
 
+    pools: ClassVar[bool] = True
+    """Whether statistics of parts of the data give those of all of it, as mean and variance do."""
+
     weight: nn.Parameter | None
     bias: nn.Parameter | None
     running_mean: Tensor

@@ -1,6 +1,7 @@
 """L1 batch normalization: the mean absolute deviation in place of the standard deviation."""
 
 import math
+from typing import ClassVar
 
 import torch
 import torch.nn.functional as F
@@ -33,7 +34,7 @@ class L1BatchNorm(PopulationNorm):
     exactly for a single batch, and up to the order of s^2/n for i.i.d. batches of n elements. The s
     of all elements is no function of the batches' s: where batches differ in their means for a
     reason, as with one class each, "pooled" is right for a variance and only near for s; estimate
-    from shuffled data.
+    from shuffled data. "layerwise", which would have to be exact, refuses this layer.
 
     Args:
         num_features: channels C of the input (N, C), (N, C, L), (N, C, H, W) or (N, C, D, H, W).
@@ -44,6 +45,8 @@ class L1BatchNorm(PopulationNorm):
     Limits: BatchNorm on normal data of many elements; values of +-a have s = sqrt(pi/2) a, where
     BatchNorm has a. Errors: see PopulationNorm.
     """
+
+    pools: ClassVar[bool] = False
 
     def _normalize(
         self, x: Tensor, groups: int, interleaved: bool, count: int
