@@ -119,9 +119,9 @@ def test_the_table_has_no_row_without_a_room() -> None:
         ("norms/base.py", "from ..config import Config", "norms/base.py imports normlab.config"),
         ("norms/base.py", "def f():\n    import hydra", "norms/base.py imports hydra"),
         (
-            "population.py",
+            "population/bank.py",
             "from normlab.norms import ghost",
-            "population.py imports normlab.norms.ghost",
+            "population/bank.py imports normlab.norms.ghost",
         ),
         (
             "batchplan.py",
