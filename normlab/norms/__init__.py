@@ -1,9 +1,10 @@
 """Normalization layers, one per file.
 
 A layer's name is its module's: `find("ghost")` is the one class that `normlab/norms/ghost.py`
-names in `__all__`, beside functions for its use, so a new layer needs no list. Installed packages add layers as entry points of
-the group `normlab.norms`. The classes can also be imported from here (`from normlab.norms import
-GroupNorm`); importing this package alone does not import torch.
+names in `__all__`, beside functions for its use, so a new layer needs no list. Installed packages
+add layers as entry points of the group `normlab.norms`. What `__all__` names can also be imported
+from here (`from normlab.norms import GroupNorm`); importing this package alone does not import
+torch.
 """
 
 from __future__ import annotations

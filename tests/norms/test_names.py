@@ -10,7 +10,7 @@ from torch import nn
 from normlab import norms
 from normlab.norms import bn
 
-OPTIONS = {"ghost": {"nbs": 2}, "gn": {"groups": 2}}
+OPTIONS = {"ghost": {"nbs": 2}, "gn": {"groups": 2}, "separate": {"num_domains": 1}}
 
 
 def test_names_are_the_layers():
