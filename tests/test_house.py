@@ -224,7 +224,7 @@ def test_an_experiment_loads_and_every_claim_can_be_judged(name: str) -> None:
         grid = loaded.scale(scale)
         assert loaded.cells(scale)
         for claim in loaded.claims.values():
-            assert claim.contrasts(grid.axes)
+            assert claim.contrasts(grid.places)
     wanted = {*loaded.table["columns"], *loaded.figure["series"]}
     published = {protocol for source in loaded.published for protocol in source.values}
     assert wanted | published <= set(loaded.protocols)
