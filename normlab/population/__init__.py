@@ -11,6 +11,7 @@ from normlab.population.averaged import AveragedWeights, BufferPolicy
 from normlab.population.bank import EmaBank
 from normlab.population.ema import ema_age, ema_noise, ema_weights, iterations_needed
 from normlab.population.estimators import Estimator, estimate
+from normlab.population.layerwise import check_layerwise
 from normlab.population.values import Population, Statistics, apply, using
 
 __all__ = [
@@ -21,6 +22,7 @@ __all__ = [
     "Population",
     "Statistics",
     "apply",
+    "check_layerwise",
     "ema_age",
     "ema_noise",
     "ema_weights",

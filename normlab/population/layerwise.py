@@ -10,14 +10,35 @@ import torch
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from normlab.norms.base import PopulationNorm, normalization
+from normlab.norms.base import PopulationNorm, normalization, population_layers
 from normlab.population.accumulate import Pooled
 from normlab.population.values import Population, Statistics, using
 
-__all__ = ["layerwise"]
+__all__ = ["check_layerwise", "layerwise"]
 
 _Use = tuple[str, int]
 """A layer's name, and which of its uses within one forward."""
+
+
+def check_layerwise(model: nn.Module) -> None:
+    """Whether the layers of `model` can be measured one by one; frozen ones need not be.
+
+    Raises ValueError, naming the layer, for one with several populations, and for one whose
+    statistic is no mean and variance (`PopulationNorm.pools`).
+    """
+    for name, layer in population_layers(model).items():
+        if layer.statistics == "population":
+            continue
+        if not layer.pools:
+            raise ValueError(
+                f"layerwise: {name or 'the model'} is a {type(layer).__name__}, whose statistic "
+                "does not follow from those of batches, whatever their size"
+            )
+        if "" not in layer.populations():
+            raise ValueError(
+                f"layerwise: {name or 'the model'} has several populations, which it cannot tell "
+                "apart: estimate them with 'pooled', 'mean' or 'cheap'"
+            )
 
 
 class _Reached(BaseException):
@@ -41,26 +62,15 @@ def layerwise(
     merged, which is the same up to rounding.
 
     Expects the model in eval mode and gradients off. Raises ValueError for batches that can be
-    passed over once only, for none, for a batch that `group_size` does not divide, for a layer with
-    several populations or (`PopulationNorm.pools`) of another statistic than the variance, and if a
-    batch reaches the layers in another order than the first did.
+    passed over once only, for none, for a batch that `group_size` does not divide, if a batch
+    reaches the layers in another order than the first did, and what `check_layerwise` raises.
     """
+    check_layerwise(model)
     if iter(batches) is batches:
         raise ValueError(
             "layerwise passes over the batches once for every layer: give it a list or a loader, "
             "not an iterator that is spent after one pass"
         )
-    for name, layer in layers.items():
-        if not layer.pools:
-            raise ValueError(
-                f"layerwise: {name or 'the model'} is a {type(layer).__name__}, whose statistic "
-                "does not follow from those of batches, whatever their size"
-            )
-        if "" not in layer.populations():
-            raise ValueError(
-                f"layerwise: {name or 'the model'} has several populations, which it cannot tell "
-                "apart: estimate them with 'pooled', 'mean' or 'cheap'"
-            )
     measured: dict[_Use, Pooled] = {}
     values: dict[_Use, Statistics] = {}
     with ExitStack() as restore:
