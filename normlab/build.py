@@ -24,7 +24,7 @@ from normlab.config import plan_of
 from normlab.data.base import Dataset
 from normlab.train import Settings
 
-Norm = Callable[[int], nn.Module]
+Norm = Callable[..., nn.Module]
 
 _LABELS = {"name", "module", "batch"}
 
@@ -57,9 +57,11 @@ def _load(root: str, seed: int, group: str) -> Dataset:
     return dataset
 
 
-def norm(config: dict[str, Any]) -> Norm:
+def norm(config: dict[str, Any], dataset: Dataset | None = None) -> Norm:
     """The constructor that a model calls with a number of channels.
 
+    What a layer's signature asks of the run is filled in: ``nbs``, ``decay``, and ``forwards``, the
+    training's forward passes on this data set (without one the layer's own default stays).
     Raises ValueError if the config says otherwise than the layer how its batch is formed: the batch
     plan, and with it the recorded NBS, would be another layer's.
     """
@@ -71,24 +73,66 @@ def norm(config: dict[str, Any]) -> Norm:
             f"{layer.__name__}, whose batch is formed as {batch} (norm.batch={batch})"
         )
     given = {"nbs": plan(config).nbs, "decay": config["decay"]}
-    taken = {key: value for key, value in given.items() if key in _parameters(layer)}
-    return partial(
-        layer, **_options("norm", config["norm"], layer, {"num_features", *given}), **taken
-    )
+    parameters = _parameters(layer)
+    taken = {key: value for key, value in given.items() if key in parameters}
+    if "forwards" in parameters and dataset is not None:
+        taken["forwards"] = _forwards(config, dataset)
+    reserved = {"num_features", "shape", "forwards", *given}
+    return partial(layer, **_options("norm", config["norm"], layer, reserved), **taken)
+
+
+def _forwards(config: dict[str, Any], dataset: Dataset) -> int:
+    """How often each rank of the run calls its model in training."""
+    step = plan(config)
+    steps, _ = batchplan.steps(dataset.size("train"), step, config["remainder"])
+    return int(config["epochs"]) * steps * step.accumulation
 
 
 def model(config: dict[str, Any], dataset: Dataset) -> nn.Module:
     """The network, its weights drawn with the run's seed, on the run's device and layout."""
     network = normlab.models.find(_module(config["model"]))
     options = _options("model", config["model"], network, {"norm", "num_classes", "shape"})
+    network = partial(network, num_classes=dataset.num_classes, shape=dataset.shape, **options)
+    layers = norm(config, dataset)
+    if "shape" in _parameters(normlab.norms.find(_module(config["norm"]))):
+        layers = _shaped(layers, network, dataset)
     # fp32 means float32: convolutions on a GPU would round their inputs to TF32 by default.
     torch.backends.cudnn.allow_tf32 = False
     torch.manual_seed(config["seed"])
-    built: nn.Module = network(
-        norm(config), num_classes=dataset.num_classes, shape=dataset.shape, **options
-    )
+    built: nn.Module = network(layers)
     layout = torch.channels_last if config["channels_last"] else torch.contiguous_format
     return built.to(device(config)).to(memory_format=layout)
+
+
+class _Recorder(nn.Module):
+    """In the place of a norm, notes the sizes after the channels of what it is given."""
+
+    def __init__(self, _: int) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.empty(()))  # a network may ask for a gamma
+        self.shape: list[int] | None = None
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        self.shape = list(x.shape[2:])
+        return x
+
+
+def _shaped(layer: Norm, network: Callable[[Norm], nn.Module], dataset: Dataset) -> Norm:
+    """`layer` with its ``shape``, for norms with a parameter per element.
+
+    A network asks for a norm by channels alone, always in the same order: it is built once without
+    memory, an image without values shows the shapes, and the n-th norm gets the n-th.
+    """
+    recorders: list[_Recorder] = []
+
+    def record(channels: int) -> nn.Module:
+        recorders.append(_Recorder(channels))
+        return recorders[-1]
+
+    with torch.device("meta"), torch.no_grad():
+        network(record).eval()(torch.empty((1, *dataset.shape)))
+    shapes = (recorder.shape for recorder in recorders)
+    return lambda channels: layer(channels, shape=next(shapes))
 
 
 def optimizer(config: dict[str, Any], network: nn.Module) -> torch.optim.Optimizer:

@@ -10,7 +10,12 @@ from torch import nn
 from normlab import norms
 from normlab.norms import bn
 
-OPTIONS = {"ghost": {"nbs": 2}, "gn": {"groups": 2}, "separate": {"num_domains": 1}}
+OPTIONS = {
+    "ghost": {"nbs": 2},
+    "gn": {"groups": 2},
+    "ln_elementwise": {"shape": (3, 3)},
+    "separate": {"num_domains": 1},
+}
 
 
 def test_names_are_the_layers():
