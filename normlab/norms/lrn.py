@@ -79,7 +79,7 @@ class LocalResponseNorm(nn.Module):
         z = x.to(torch.promote_types(x.dtype, torch.float32))
         if z.numel() == 0:
             return z.to(x.dtype)
-        squares = z.square().reshape(len(z), 1, self.num_features, -1)
+        squares = z.square().reshape(x.size(0), 1, self.num_features, -1)
         squares = F.pad(squares, (0, 0, self.size // 2, (self.size - 1) // 2))
         divisor = 1 if self.squares == "sum" else self.size
         window = F.avg_pool2d(squares, (self.size, 1), stride=1, divisor_override=divisor)
