@@ -79,7 +79,7 @@ class Evaluator:
             "split": protocol.split,
             "statistics": protocol.statistics,
         }
-        has_population = bool(population_layers(self.model))
+        has_population = self._has_population()
         if has_population and protocol.statistics == "batch":
             batch = self._batch(protocol)
             row |= {"batch": batch, "order": protocol.order}
@@ -112,7 +112,7 @@ class Evaluator:
         decays = self.bank.decays if self.bank else ()
         if protocol.decay is not None and protocol.decay not in decays:
             raise ValueError(f"evals: '{protocol}' needs ema_bank=[{protocol.decay}]")
-        if not population_layers(self.model) or protocol.statistics in ("augmented", "ema"):
+        if not self._has_population() or protocol.statistics in ("augmented", "ema"):
             return
         precise = protocol.statistics.startswith("precise")
         split = "train" if precise else protocol.split
@@ -131,6 +131,11 @@ class Evaluator:
                 check_layerwise(self.model)
             except ValueError as error:
                 raise ValueError(f"evals: '{protocol}': {error}") from None
+
+    def _has_population(self) -> bool:
+        """Whether any layer has statistics to choose; those of a frozen one are constants."""
+        layers = population_layers(self.model).values()
+        return any(layer.statistics != "population" for layer in layers)
 
     def _batch(self, protocol: Protocol) -> int:
         """Samples that share one set of statistics in an evaluation: the run's NBS unless given."""

@@ -19,7 +19,8 @@ precise_layerwise the same as precise layer by layer, each under the final stati
 
 ``batch`` is the run's NBS unless given. ``order`` is one of 0..999: the evaluator draws from the
 stream ``seed * 1000 + order``, so that no two seeds share one. Norms without population statistics
-(gn, ln, in, none) behave the same in training and at test: every protocol is their plain forward.
+(gn, ln, in, none), or with constant ones (frozen), behave the same in training and at test: every
+protocol is their plain forward.
 """
 
 from dataclasses import dataclass
