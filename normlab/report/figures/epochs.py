@@ -14,16 +14,21 @@ from normlab.report.statistics import Sample
 
 
 def draw(results: Results, subtitle: str) -> Figure:
-    """One panel per protocol, with axes of its own: training and test errors differ by much."""
+    """One panel per protocol, with axes of its own: training and test errors differ by much.
+
+    Raises ValueError where `by` leaves several cells to a line.
+    """
     experiment, options = results.experiment, results.experiment.figure
     figure = Figure(figsize=(7.2, 3.9), layout="constrained")
     panels = figure.subplots(1, len(options["series"]), squeeze=False)[0]
     figure.suptitle(f"{experiment.title}: {subtitle}", fontsize=8.5, x=0.01, ha="left")
     arms = curves.lines(results, options["by"])
+    if several := [(which, points) for which, points in arms if len(points) > 1]:
+        which, points = several[0]
+        raise ValueError(f"figure.by: {len(points)} cells are one line, {which}")
     for panel, protocol in zip(panels, options["series"], strict=True):
         for i, (which, points) in enumerate(arms):
-            (point,) = points
-            over = results.by_epoch.get((point, protocol), {})
+            over = results.by_epoch.get((points[0], protocol), {})
             epochs = sorted(over)
             samples = [Sample.of(over[epoch].values()) for epoch in epochs]
             panel.plot(
