@@ -3,8 +3,8 @@
 A layer's name is its module's: `find("ghost")` is the one class that `normlab/norms/ghost.py`
 names in `__all__`, beside functions for its use, so a new layer needs no list. Installed packages
 add layers as entry points of the group `normlab.norms`. What `__all__` names can also be imported
-from here (`from normlab.norms import GroupNorm`); importing this package alone does not import
-torch.
+from here (`from normlab.norms import GroupNorm`), that of `normlab.norms.conv` too; importing this
+package alone does not import torch.
 """
 
 from __future__ import annotations
@@ -13,6 +13,8 @@ from importlib import import_module
 from importlib.metadata import entry_points
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
+
+from normlab.norms import conv
 
 if TYPE_CHECKING:
     from torch import nn
@@ -53,7 +55,7 @@ def find(module: str) -> type[nn.Module]:
 
 def __getattr__(name: str) -> Any:
     if not name.startswith("_"):
-        for stem in _own():
+        for stem in [*_own(), *(f"conv.{stem}" for stem in conv.names())]:
             module = import_module(f"{__name__}.{stem}")
             if name in module.__all__:
                 return getattr(module, name)
