@@ -1,7 +1,8 @@
-"""Operations on anyone's trained model.
+"""Operations on anyone's trained model: its norms exchanged, folded away, split off again.
 
-`convert` and `revert` swap the norms of a module tree. Importing this package alone does not import
-torch.
+`convert` and `revert` swap the norms of a module tree (`conversion`); `fuse` and `unfuse`, and for
+single layers `fold` and `split`, move a norm into the layer before it and out again (`fusion`).
+Importing this package alone does not import torch.
 """
 
 from importlib import import_module
@@ -10,8 +11,17 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from normlab.surgery.conversion import convert as convert
     from normlab.surgery.conversion import revert as revert
+    from normlab.surgery.fusion import fold as fold
+    from normlab.surgery.fusion import fuse as fuse
+    from normlab.surgery.fusion import fusible as fusible
+    from normlab.surgery.fusion import neighbours as neighbours
+    from normlab.surgery.fusion import split as split
+    from normlab.surgery.fusion import unfuse as unfuse
 
-_HOLDS = {"conversion": ("convert", "revert")}
+_HOLDS = {
+    "conversion": ("convert", "revert"),
+    "fusion": ("fold", "fuse", "fusible", "neighbours", "split", "unfuse"),
+}
 
 
 def __getattr__(name: str) -> Any:

@@ -8,11 +8,13 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
+from normlab.surgery._kinds import base_type
+
 __all__ = [
     "ORIGIN",
     "STATISTICS",
     "Origin",
-    "base_type",
+    "WithActivation",
     "hand_over",
     "move_hooks",
     "origin_of",
@@ -29,12 +31,6 @@ _NAMES = ("weight", "bias", *STATISTICS)
 _ONES = {"weight", "running_var"}
 _BARE = frozenset(vars(nn.Module()))
 _HOOKS = sorted(name for name in _BARE if name.endswith(("_hooks", "_with_kwargs", "_called")))
-
-
-def base_type(module: nn.Module) -> type[nn.Module]:
-    """The class of `module`, or the one under its parametrizations."""
-    cls: type[nn.Module] = parametrize.type_before_parametrizations(module)
-    return cls
 
 
 def tensors(module: nn.Module) -> dict[str, Tensor | None]:
@@ -218,7 +214,7 @@ def move_hooks(old: nn.Module, new: nn.Module) -> None:
     vars(new)["_is_full_backward_hook"] = old._is_full_backward_hook
 
 
-class _WithActivation(nn.Module):
+class WithActivation(nn.Module):
     """A norm followed by dropout and an activation, timm's `drop` and `act`."""
 
     drop: nn.Module
@@ -246,5 +242,5 @@ def with_activation(norm: type[nn.Module]) -> type[nn.Module]:
     """The subclass of `norm` whose forward ends with its submodules `drop` and `act`."""
     if norm not in _fused:
         name = f"{norm.__name__}Act"
-        _fused[norm] = type(name, (_WithActivation, norm), {"__module__": norm.__module__})
+        _fused[norm] = type(name, (WithActivation, norm), {"__module__": norm.__module__})
     return _fused[norm]

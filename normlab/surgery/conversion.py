@@ -11,11 +11,19 @@ from normlab.norms import find
 from normlab.norms.base import PopulationNorm, SampleNorm
 from normlab.norms.frozen import FrozenBatchNorm
 from normlab.norms.none import NoNorm
+from normlab.surgery._kinds import (
+    BATCH,
+    FROZEN,
+    WITH_ACTIVATION,
+    base_type,
+    features,
+    is_own,
+    path,
+)
 from normlab.surgery._transplant import (
     ORIGIN,
     STATISTICS,
     Origin,
-    base_type,
     hand_over,
     move_hooks,
     origin_of,
@@ -27,14 +35,6 @@ from normlab.surgery._transplant import (
 )
 
 __all__ = ["convert", "revert"]
-
-_BATCH = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d, nn.SyncBatchNorm)
-_FROZEN = "torchvision.ops.misc.FrozenBatchNorm2d"
-_WITH_ACTIVATION = {
-    f"timm.layers.norm_act.{name}"
-    for name in ("BatchNormAct2d", "SyncBatchNormAct", "FrozenBatchNormAct2d")
-}
-_OWN = "normlab.norms."
 
 Choice = Callable[[str, nn.Module], bool]
 
@@ -123,7 +123,7 @@ def revert(
         raise ValueError(f"dims is 1, 2 or 3, not {dims!r}")
     new = {}
     for name, old in _norms(model, only, "keep"):
-        if origin_of(old) is None and not _is_own(old):
+        if origin_of(old) is None and not is_own(old):
             continue
         try:
             new[old] = _torch_layer(old, dims, lossy)
@@ -136,21 +136,11 @@ def revert(
 # -- what is a norm -------------------------------------------------------------------------------
 
 
-def _path(module: nn.Module) -> str:
-    cls = base_type(module)
-    return f"{cls.__module__}.{cls.__qualname__}"
-
-
-def _is_own(module: nn.Module) -> bool:
-    own = isinstance(module, (PopulationNorm, SampleNorm, NoNorm))
-    return own and _path(module).startswith(_OWN)
-
-
 def _is_known(module: nn.Module) -> bool:
     return (
-        base_type(module) in (*_BATCH, nn.GroupNorm)
-        or _path(module) in {_FROZEN, *_WITH_ACTIVATION}
-        or _is_own(module)
+        base_type(module) in (*BATCH, nn.GroupNorm)
+        or path(module) in {FROZEN, *WITH_ACTIVATION}
+        or is_own(module)
         or origin_of(module) is not None
     )
 
@@ -185,16 +175,9 @@ def _norms(
                 kept += (f"{name}.",)
                 continue
             raise ValueError(
-                f"{name or 'the model'} is a {_path(module)}, which may do more than normalize; "
+                f"{name or 'the model'} is a {path(module)}, which may do more than normalize; "
                 "unknown='keep' leaves such layers as they are"
             )
-
-
-def _features(module: nn.Module) -> int:
-    for name in ("num_features", "num_channels"):
-        if hasattr(module, name):
-            return int(getattr(module, name))
-    return int(module._buffers["running_mean"].numel())  # type: ignore[union-attr]
 
 
 # -- one layer ------------------------------------------------------------------------------------
@@ -216,7 +199,7 @@ def _successor(
 
     `old` is left as it is.
     """
-    origin = origin_of(old) or (None if _is_own(old) else Origin.of(old))
+    origin = origin_of(old) or (None if is_own(old) else Origin.of(old))
     values = tensors(old)
     given: dict[str, Any] = {}
     source = old if origin is None or hasattr(old, "eps") else origin.layer
@@ -235,8 +218,8 @@ def _successor(
     missing = [n for n, p in accepted.items() if p.default is p.empty and n not in given]
     if missing:
         raise ValueError(f"{cls.__name__} needs {', '.join(missing)}")
-    new: nn.Module = cls(_features(old), **_known_to(cls, given))
-    if _path(old) in _WITH_ACTIVATION or (origin and origin.path in _WITH_ACTIVATION):
+    new: nn.Module = cls(features(old), **_known_to(cls, given))
+    if path(old) in WITH_ACTIVATION or (origin and origin.path in WITH_ACTIVATION):
         new.__class__ = with_activation(cls)
     untracked = "running_mean" in old._buffers and values["running_mean"] is None
     froze = hand_over(old, new, extras=origin.extras if origin else ())
@@ -339,7 +322,7 @@ def _torch_layer(old: nn.Module, dims: int | None, lossy: bool) -> nn.Module:
                 "them"
             )
         momentum = _momentum(old)
-        cls = nn.SyncBatchNorm if old.batch == "sync" else _BATCH[(dims or 1) - 1]
+        cls = nn.SyncBatchNorm if old.batch == "sync" else BATCH[(dims or 1) - 1]
         new = cls(old.num_features, eps=old.eps, momentum=momentum, affine=affine)
         if old.batch == "sync":
             new.process_group = old.group
