@@ -336,6 +336,7 @@ class TestCheap:
         layer.running_mean.fill_(5.0)
         x = torch.randn(7, 8, 3, dtype=torch.float64)
         result = estimate(layer, list(x), estimator="cheap", decay=decay)[""]
+        assert (layer.running_mean == 5).all()
         weights = (1 - decay) * decay ** np.arange(6.0, -1, -1)
         mean = 5 * decay**7 + weights @ x.mean(1).numpy()
         var = decay**7 + weights @ x.var(1).numpy()

@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 import torch
 from torch import nn
+from torch.utils.checkpoint import checkpoint
 
 from normlab.norms import BatchNorm, GhostBatchNorm
 from normlab.population import EmaBank, estimate
@@ -40,6 +41,7 @@ def train(model, batches, optimizer=None):
 
 class TestEmaBank:
     def test_closed_form(self):
+        """P2: decay is the share that stays, torch's 1 - momentum."""
         x = torch.randn(5, 8, 3, dtype=torch.float64)
         layer = BatchNorm(3).double()
         bank = EmaBank(layer, [0.5, 0.99])
@@ -87,7 +89,24 @@ class TestEmaBank:
             for name, value in watched.state_dict().items()
         )
 
+    def test_recomputed_activations_are_not_followed_twice(self):
+        """P18"""
+        batches = torch.randn(3, 8, 2, 9, 9)
+        populations = []
+        for recompute in (False, True):
+            model = network()
+            bank = EmaBank(model, [0.9])
+            for x in batches:
+                y = checkpoint(model, x, use_reentrant=False) if recompute else model(x)
+                y.square().mean().backward()
+            populations.append(bank.population(0.9))
+        once, twice = populations
+        for name in once:
+            assert torch.equal(once[name].mean, twice[name].mean)
+            assert once[name].count == twice[name].count
+
     def test_follows_training_only(self):
+        """P53: neither an evaluation nor an estimate moves an average."""
         model = network()
         bank = EmaBank(model, [0.9])
         estimate(model, [torch.randn(8, 2, 9, 9)], estimator="pooled")
@@ -127,6 +146,7 @@ class TestEmaBank:
                 assert actual[name].count == expected[name].count
 
     def test_a_population_is_a_value(self):
+        """P43: what was taken for an evaluation does not move on with the training."""
         layer = BatchNorm(3)
         bank = EmaBank(layer, [0.9])
         layer(torch.randn(8, 3))

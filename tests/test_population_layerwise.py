@@ -148,6 +148,19 @@ def test_in_float32(channels_last):
     assert_equal(layerwise(model, x, 3), layerwise(model, x, 12), rtol=1e-5)
 
 
+def test_under_autocast():
+    """P65: bfloat16 activations, statistics in float64 of what they are."""
+    model, x = network(torch.float32), data(torch.float32)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        result = layerwise(model, x, 4)
+        assert_equal(result, layerwise(model, x, 12), rtol=1e-2)
+    stem = nn.functional.conv2d(
+        x.bfloat16(), model.stem.weight.bfloat16(), model.stem.bias.bfloat16()
+    )
+    mean = stem.double().mean((0, 2, 3))
+    torch.testing.assert_close(result["first"].mean, mean, rtol=1e-12, atol=1e-12)
+
+
 @pytest.mark.parametrize("offset", [1e4, 1e6])
 def test_large_means(offset):
     """P41: moments are taken in float64, whatever the layer's dtype."""

@@ -148,7 +148,7 @@ def _refuse_strangers(model: nn.Module) -> None:
         if isinstance(module, nn.modules.batchnorm._BatchNorm) and module.track_running_stats:
             raise ValueError(
                 f"{name or 'the model'} is torch's {type(module).__name__}, whose statistics "
-                "cannot be estimated here: convert it to a normlab norm first"
+                "cannot be estimated here: convert the model first (normlab.convert)"
             )
 
 
