@@ -1,14 +1,20 @@
-"""Operations on anyone's trained model: its norms exchanged, folded away, split off again.
+"""Operations on anyone's trained model: its norms exchanged, folded away, renamed.
 
 `convert` and `revert` swap the norms of a module tree (`conversion`); `fuse` and `unfuse`, and for
-single layers `fold` and `split`, move a norm into the layer before it and out again (`fusion`).
-Importing this package alone does not import torch.
+single layers `fold` and `split`, move a norm into the layer before it and out again (`fusion`);
+`read`, `write` and `translate` carry statistics between the conventions of torch, Keras and Caffe
+(`conventions`). Importing this package alone does not import torch.
 """
 
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from normlab.surgery.conventions import NormState as NormState
+    from normlab.surgery.conventions import read as read
+    from normlab.surgery.conventions import translate as translate
+    from normlab.surgery.conventions import with_eps as with_eps
+    from normlab.surgery.conventions import write as write
     from normlab.surgery.conversion import convert as convert
     from normlab.surgery.conversion import revert as revert
     from normlab.surgery.fusion import fold as fold
@@ -19,6 +25,7 @@ if TYPE_CHECKING:
     from normlab.surgery.fusion import unfuse as unfuse
 
 _HOLDS = {
+    "conventions": ("NormState", "read", "translate", "with_eps", "write"),
     "conversion": ("convert", "revert"),
     "fusion": ("fold", "fuse", "fusible", "neighbours", "split", "unfuse"),
 }
