@@ -45,14 +45,14 @@ def test_importing_config_does_not_import_torch() -> None:
 def test_every_key_of_the_schema_has_its_default_and_a_comment_in_config_yaml() -> None:
     text = (CONF / "config.yaml").read_text()
     given = set(yaml.safe_load(text)) - {"defaults", "hydra"}
-    groups = {"norm", "model", "data", "recipe"}
+    groups = {"norm", "conv", "model", "data", "recipe"}
     assert given == set(Config.__annotations__) - groups
     for key in given:
         (line,) = (line for line in text.splitlines() if line.startswith(f"{key}:"))
         assert " # " in line, f"{key} has no comment"
 
 
-@pytest.mark.parametrize("group", ["norm", "model", "data", "recipe", "scale"])
+@pytest.mark.parametrize("group", ["norm", "conv", "model", "data", "recipe", "scale"])
 def test_every_option_composes_and_is_called_like_its_file(group: str) -> None:
     for name in config.options(group):
         composed = compose([f"{group}={name}"])
@@ -257,7 +257,7 @@ def test_a_key_introduced_later_counts_only_where_it_is_not_its_default(
 def test_all_that_is_offered_passes_the_check() -> None:
     for group in ("norm", "model", "data", "recipe", "scale"):
         for name in config.options(group):
-            nbs = ["nbs=32"] if name == "ghost" else []
+            nbs = ["nbs=32"] if name in ("ghost", "renorm") else []
             check(compose([f"{group}={name}", "world_size=1", *nbs]))
 
 

@@ -165,6 +165,7 @@ def test_evaluating_leaves_no_trace(trained, spec):
 
 
 def test_how_many_samples_go_through_at_once_does_not_matter(trained, monkeypatch):
+    """P10: only the stated batch of a protocol does."""
     protocols = [Protocol.parse(s) for s in ("val:ema", "val:batch", "val:precise/samples:96")]
     many = [numbers(evaluator(trained).run(p)) for p in protocols]
     monkeypatch.setattr(evaluate, "_BLOCK", 24)

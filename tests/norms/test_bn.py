@@ -72,7 +72,7 @@ def test_state_dict_moves_to_and_from_torch(affine):
 
 
 def test_running_average_closed_form():
-    """After t identical batches the running mean is (1 - d^t) of the batch's; var_u, not var_b."""
+    """P1, P2: t equal batches leave (1 - d^t) of theirs, of the unbiased variance."""
     x = torch.tensor([[1.0], [4.0]], dtype=torch.float64)
     layer = BatchNorm(1, decay=0.8).double()
     for _ in range(7):
@@ -169,11 +169,13 @@ def test_decay_twin():
 
 @pytest.mark.parametrize("decay", [1, 1.0, -0.1, 1.5, float("nan")])
 def test_decay_out_of_range_is_refused(decay):
+    """P4: statistics that never move are frozen ones, by name."""
     with pytest.raises(ValueError, match="decay must be in"):
         BatchNorm(2, decay=decay)
 
 
 def test_a_torch_momentum_as_decay_warns_once():
+    """P3: torch's 0.1 as a decay would keep almost only the last batch."""
     with pytest.warns(UserWarning, match=r"decay=0\.1") as caught:
         BatchNorm(2, decay=0.1)(torch.randn(4, 2))
     assert len(caught) == 1

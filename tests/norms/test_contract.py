@@ -107,6 +107,23 @@ def test_offsets_cost_what_float32_rounds_off_a_mean(variant, training, offset, 
             assert (value >= 0).all()
 
 
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+@pytest.mark.parametrize("benchmark", [False, True])
+@pytest.mark.parametrize("layout", ["contiguous", "channels_last"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
+@pytest.mark.parametrize("variant", FAMILY)
+def test_whatever_cudnn_chooses_is_accurate(variant, dtype, layout, benchmark, monkeypatch):
+    """P66: its persistent mode was not, and overflowed; with and without its own choosing."""
+    monkeypatch.setattr(torch.backends.cudnn, "benchmark", benchmark)
+    layer = make(variant).train()
+    x, dy = (data(1) * 300).to(dtype), data(2).to(dtype)
+    expected = run(in_float64(layer), x.double(), dy.double())
+    found = run(layer.cuda(), lay_out(x.cuda(), layout), lay_out(dy.cuda(), layout))
+    close(
+        {name: value.cpu() for name, value in found.items()}, expected, 8 * torch.finfo(dtype).eps
+    )
+
+
 # -- shapes and layouts ---------------------------------------------------------------------------
 
 

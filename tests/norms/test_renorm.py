@@ -141,6 +141,7 @@ def test_free_correction_is_population_forward_and_batch_backward(
 
 
 def test_correction_acts_before_weight_and_bias():
+    """P52: r and d are no part of the affine."""
     x = torch.randn(8, 3, 4, 4, dtype=torch.float64)
     layer = moved(BatchRenorm(3, **PARTLY).double())
     layer.update = False
@@ -165,7 +166,7 @@ def test_the_correction_uses_the_statistics_before_the_update(nbs):
 
 @pytest.mark.parametrize("nbs", [None, 2])
 def test_eps_does_not_reach_the_running_variance(nbs):
-    """running_var follows the chunks' unbiased variances alone, for however large an eps."""
+    """P54: running_var follows the chunks' unbiased variances alone, for however large an eps."""
     torch.manual_seed(0)
     shape = (8, 3, 2, 2)
     layer = moved(BatchRenorm(3, nbs=nbs, eps=10.0, decay=0.7).double())
