@@ -1,7 +1,6 @@
 """Objects from a config: convolutions, initializations, and the optimizer's groups."""
 
 import pytest
-import torch
 from torch import nn
 
 from normlab import build
