@@ -6,6 +6,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from norms.zoo import FAMILY, make
 from torch import nn
 
 from normlab.norms import BatchNorm, GhostBatchNorm, L1BatchNorm
@@ -284,3 +285,19 @@ def test_the_input_may_be_given_by_name():
 def test_no_progress_without_a_terminal(capfd):
     layerwise(network(), data(), 4)
     assert capfd.readouterr() == ("", "")
+
+
+MEASURED = [v for v in FAMILY if v.values[0][0] not in ("l1", "frozen")]
+
+
+@pytest.mark.parametrize("variant", MEASURED)
+def test_every_layer_of_the_family_has_batch_norm_s_statistics(variant):
+    """However a layer forms and mixes its batches, with population statistics it is batch norm."""
+    first, second = make(variant).double(), make(variant).double()
+    model = nn.Sequential(first, nn.Conv2d(6, 6, 1).double(), second)
+    plain = nn.Sequential(BatchNorm(6), model[1], BatchNorm(6)).double()
+    plain.load_state_dict(model.state_dict())
+    x = 3 * torch.randn(8, 6, 4, 3, dtype=torch.float64) + 1
+    one = estimate(plain, [x], estimator="pooled")
+    for split in (1, 3, 4):
+        assert_equal(layerwise(model, x, split), one, rtol=1e-9)

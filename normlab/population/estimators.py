@@ -63,6 +63,9 @@ def estimate(
 
     On another domain's batches this is Adaptive BN: no label is read, and no parameter changes.
 
+    A layer that mixes batch and running statistics (BatchRenorm) goes on doing so, and what follows
+    it depends on its buffers; not so in "layerwise".
+
     A layer used several times in a pass pools what it saw. Frozen layers (`statistics` set to
     "population") keep their constants and, like layers that were never reached, are absent from the
     result. Parameters, buffers, modes and settings are as before afterwards, also after an
