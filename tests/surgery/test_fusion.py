@@ -6,7 +6,16 @@ import torchvision
 from torch import nn
 from torch.nn.utils.parametrize import register_parametrization as register
 
-from normlab.norms import BatchNorm, FrozenBatchNorm, GhostBatchNorm, L1BatchNorm
+from normlab.norms import (
+    BatchNorm,
+    BatchRenorm,
+    FrozenBatchNorm,
+    GhostBatchNorm,
+    L1BatchNorm,
+    SeparateBatchNorm,
+    SyncBatchNorm,
+    VirtualBatchNorm,
+)
 from normlab.surgery import convert, fold, fuse, fusible, neighbours, split, unfuse
 from normlab.surgery.fusion import FoldedNorm
 
@@ -138,8 +147,9 @@ def test_the_definition():
 @pytest.mark.parametrize(
     "norm",
     [BatchNorm(6), GhostBatchNorm(6, nbs=2), FrozenBatchNorm(6), L1BatchNorm(6, eps=0.1),
-     nn.SyncBatchNorm(6), torchvision.ops.FrozenBatchNorm2d(6)],
-    ids=lambda norm: type(norm).__name__,
+     BatchRenorm(6), VirtualBatchNorm(6, reference=3), SyncBatchNorm(6), nn.SyncBatchNorm(6),
+     torchvision.ops.FrozenBatchNorm2d(6)],
+    ids=lambda norm: f"{type(norm).__module__}.{type(norm).__name__}",
 )  # fmt: skip
 def test_norms_of_the_family(norm):
     model, x = pair(norm=copy.deepcopy(norm))
@@ -276,6 +286,8 @@ class Standardized(nn.Conv2d):
         (lambda m: register(m[1], "weight", nn.Identity()), "may do more"),
         (lambda m: m.__setitem__(0, Standardized(4, 6, 3)), "Standardized may compute otherwise"),
         (lambda m: m.__setitem__(1, Special(6).eval()), "Special may do more than normalize"),
+        (lambda m: m.__setitem__(1, SeparateBatchNorm(6, num_domains=2).eval()), "may do more"),
+        (lambda m: nn.utils.weight_norm(m[0]), "Conv2d has a parametrized weight"),
         (lambda m: m.__setitem__(1, nn.BatchNorm2d(5).eval()), "6 outputs, the norm 5 channels"),
         (lambda m: vars(m[0]).update(forward=lambda x: x), "a forward was put on"),
         (lambda m: m.append(m[0]), "0 is at two places"),
