@@ -24,6 +24,7 @@ usage: normlab <command> [arguments]
   plan    [key=value ...]       how a step's batch is formed: normlab plan batch_size=1024 nbs=32
   equiv   [key=value ...]       ghost, accumulation and ranks form the same batch: in numbers
   show    [WHAT]                norms, models, data, recipes, scales, experiments, protocols, runs
+  show    norm NAME             the card of a layer: formula, variance, population, limits, errors
   bench   [--quick]             the speed of training, data and statistics
 
 normlab <command> --help tells more; normlab --version.
@@ -99,10 +100,18 @@ def show(argv: list[str]) -> int:
 
     parser = _parser("show", "What there is.")
     parser.add_argument(
-        "what", nargs="?", choices=list(show.TABLES), help="default: a list of these"
+        "what", nargs="?", choices=[*show.TABLES, "norm"], help="default: a list of these"
     )
+    parser.add_argument("name", nargs="?", help="of `show norm`: the layer whose card to print")
+    parser.add_argument("--all", action="store_true", help="of `show norm`: the page of all cards")
     _add_runs(parser)
     given = parser.parse_args(argv)
+    if given.what == "norm":
+        return show.norm(given.name, every=given.all)
+    if given.name or given.all:
+        raise ValueError(
+            f"show {given.what or ''} takes no {given.name or '--all'}: show norm does"
+        )
     return show.main(given.what, root=given.runs or RUNS)
 
 
