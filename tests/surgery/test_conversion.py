@@ -226,7 +226,7 @@ def test_keeps_every_kind_of_hook():
 
     def called():
         calls.clear()
-        model(randn()).sum().backward()
+        model(randn().requires_grad_()).sum().backward()
         model.load_state_dict(model.state_dict())
         return ["itself" if call is model[0] else call for call in calls]
 
