@@ -60,8 +60,9 @@ def _load(root: str, seed: int, group: str) -> Dataset:
 def norm(config: dict[str, Any], dataset: Dataset | None = None) -> Norm:
     """The constructor that a model calls with a number of channels.
 
-    What a layer's signature asks of the run is filled in: ``nbs``, ``decay``, and ``forwards``, the
-    training's forward passes on this data set (without one the layer's own default stays).
+    What a layer's signature asks of the run is filled in: ``nbs``, ``decay``, ``forwards``, the
+    training's forward passes on this data set (without one the layer's own default stays), and, for
+    a virtual batch, the plan's ``extra`` images (it has no ``reference`` batch to offer).
     Raises ValueError if the config says otherwise than the layer how its batch is formed: the batch
     plan, and with it the recorded NBS, would be another layer's.
     """
@@ -73,12 +74,22 @@ def norm(config: dict[str, Any], dataset: Dataset | None = None) -> Norm:
             f"{layer.__name__}, whose batch is formed as {batch} (norm.batch={batch})"
         )
     given = {"nbs": plan(config).nbs, "decay": config["decay"]}
+    if batch == "virtual":
+        given["extra"] = plan(config).virtual_extra
     parameters = _parameters(layer)
     taken = {key: value for key, value in given.items() if key in parameters}
     if "forwards" in parameters and dataset is not None:
         taken["forwards"] = _forwards(config, dataset)
     reserved = {"num_features", "shape", "forwards", *given}
-    return partial(layer, **_options("norm", config["norm"], layer, reserved), **taken)
+    if batch == "virtual":
+        reserved.add("reference")
+    options = _options("norm", config["norm"], layer, reserved)
+    if options.get("num_domains", 1) > 1:
+        raise ValueError(
+            f"norm.num_domains={options['num_domains']}: no data set says yet which domain an image"
+            " is from; norm.num_domains=1 trains, more are for `normlab.norms.domains` in code"
+        )
+    return partial(layer, **options, **taken)
 
 
 def _forwards(config: dict[str, Any], dataset: Dataset) -> int:

@@ -257,7 +257,7 @@ def test_a_key_introduced_later_counts_only_where_it_is_not_its_default(
 def test_all_that_is_offered_passes_the_check() -> None:
     for group in ("norm", "model", "data", "recipe", "scale"):
         for name in config.options(group):
-            nbs = ["nbs=32"] if name in ("ghost", "renorm") else []
+            nbs = ["nbs=32"] if name in ("ghost", "renorm", "virtual") else []
             check(compose([f"{group}={name}", "world_size=1", *nbs]))
 
 

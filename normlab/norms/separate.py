@@ -2,14 +2,15 @@
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from normlab.norms._domains import Labels, Sets, read
 from normlab.norms._grouped import float32_affine, grouped_batch_norm, is_half, variance
+from normlab.norms._moments import moments
 from normlab.norms.base import BatchStatistics, PopulationNorm, _check_input
 
 __all__ = ["SeparateBatchNorm", "domains"]
@@ -96,7 +97,7 @@ class SeparateBatchNorm(PopulationNorm):
         self.share_statistics = share_statistics
         self.share_population = share_population
         self.share_affine = share_affine
-        self.domains: _Labels | None = None
+        self.domains: Labels | None = None
         rows = (num_domains, num_features)
         if num_domains > 1 and not share_population:
             self.running_mean = torch.zeros(rows)
@@ -120,7 +121,7 @@ class SeparateBatchNorm(PopulationNorm):
         if self.source == "population":
             if own_population or own_affine:
                 self._refuse_update()
-                return self._apply_populations(x, self._labels(x).sets(x))
+                return self._apply_populations(x, self._known(x).sets(x))
             return super()._forward(x)
         if several and not self.share_statistics:
             return self._separate(x)
@@ -132,7 +133,7 @@ class SeparateBatchNorm(PopulationNorm):
         if self.update:
             raise ValueError("update=True needs statistics='batch'; they are 'population'")
 
-    def _labels(self, x: Tensor) -> "_Labels":
+    def _known(self, x: Tensor) -> Labels:
         """Whose samples these are, or a refusal."""
         if self.domains is None:
             raise ValueError(
@@ -142,7 +143,7 @@ class SeparateBatchNorm(PopulationNorm):
         self.domains.check(x.size(0))
         return self.domains
 
-    def _apply_populations(self, x: Tensor, sets: "_Sets") -> Tensor:
+    def _apply_populations(self, x: Tensor, sets: Sets) -> Tensor:
         parts = []
         for part, domain in sets.parts(x):
             mean, var = self._population(domain)
@@ -153,7 +154,7 @@ class SeparateBatchNorm(PopulationNorm):
     def _separate(self, x: Tensor) -> Tensor:
         """Each domain by its own statistics: one batch norm after another."""
         self._groups(x)  # refuses a batch that group_size does not divide
-        sets = self._labels(x).sets(x, self.group_size)
+        sets = self._known(x).sets(x, self.group_size)
         self._check_counts(x, sets)
         parts = []
         for part, domain in sets.parts(x):
@@ -190,7 +191,7 @@ class SeparateBatchNorm(PopulationNorm):
     def _mixed(self, x: Tensor, own_population: bool, own_affine: bool) -> Tensor:
         """All domains by the same statistics, with what else is specific."""
         groups, _ = self._groups(x)
-        labels = self._labels(x)
+        labels = self._known(x)
         count = x.numel() // (groups * self.num_features)
         if count < 2:
             raise ValueError(
@@ -211,7 +212,7 @@ class SeparateBatchNorm(PopulationNorm):
             y = torch.addcmul(shift, y, scale).to(x.dtype)
         if followed:
             for part, domain in labels.sets(x).parts(x.detach()):
-                self._follow(_moments(part, self._key(domain)), domain)
+                self._follow(moments(part, self._key(domain)), domain)
         elif not own_population:
             self._follow(BatchStatistics(mean, var, count), 0)
         return y
@@ -224,7 +225,7 @@ class SeparateBatchNorm(PopulationNorm):
         for observe in self.observers:
             observe(statistics)
 
-    def _check_counts(self, x: Tensor, sets: "_Sets") -> None:
+    def _check_counts(self, x: Tensor, sets: Sets) -> None:
         elements = x[0, 0].numel()
         for domain, size in zip(sets.domains, sets.sizes, strict=True):
             if size * elements < 2:
@@ -251,7 +252,7 @@ class SeparateBatchNorm(PopulationNorm):
         (tracked if tracked.dim() == 0 else tracked[domain]).add_(1)
 
     @staticmethod
-    def _per_sample(values: Tensor | None, labels: "_Labels", y: Tensor) -> Tensor:
+    def _per_sample(values: Tensor | None, labels: Labels, y: Tensor) -> Tensor:
         """The row of (D, C) of each sample, to be multiplied with y (N, C, ...)."""
         assert values is not None
         rows = values[labels.rows(y.device)]
@@ -280,100 +281,6 @@ class SeparateBatchNorm(PopulationNorm):
         )
 
 
-@torch.no_grad()
-def _moments(x: Tensor, population: str) -> BatchStatistics:
-    """Mean and biased variance over all but the channels."""
-    x = x.to(torch.promote_types(x.dtype, torch.float32))
-    over = [d for d in range(x.dim()) if d != 1]
-    var, mean = torch.var_mean(x, over, correction=0)
-    return BatchStatistics(mean[None], var[None], x.numel() // x.size(1), population)
-
-
-@dataclass(frozen=True)
-class _Sets:
-    """Samples that share statistics: set k has the next sizes[k] samples, in sorted order."""
-
-    domains: list[int]
-    sizes: list[int]
-    order: Tensor | None
-    """Sorts the batch by set; None where it is sorted."""
-    inverse: Tensor | None
-
-    def parts(self, x: Tensor) -> Iterator[tuple[Tensor, int]]:
-        yield from zip(_take(x, self.order).split(self.sizes), self.domains, strict=True)
-
-    def join(self, parts: list[Tensor]) -> Tensor:
-        return _take(parts[0] if len(parts) == 1 else torch.cat(parts), self.inverse)
-
-
-def _take(x: Tensor, samples: Tensor | None) -> Tensor:
-    """The samples in that order, in the memory layout of x."""
-    if samples is None:
-        return x
-    if x.is_contiguous():
-        return x.index_select(0, samples)
-    return x.movedim(1, -1).index_select(0, samples).movedim(-1, 1)
-
-
-class _Labels:
-    """The domain of each sample, or of all of them, sorted once for all layers."""
-
-    def __init__(self, labels: int | Tensor) -> None:
-        self.labels = labels
-        self._sets: dict[tuple[int | None, torch.device], _Sets] = {}
-        if not isinstance(labels, int):
-            self._sets[None, labels.device] = self._sort(labels, None, labels.device)
-
-    def check(self, samples: int) -> None:
-        if not isinstance(self.labels, int) and len(self.labels) != samples:
-            raise ValueError(
-                f"a batch of {samples} samples came with {len(self.labels)} domain labels"
-            )
-
-    def rows(self, device: torch.device) -> Tensor:
-        """Indices into (D, ...): one per sample, or one that stands for all of them."""
-        labels = [self.labels] if isinstance(self.labels, int) else self.labels
-        return torch.as_tensor(labels, device=device)
-
-    def sets(self, x: Tensor, group_size: int | None = None) -> _Sets:
-        """The samples of one domain each, within consecutive groups of group_size samples."""
-        if isinstance(self.labels, int):
-            sizes = [group_size or x.size(0)] * (x.size(0) // group_size if group_size else 1)
-            return _Sets([self.labels] * len(sizes), sizes, None, None)
-        key = (group_size, x.device)
-        if key not in self._sets:
-            self._sets[key] = self._sort(self.labels, group_size, x.device)
-        return self._sets[key]
-
-    @staticmethod
-    def _sort(labels: Tensor, group_size: int | None, device: torch.device) -> _Sets:
-        several = int(labels.max()) + 1 if len(labels) else 1
-        keys = labels
-        if group_size is not None:
-            keys = keys + torch.arange(len(keys)) // group_size * several
-        present, sizes = keys.unique(return_counts=True)
-        order = keys.argsort(stable=True)
-        sets = _Sets((present % several).tolist(), sizes.tolist(), None, None)
-        if torch.equal(order, torch.arange(len(order))):
-            return sets
-        return replace(sets, order=order.to(device), inverse=order.argsort().to(device))
-
-
-def _read(labels: int | Sequence[int] | Tensor) -> int | Tensor:
-    """Labels as a number or an int64 vector on the CPU, or a refusal."""
-    if isinstance(labels, int) and not isinstance(labels, bool):
-        return labels
-    read = torch.as_tensor(labels)
-    integral = not (read.is_floating_point() or read.is_complex() or read.dtype == torch.bool)
-    if read.dim() > 1 or not (integral or read.numel() == 0):
-        raise ValueError(
-            "domain labels are whole numbers, one for each sample (N,) or one for all, "
-            f"not {read.dtype} of shape {tuple(read.shape)}"
-        )
-    read = read.detach().to("cpu", torch.int64, copy=True)
-    return int(read) if read.dim() == 0 else read
-
-
 @contextmanager
 def domains(model: nn.Module, labels: int | Sequence[int] | Tensor) -> Iterator[None]:
     """Within the context, the SeparateBatchNorms of `model` know the domains of the samples.
@@ -387,7 +294,7 @@ def domains(model: nn.Module, labels: int | Sequence[int] | Tensor) -> Iterator[
     Raises ValueError, before any change, for labels of another kind and for a domain that a layer
     does not have; a forward whose batch has another size is refused by the layers.
     """
-    known = _read(labels)
+    known = read(labels)
     layers = {k: v for k, v in model.named_modules() if isinstance(v, SeparateBatchNorm)}
     for name, layer in layers.items():
         values = torch.as_tensor(known).reshape(-1)
@@ -399,7 +306,7 @@ def domains(model: nn.Module, labels: int | Sequence[int] | Tensor) -> Iterator[
                 f"0 to {layer.num_domains - 1}"
             )
     before = [layer.domains for layer in layers.values()]
-    shared = _Labels(known)
+    shared = Labels(known)
     try:
         for layer in layers.values():
             layer.domains = shared
