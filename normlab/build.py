@@ -19,12 +19,19 @@ from torch import nn
 import normlab.data
 import normlab.models
 import normlab.norms
+import normlab.norms.conv.base
 from normlab import batchplan, schedule
 from normlab.config import plan_of
 from normlab.data.base import Dataset
 from normlab.train import Settings
 
 Norm = Callable[..., nn.Module]
+
+PLAIN = "plain"
+"""The convolutions that a network has by itself."""
+
+TENTH = 0.1
+"""Of the learning rate, for scalar biases and factors (Fixup, in its authors' code)."""
 
 _LABELS = {"name", "module", "batch"}
 
@@ -102,7 +109,10 @@ def _forwards(config: dict[str, Any], dataset: Dataset) -> int:
 def model(config: dict[str, Any], dataset: Dataset) -> nn.Module:
     """The network, its weights drawn with the run's seed, on the run's device and layout."""
     network = normlab.models.find(_module(config["model"]))
-    options = _options("model", config["model"], network, {"norm", "num_classes", "shape"})
+    options = _options("model", config["model"], network, {"norm", "num_classes", "shape", "init"})
+    if config["init"] != "default":
+        _check_init(config, network)
+        options["init"] = config["init"]
     network = partial(network, num_classes=dataset.num_classes, shape=dataset.shape, **options)
     layers = norm(config, dataset)
     if "shape" in _parameters(normlab.norms.find(_module(config["norm"]))):
@@ -111,8 +121,37 @@ def model(config: dict[str, Any], dataset: Dataset) -> nn.Module:
     torch.backends.cudnn.allow_tf32 = False
     torch.manual_seed(config["seed"])
     built: nn.Module = network(layers)
+    if config["conv"]["name"] != PLAIN:
+        kind = normlab.norms.conv.find(config["conv"]["name"])
+        reserved = inspect.signature(nn.Conv2d).parameters
+        options = _options("conv", config["conv"], kind, reserved)
+        built = normlab.norms.conv.base.replace(built, kind, **options)
     layout = torch.channels_last if config["channels_last"] else torch.contiguous_format
     return built.to(device(config)).to(memory_format=layout)
+
+
+def _check_init(config: dict[str, Any], network: Callable[..., nn.Module]) -> None:
+    """Refuse an initialization that the network, the norm or the convolutions do not go with."""
+    init = config["init"]
+    if "init" not in _parameters(network):
+        able = [
+            name for name in normlab.models.names()
+            if "init" in _parameters(normlab.models.find(name))
+        ]  # fmt: skip
+        raise ValueError(
+            f"init={init}: model={config['model']['name']} has no such initialization "
+            f"(models of the module {', '.join(able)} have)"
+        )
+    if _module(config["norm"]) != "none":
+        raise ValueError(
+            f"init={init} is in the place of a norm: it needs norm=none, "
+            f"not norm={config['norm']['name']}"
+        )
+    if config["conv"]["name"] != PLAIN:
+        raise ValueError(
+            f"init={init} starts filters at zero, which no filter with conv="
+            f"{config['conv']['name']} can be: it needs conv={PLAIN}"
+        )
 
 
 class _Recorder(nn.Module):
@@ -149,23 +188,27 @@ def _shaped(layer: Norm, network: Callable[[Norm], nn.Module], dataset: Dataset)
 def optimizer(config: dict[str, Any], network: nn.Module) -> torch.optim.Optimizer:
     """SGD with two groups of parameters: with weight decay, and without.
 
-    Parameters of normalization layers decay if ``recipe.decay_norm``, biases of the other layers if
-    ``recipe.decay_bias``, everything else always.
+    Parameters of normalization layers, lengths of normalized filters and Fixup's factors decay if
+    ``recipe.decay_norm``, biases of the other layers if ``recipe.decay_bias``, everything else
+    always. With init=fixup, biases and factors form two more groups, whose ``lr_factor`` the
+    training loop multiplies the learning rate with.
     """
     recipe = config["recipe"]
     layer = normlab.norms.find(_module(config["norm"]))
     norms = {id(p) for m in network.modules() if isinstance(m, layer) for p in m.parameters()}
-    groups: dict[bool, list[nn.Parameter]] = {True: [], False: []}
+    slow = ("bias", "scale") if config["init"] == "fixup" else ()
+    groups: dict[tuple[bool, bool], list[nn.Parameter]] = {(False, True): [], (False, False): []}
     for name, parameter in network.named_parameters():
-        if id(parameter) in norms:
+        if id(parameter) in norms or name.endswith(("weight_g", "scale")):
             decays = recipe["decay_norm"]
         else:
             decays = recipe["decay_bias"] or not name.endswith("bias")
-        groups[decays].append(parameter)
+        groups.setdefault((name.endswith(slow), decays), []).append(parameter)
     return torch.optim.SGD(
         [
-            {"params": groups[True], "weight_decay": recipe["weight_decay"]},
-            {"params": groups[False], "weight_decay": 0.0},
+            {"params": parameters, "weight_decay": recipe["weight_decay"] if decays else 0.0}
+            | ({"lr_factor": TENTH} if slowly else {})
+            for (slowly, decays), parameters in groups.items()
         ],
         lr=config["lr"],
         momentum=recipe["momentum"],

@@ -174,7 +174,7 @@ class Trainer:
         # Set the learning rate of this step.
         lr = self.lr
         for group in self.optimizer.param_groups:
-            group["lr"] = lr
+            group["lr"] = lr * group.get("lr_factor", 1.0)
 
         # Accumulate the gradient of the mean loss, one micro-batch at a time.
         self.optimizer.zero_grad(set_to_none=True)

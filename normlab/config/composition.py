@@ -17,7 +17,7 @@ from normlab.config.schema import Config, ConfigError, Recipe
 
 CONFIG_NAME = "config"
 
-GROUPS = ("norm", "model", "data", "recipe", "scale", "experiment")
+GROUPS = ("norm", "conv", "model", "data", "recipe", "scale", "experiment")
 """What is chosen by an option's name; all but experiments are files of ``conf/``."""
 
 _EXTRAS = {"joblib": "joblib"}
@@ -95,9 +95,9 @@ def _refuse_malformed(override: str) -> None:
     if not key.lstrip("+~"):
         raise ConfigError(f"'{override}' is not of the form key=value")
     group = key.lstrip("+")
-    if group in ("norm", "model", "data", "recipe") and (text == "null" or text.isdigit()):
+    if group in GROUPS[:5] and (text == "null" or text.isdigit()):
         raise ConfigError(f"{group} takes a name ({', '.join(options(group))}), got {override}")
-    if group in ("norm", "model", "data", "recipe", "scale") and re.match(r"[^{]*/", text):
+    if group in GROUPS[:6] and re.match(r"[^{]*/", text):
         raise ConfigError(
             f"{group} takes a name ({', '.join(options(group))}) and no path, got {override}"
         )

@@ -14,7 +14,11 @@ from normlab.config.schema import plan_of
 SCHEMA_VERSION = 1
 """Raised only when old runs shall not be found again."""
 
-LATER: dict[str, Any] = {"norm.cumulative": False}
+LATER: dict[str, Any] = {
+    "norm.cumulative": False,
+    "conv": {"name": "plain"},
+    "init": "default",
+}
 """Dotted keys introduced after version 1, each with the default of its introduction."""
 
 _OPEN = ("norm", "model", "data")  # groups whose keys are those of what is chosen
@@ -66,7 +70,7 @@ def with_later_keys(config: dict[str, Any]) -> dict[str, Any]:
         node = completed
         for part in path:
             node = node.setdefault(part, {})
-        node.setdefault(last, default)
+        node.setdefault(last, copy.deepcopy(default))
     return completed
 
 
@@ -89,7 +93,8 @@ def run_id(config: dict[str, Any], *, device: str, data_digest: str, kernels: bo
     """``<model>-<norm>-nbs<n>-s<seed>-<8 hex>``, the name of the run's directory.
 
     device: the kind (cpu, cuda). data_digest: of the underlying data. kernels: whether the fused
-    kernels are on. Norms that look at no other sample have no ``nbs`` part.
+    kernels are on. Norms that look at no other sample have no ``nbs`` part; ``conv`` and ``init``
+    follow the norm where they are not the default (``tiny-gn-ws-s0-...``).
     """
     kept = training_config(config)
     digest = _digest(
@@ -102,6 +107,8 @@ def run_id(config: dict[str, Any], *, device: str, data_digest: str, kernels: bo
         }
     )
     parts = [config["model"]["name"], config["norm"]["name"]]
+    parts += [config["conv"]["name"]] if "conv" in kept else []
+    parts += [config["init"]] if "init" in kept else []
     if "nbs" in kept:
         parts.append(f"nbs{kept['nbs']}")
     return "-".join([*parts, f"s{config['seed']}", digest])
