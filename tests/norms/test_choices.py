@@ -34,6 +34,8 @@ def data(seed: int, shape: tuple[int, ...] = IMAGES) -> torch.Tensor:
 
 def population_of(layer: nn.Module, kind: str):
     """What is used in place of the buffers' own values."""
+    if kind == "own":
+        return None
     if kind == "estimated":
         return estimate(layer, [data(7)], estimator="pooled")
     bank = EmaBank(layer, [0.5])
@@ -51,12 +53,14 @@ def legal(statistics: str | None, update: bool | None, training: bool) -> bool:
 @pytest.mark.parametrize("variant", FAMILY)
 def test_every_combination_runs_a_step_or_is_refused_by_name(variant):
     """P50: 108 of them; a refusal says what it needs, and has changed nothing."""
+    fresh = make(variant)
+    if not uses_batch(fresh):
+        pytest.skip("constant statistics: see test_a_layer_of_constants_refuses_by_name")
+    populations = {kind: population_of(copy.deepcopy(fresh), kind) for kind in POPULATION}
     for statistics, update, group_size, kind, training in CHOICES:
-        layer = make(variant)
-        if not uses_batch(layer):
-            pytest.skip("constant statistics: see test_a_layer_of_constants_refuses_by_name")
+        layer = copy.deepcopy(fresh)
         asked = f"{statistics=} {update=} {group_size=} {kind=} {training=}"
-        context = nullcontext() if kind == "own" else using(layer, population_of(layer, kind))
+        context = nullcontext() if kind == "own" else using(layer, populations[kind])
         layer.train(training)
         layer.statistics, layer.update, layer.group_size = statistics, update, group_size
         if not legal(statistics, update, training):
