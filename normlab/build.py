@@ -197,9 +197,10 @@ def optimizer(config: dict[str, Any], network: nn.Module) -> torch.optim.Optimiz
     layer = normlab.norms.find(_module(config["norm"]))
     norms = {id(p) for m in network.modules() if isinstance(m, layer) for p in m.parameters()}
     slow = ("bias", "scale") if config["init"] == "fixup" else ()
+    gains = ("scale",) if slow else ("weight_g",) if config["conv"]["name"] != PLAIN else ()
     groups: dict[tuple[bool, bool], list[nn.Parameter]] = {(False, True): [], (False, False): []}
     for name, parameter in network.named_parameters():
-        if id(parameter) in norms or name.endswith(("weight_g", "scale")):
+        if id(parameter) in norms or name.endswith(gains):
             decays = recipe["decay_norm"]
         else:
             decays = recipe["decay_bias"] or not name.endswith("bias")
