@@ -272,6 +272,18 @@ def test_gradients_per_sample(affine):
     torch.testing.assert_close(per_sample, x.grad)
 
 
+@pytest.mark.parametrize("affine", ["frozen", "trainable"])
+def test_a_constant_weight_has_no_gradient_under_torch_func(affine):
+    layer = trained(affine=affine)
+    x = torch.randn(4, 6, 3, 3)
+
+    def loss(weight):
+        return torch.func.functional_call(layer, {"weight": weight}, x).pow(3).sum()
+
+    gradient = torch.func.grad(loss)(layer.weight.detach())
+    assert bool(gradient.any()) is (affine == "trainable")
+
+
 @pytest.mark.parametrize("affine", AFFINE)
 @pytest.mark.parametrize("training", [True, False])
 def test_compiles_without_graph_breaks(affine, training):
