@@ -269,6 +269,17 @@ class TestThroughANetwork:
         assert same(state(model), state(twin))
 
 
+@pytest.mark.parametrize("definition", ["extra", "reference"])
+def test_nothing_is_learnt_from_the_outputs_of_forward_only_samples(definition):
+    found = []
+    for outputs in (5, 8):
+        layer = VirtualBatchNorm(6, **{definition: 3}).double()
+        z = made((8, 6, 4), torch.float64, "contiguous").requires_grad_()
+        layer(z)[:outputs].pow(3).sum().backward()
+        found.append((z.grad, layer.weight.grad, layer.bias.grad))
+    assert all(map(torch.equal, *found))
+
+
 @pytest.mark.parametrize("layout", LAYOUTS)
 @pytest.mark.parametrize("definition", ["extra", "reference"])
 def test_what_follows_may_work_in_place(definition, layout):
