@@ -17,7 +17,8 @@ __all__ = ["leaving_no_trace", "recomputing"]
 def recomputing() -> bool:
     """Whether this forward runs inside a backward pass, as the second run of a checkpoint does.
 
-    In a compiled graph nothing runs twice: torch.compile takes the updates out of what it repeats.
+    Not in a compiled graph, which cannot ask: torch.compile itself takes the updates out of what a
+    checkpoint inside it repeats, but a checkpoint around a compiled module runs all of it twice.
     """
     return not torch.compiler.is_compiling() and torch._C._current_graph_task_id() != -1
 

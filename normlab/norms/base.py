@@ -91,7 +91,8 @@ class PopulationNorm(nn.Module):
 
     Activation checkpointing (`torch.utils.checkpoint`, either kind) runs a forward a second time,
     inside the backward pass: that run neither updates nor calls observers. It takes the choices
-    that are set then; where they come from `normalization`, call backward inside it too.
+    that are set then; where they come from `normalization`, call backward inside it too. With
+    torch.compile, checkpoint inside what is compiled: around it, the graph updates in both runs.
 
     Raises ValueError for a decay outside [0, 1), and in forward, before any state changes, for a
     batch that the groups do not divide, for one element per group and channel, for a wrong shape,

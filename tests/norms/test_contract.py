@@ -362,6 +362,26 @@ def test_compiled_without_a_break(variant, layout, backend, training):
     _compiled(variant, training, layout, backend)
 
 
+@pytest.mark.parametrize("name", ["bn", "ghost"])
+def test_a_checkpoint_inside_what_is_compiled_updates_once(name):
+    """P18: and has the gradient without either."""
+    torch._dynamo.reset()
+    layer = make((name, 0)).train()
+    twin = copy.deepcopy(layer)
+    x = data(1).float()
+    expected = run(nn.Sequential(layer, nn.Tanh()), x, torch.ones_like(x))
+
+    def step(leaf: torch.Tensor) -> torch.Tensor:
+        return checkpoint(nn.Sequential(twin, nn.Tanh()), leaf, use_reentrant=False)
+
+    leaf = x.clone().requires_grad_()
+    torch.compile(step, backend="aot_eager")(leaf).sum().backward()
+    torch.testing.assert_close(leaf.grad, expected["dx"], rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(twin.running_mean, layer.running_mean)
+    torch.testing.assert_close(twin.running_var, layer.running_var)
+    assert twin.num_batches_tracked == 1
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("training", [True, False])
 @pytest.mark.parametrize("layout", ["contiguous", "channels_last"])
