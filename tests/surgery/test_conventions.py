@@ -143,6 +143,8 @@ def test_caffes_scale_factor():
         written, _ = write("caffe", state, scale_factor=factor)
         torch.testing.assert_close(written["mean"], tensors["mean"])
         assert written["scale_factor"].tolist() == [factor]
+    blobs = {"mean": mean, "variance": var, "scale_factor": torch.zeros(1)}
+    assert not read("caffe", blobs).mean.any()
     fresh = Caffe()
     state = read("caffe", fresh.tensors())
     assert not state.var.any()
