@@ -109,7 +109,7 @@ def test_cfg_prints_the_config_and_writes_nothing(
 
 def test_help_of_train_is_ours(capfd: pytest.CaptureFixture[str]) -> None:
     _, out, _ = run("train", "--help", capture=capfd)
-    for group in ("norm: bn, ghost", "scale: demo", "experiment: nbs"):
+    for group in ("norm: bn, ", "scale: demo", "experiment: gn_batch"):
         assert group in out
     assert "Powered by Hydra" not in out
 
