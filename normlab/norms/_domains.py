@@ -1,6 +1,6 @@
 """Whose sample is whose: labels read, checked and sorted once for all layers of a forward."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 import torch
@@ -19,8 +19,8 @@ class Sets:
     """Sorts the batch by set; None where it is sorted."""
     inverse: Tensor | None
 
-    def parts(self, x: Tensor) -> Iterator[tuple[Tensor, int]]:
-        yield from zip(_take(x, self.order).split(self.sizes), self.domains, strict=True)
+    def parts(self, x: Tensor) -> list[tuple[Tensor, int]]:
+        return list(zip(_take(x, self.order).split(self.sizes), self.domains, strict=True))
 
     def join(self, parts: list[Tensor]) -> Tensor:
         return _take(parts[0] if len(parts) == 1 else torch.cat(parts), self.inverse)

@@ -636,6 +636,19 @@ def test_gradcheck(switches):
         assert torch.autograd.gradcheck(layer, x)
 
 
+@pytest.mark.parametrize("switches", [(False, False, False), (True, False, False)])
+def test_compiles_into_one_graph(switches):
+    """P73: sorted by domain and back without a graph break, equal to eager."""
+    torch.manual_seed(0)
+    layer = separate(3, 3, switches)
+    twin, x = copy.deepcopy(layer), torch.randn(8, 3, 4)
+    compiled = torch.compile(twin, fullgraph=True, backend="aot_eager")
+    with domains(layer, LABELS), domains(twin, LABELS):
+        torch.testing.assert_close(compiled(x), layer(x))
+    for name, value in layer.state_dict().items():
+        torch.testing.assert_close(twin.state_dict()[name], value)
+
+
 @pytest.mark.parametrize(
     ("options", "message"),
     [
