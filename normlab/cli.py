@@ -23,7 +23,7 @@ usage: normlab <command> [arguments]
   eval    RUN [SPEC ...]        a finished run under further evaluation protocols
   plan    [key=value ...]       how a step's batch is formed: normlab plan batch_size=1024 nbs=32
   equiv   [key=value ...]       ghost, accumulation and ranks form the same batch: in numbers
-  show    [WHAT]                norms, models, data, recipes, scales, experiments, protocols, runs
+  show    [WHAT]                norms, convs, models, data, recipes, scales, experiments, ...
   show    norm NAME             the card of a layer: formula, variance, population, limits, errors
   bench   [--quick]             the speed of training, data and statistics
 

@@ -186,6 +186,7 @@ def _runs(root: Path) -> list[list[str]]:
 
 TABLES: dict[str, Callable[[Path], list[list[str]]]] = {
     "norms": _group("norm"),
+    "convs": _group("conv"),
     "models": _group("model"),
     "data": _group("data"),
     "recipes": _group("recipe"),

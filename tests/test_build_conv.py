@@ -5,8 +5,13 @@ import torch
 from torch import nn
 
 from normlab import build
-from normlab.config import cell_key, compose, run_id, with_later_keys
-from normlab.norms import CenteredWeightNormConv2d, WeightNormConv2d, WeightStandardizedConv2d
+from normlab.config import cell_key, compose, options, run_id, with_later_keys
+from normlab.norms import (
+    CenteredWeightNormConv2d,
+    WeightNormConv2d,
+    WeightStandardizedConv2d,
+    conv,
+)
 
 
 def built(*overrides: str) -> tuple[nn.Module, dict]:
@@ -34,6 +39,10 @@ def test_every_convolution_is_replaced_and_keeps_its_weight(model: str, name: st
     assert all(key.endswith("weight_g") for key in own)
     x = torch.randn(2, 1, 8, 8)
     assert torch.allclose(plain(x), other(x), atol=1e-5) is (name == "wn")
+
+
+def test_every_convolution_can_be_chosen() -> None:
+    assert set(options("conv")) == {"plain", *conv.names()}
 
 
 def test_the_convolutions_options() -> None:
