@@ -226,6 +226,11 @@ def test_split_takes_any_statistics():
     torch.testing.assert_close(bare(layer(x)), y, rtol=0, atol=1e-12)
     split(layer, norm, bias=torch.zeros(6).double())
     assert layer.bias is not None
+    weight = layer.weight.detach().clone()
+    norm.weight.data[0] = 0
+    with pytest.raises(ValueError, match="weight of 0 in a channel"):
+        split(layer, norm)
+    assert torch.equal(layer.weight, weight)
     norm.train()
     with pytest.raises(ValueError, match="batch statistics"):
         split(layer, norm)
