@@ -13,7 +13,6 @@ from normlab.norms import (
     GhostBatchNorm,
     L1BatchNorm,
     SeparateBatchNorm,
-    SyncBatchNorm,
     VirtualBatchNorm,
 )
 from normlab.surgery import convert, fold, fuse, fusible, neighbours, split, unfuse
@@ -147,7 +146,7 @@ def test_the_definition():
 @pytest.mark.parametrize(
     "norm",
     [BatchNorm(6), GhostBatchNorm(6, nbs=2), FrozenBatchNorm(6), L1BatchNorm(6, eps=0.1),
-     BatchRenorm(6), VirtualBatchNorm(6, reference=3), SyncBatchNorm(6), nn.SyncBatchNorm(6),
+     BatchRenorm(6), VirtualBatchNorm(6, reference=3), nn.SyncBatchNorm(6),
      torchvision.ops.FrozenBatchNorm2d(6)],
     ids=lambda norm: f"{type(norm).__module__}.{type(norm).__name__}",
 )  # fmt: skip
