@@ -65,7 +65,7 @@ def test_version(capfd: pytest.CaptureFixture[str]) -> None:
 def test_show_lists_what_there_is(what: str, capfd: pytest.CaptureFixture[str]) -> None:
     code, out, _ = run("show", what, capture=capfd)
     assert code == 0
-    groups = {"norms": "norm", "models": "model", "recipes": "recipe", "scales": "scale"}
+    groups = {many: many[:-1] for many in ("norms", "convs", "models", "recipes", "scales")}
     for name in config.options(groups.get(what, "experiment")) if what != "runs" else ["id"]:
         assert what in ("protocols", "data") or name in out
     assert all(len(line) <= 110 for line in out.splitlines())
