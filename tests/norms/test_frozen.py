@@ -289,6 +289,7 @@ def test_a_constant_weight_has_no_gradient_under_torch_func(affine):
 def test_compiles_without_graph_breaks(affine, training):
     """P73: the compiled layer is the eager one."""
     layer = trained(affine=affine).train(training)
+    torch._dynamo.reset()
     compiled = torch.compile(layer, backend="aot_eager", fullgraph=True)
     x = torch.randn(4, 6, 3, 3)
     inputs = [x.clone().requires_grad_() for _ in range(2)]

@@ -384,6 +384,7 @@ def test_compiles_without_graph_breaks(nbs):
     torch.manual_seed(0)
     layer = moved(BatchRenorm(3, nbs=nbs, forwards=4, start=0, r_end=0.5, d_end=0.5))
     twin = copy.deepcopy(layer)
+    torch._dynamo.reset()
     compiled = torch.compile(layer, backend="aot_eager", fullgraph=True)
     for _ in range(3):
         x = torch.randn(8, 3, 4, 4)

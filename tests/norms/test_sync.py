@@ -437,6 +437,7 @@ def test_compiles_without_graph_breaks():
     torch.manual_seed(0)
     layer = SyncBatchNorm(4)
     x = torch.randn(8, 4, 3, 3)
+    torch._dynamo.reset()
     compiled = torch.compile(copy.deepcopy(layer), fullgraph=True, backend="eager")
     assert torch.equal(compiled(x), layer(x))
 
