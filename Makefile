@@ -23,7 +23,7 @@ BESIDE = runs/demo-compared
 SIDE_BY_SIDE = hydra/launcher=joblib hydra.launcher.n_jobs=$(JOBS)
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo report test test-slow lint bench lock clean
+.PHONY: help setup demo report cards test test-slow lint bench lock clean
 .NOTPARALLEL:
 
 ## help         this list
@@ -68,6 +68,10 @@ sweep-%: setup
 ## report       write tables, figures, verdicts, results/index.html; FRESH=1: own runs replace committed ones
 report: setup
 	$(BIN)/normlab report $(if $(FRESH),--refresh)
+
+## cards        write docs/norms.md, the page of all layers, from their docstrings
+cards: setup
+	$(BIN)/normlab show norm --all > docs/norms.md
 
 ## test         the test suite, under 10 minutes
 test: $(VENV)/.ready-dev

@@ -19,12 +19,19 @@ from torch import nn
 import normlab.data
 import normlab.models
 import normlab.norms
+import normlab.norms.conv.base
 from normlab import batchplan, schedule
 from normlab.config import plan_of
 from normlab.data.base import Dataset
 from normlab.train import Settings
 
-Norm = Callable[[int], nn.Module]
+Norm = Callable[..., nn.Module]
+
+PLAIN = "plain"
+"""The convolutions that a network has by itself."""
+
+TENTH = 0.1
+"""Of the learning rate, for scalar biases and factors (Fixup, in its authors' code)."""
 
 _LABELS = {"name", "module", "batch"}
 
@@ -57,9 +64,12 @@ def _load(root: str, seed: int, group: str) -> Dataset:
     return dataset
 
 
-def norm(config: dict[str, Any]) -> Norm:
+def norm(config: dict[str, Any], dataset: Dataset | None = None) -> Norm:
     """The constructor that a model calls with a number of channels.
 
+    What a layer's signature asks of the run is filled in: ``nbs``, ``decay``, ``forwards``, the
+    training's forward passes on this data set (without one the layer's own default stays), and, for
+    a virtual batch, the plan's ``extra`` images (it has no ``reference`` batch to offer).
     Raises ValueError if the config says otherwise than the layer how its batch is formed: the batch
     plan, and with it the recorded NBS, would be another layer's.
     """
@@ -71,46 +81,135 @@ def norm(config: dict[str, Any]) -> Norm:
             f"{layer.__name__}, whose batch is formed as {batch} (norm.batch={batch})"
         )
     given = {"nbs": plan(config).nbs, "decay": config["decay"]}
-    taken = {key: value for key, value in given.items() if key in _parameters(layer)}
-    return partial(
-        layer, **_options("norm", config["norm"], layer, {"num_features", *given}), **taken
-    )
+    if batch == "virtual":
+        given["extra"] = plan(config).virtual_extra
+    parameters = _parameters(layer)
+    taken = {key: value for key, value in given.items() if key in parameters}
+    if "forwards" in parameters and dataset is not None:
+        taken["forwards"] = _forwards(config, dataset)
+    reserved = {"num_features", "shape", "forwards", *given}
+    if batch == "virtual":
+        reserved.add("reference")
+    options = _options("norm", config["norm"], layer, reserved)
+    if options.get("num_domains", 1) > 1:
+        raise ValueError(
+            f"norm.num_domains={options['num_domains']}: no data set says yet which domain an image"
+            " is from; norm.num_domains=1 trains, more are for `normlab.norms.domains` in code"
+        )
+    return partial(layer, **options, **taken)
+
+
+def _forwards(config: dict[str, Any], dataset: Dataset) -> int:
+    """How often each rank of the run calls its model in training."""
+    step = plan(config)
+    steps, _ = batchplan.steps(dataset.size("train"), step, config["remainder"])
+    return int(config["epochs"]) * steps * step.accumulation
 
 
 def model(config: dict[str, Any], dataset: Dataset) -> nn.Module:
     """The network, its weights drawn with the run's seed, on the run's device and layout."""
     network = normlab.models.find(_module(config["model"]))
-    options = _options("model", config["model"], network, {"norm", "num_classes", "shape"})
+    options = _options("model", config["model"], network, {"norm", "num_classes", "shape", "init"})
+    if config["init"] != "default":
+        _check_init(config, network)
+        options["init"] = config["init"]
+    network = partial(network, num_classes=dataset.num_classes, shape=dataset.shape, **options)
+    layers = norm(config, dataset)
+    if "shape" in _parameters(normlab.norms.find(_module(config["norm"]))):
+        layers = _shaped(layers, network, dataset)
     # fp32 means float32: convolutions on a GPU would round their inputs to TF32 by default.
     torch.backends.cudnn.allow_tf32 = False
     torch.manual_seed(config["seed"])
-    built: nn.Module = network(
-        norm(config), num_classes=dataset.num_classes, shape=dataset.shape, **options
-    )
+    built: nn.Module = network(layers)
+    if config["conv"]["name"] != PLAIN:
+        kind = normlab.norms.conv.find(config["conv"]["name"])
+        reserved = inspect.signature(nn.Conv2d).parameters
+        options = _options("conv", config["conv"], kind, reserved)
+        built = normlab.norms.conv.base.replace(built, kind, **options)
     layout = torch.channels_last if config["channels_last"] else torch.contiguous_format
     return built.to(device(config)).to(memory_format=layout)
+
+
+def _check_init(config: dict[str, Any], network: Callable[..., nn.Module]) -> None:
+    """Refuse an initialization that the network, the norm or the convolutions do not go with."""
+    init = config["init"]
+    if "init" not in _parameters(network):
+        able = [
+            name for name in normlab.models.names()
+            if "init" in _parameters(normlab.models.find(name))
+        ]  # fmt: skip
+        raise ValueError(
+            f"init={init}: model={config['model']['name']} has no such initialization "
+            f"(models of the module {', '.join(able)} have)"
+        )
+    if _module(config["norm"]) != "none":
+        raise ValueError(
+            f"init={init} is in the place of a norm: it needs norm=none, "
+            f"not norm={config['norm']['name']}"
+        )
+    if config["conv"]["name"] != PLAIN:
+        raise ValueError(
+            f"init={init} starts filters at zero, which no filter with conv="
+            f"{config['conv']['name']} can be: it needs conv={PLAIN}"
+        )
+
+
+class _Recorder(nn.Module):
+    """In the place of a norm, notes the sizes after the channels of what it is given."""
+
+    def __init__(self, _: int) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.empty(()))  # a network may ask for a gamma
+        self.shape: list[int] | None = None
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        self.shape = list(x.shape[2:])
+        return x
+
+
+def _shaped(layer: Norm, network: Callable[[Norm], nn.Module], dataset: Dataset) -> Norm:
+    """`layer` with its ``shape``, for norms with a parameter per element.
+
+    A network asks for a norm by channels alone, always in the same order: it is built once without
+    memory, an image without values shows the shapes, and the n-th norm gets the n-th.
+    """
+    recorders: list[_Recorder] = []
+
+    def record(channels: int) -> nn.Module:
+        recorders.append(_Recorder(channels))
+        return recorders[-1]
+
+    with torch.device("meta"), torch.no_grad():
+        network(record).eval()(torch.empty((1, *dataset.shape)))
+    shapes = (recorder.shape for recorder in recorders)
+    return lambda channels: layer(channels, shape=next(shapes))
 
 
 def optimizer(config: dict[str, Any], network: nn.Module) -> torch.optim.Optimizer:
     """SGD with two groups of parameters: with weight decay, and without.
 
-    Parameters of normalization layers decay if ``recipe.decay_norm``, biases of the other layers if
-    ``recipe.decay_bias``, everything else always.
+    Parameters of normalization layers, lengths of normalized filters and Fixup's factors decay if
+    ``recipe.decay_norm``, biases of the other layers if ``recipe.decay_bias``, everything else
+    always. With init=fixup, biases and factors form two more groups, whose ``lr_factor`` the
+    training loop multiplies the learning rate with.
     """
     recipe = config["recipe"]
     layer = normlab.norms.find(_module(config["norm"]))
     norms = {id(p) for m in network.modules() if isinstance(m, layer) for p in m.parameters()}
-    groups: dict[bool, list[nn.Parameter]] = {True: [], False: []}
+    slow = ("bias", "scale") if config["init"] == "fixup" else ()
+    gains = ("scale",) if slow else ("weight_g",) if config["conv"]["name"] != PLAIN else ()
+    groups: dict[tuple[bool, bool], list[nn.Parameter]] = {(False, True): [], (False, False): []}
     for name, parameter in network.named_parameters():
-        if id(parameter) in norms:
+        if id(parameter) in norms or name.endswith(gains):
             decays = recipe["decay_norm"]
         else:
             decays = recipe["decay_bias"] or not name.endswith("bias")
-        groups[decays].append(parameter)
+        groups.setdefault((name.endswith(slow), decays), []).append(parameter)
     return torch.optim.SGD(
         [
-            {"params": groups[True], "weight_decay": recipe["weight_decay"]},
-            {"params": groups[False], "weight_decay": 0.0},
+            {"params": parameters, "weight_decay": recipe["weight_decay"] if decays else 0.0}
+            | ({"lr_factor": TENTH} if slowly else {})
+            for (slowly, decays), parameters in groups.items()
         ],
         lr=config["lr"],
         momentum=recipe["momentum"],

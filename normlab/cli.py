@@ -22,7 +22,9 @@ usage: normlab <command> [arguments]
   report  [EXPERIMENT ...]      tables, figures and verdicts from runs/ into results/
   eval    RUN [SPEC ...]        a finished run under further evaluation protocols
   plan    [key=value ...]       how a step's batch is formed: normlab plan batch_size=1024 nbs=32
-  show    [WHAT]                norms, models, data, recipes, scales, experiments, protocols, runs
+  equiv   [key=value ...]       ghost, accumulation and ranks form the same batch: in numbers
+  show    [WHAT]                norms, convs, models, data, recipes, scales, experiments, ...
+  show    norm NAME             the card of a layer: formula, variance, population, limits, errors
   bench   [--quick]             the speed of training, data and statistics
 
 normlab <command> --help tells more; normlab --version.
@@ -84,15 +86,32 @@ def plan(argv: list[str]) -> int:
     return show.plan(parser.parse_args(argv).override)
 
 
+def equiv(argv: list[str]) -> int:
+    parser = _parser("equiv", "Three ways to form a step's batch, compared in float64.")
+    parser.add_argument("override", nargs="*", help="model=resnet8 batch_size=64 nbs=16 ...")
+    given = parser.parse_args(argv)
+    from normlab.equiv import main as compare
+
+    return compare(given.override)
+
+
 def show(argv: list[str]) -> int:
     from normlab import show
 
     parser = _parser("show", "What there is.")
     parser.add_argument(
-        "what", nargs="?", choices=list(show.TABLES), help="default: a list of these"
+        "what", nargs="?", choices=[*show.TABLES, "norm"], help="default: a list of these"
     )
+    parser.add_argument("name", nargs="?", help="of `show norm`: the layer whose card to print")
+    parser.add_argument("--all", action="store_true", help="of `show norm`: the page of all cards")
     _add_runs(parser)
     given = parser.parse_args(argv)
+    if given.what == "norm":
+        return show.norm(given.name, every=given.all)
+    if given.name or given.all:
+        raise ValueError(
+            f"show {given.what or ''} takes no {given.name or '--all'}: show norm does"
+        )
     return show.main(given.what, root=given.runs or RUNS)
 
 
@@ -111,6 +130,7 @@ COMMANDS = {
     "report": report,
     "eval": evaluate,
     "plan": plan,
+    "equiv": equiv,
     "show": show,
     "bench": bench,
 }

@@ -16,14 +16,37 @@ from tqdm import tqdm
 
 from normlab.data.base import Dataset
 from normlab.norms.base import normalization, population_layers
-from normlab.population import EmaBank, Population, estimate, using
+from normlab.population import (
+    EmaBank,
+    Estimator,
+    Population,
+    check_layerwise,
+    estimate,
+    using,
+)
 from normlab.protocols import ORDERS, Protocol
 
 PRECISE_SAMPLES = 10_000
 """How many training images estimate population statistics, as in the paper's figures."""
 
+_ESTIMATORS: dict[str, Estimator] = {
+    "precise": "pooled",
+    "precise_mean": "mean",
+    "precise_layerwise": "layerwise",
+}
+
 _BLOCK = 512
 """Samples that are read, and where asked augmented, together: the same whatever the groups are."""
+
+
+@dataclass(frozen=True)
+class _Anew:
+    """What `start` yields, from the start at every pass."""
+
+    start: Callable[[], Iterator[tuple[Tensor, Tensor]]]
+
+    def __iter__(self) -> Iterator[tuple[Tensor, Tensor]]:
+        return self.start()
 
 
 @dataclass
@@ -56,7 +79,7 @@ class Evaluator:
             "split": protocol.split,
             "statistics": protocol.statistics,
         }
-        has_population = bool(population_layers(self.model))
+        has_population = self._has_population()
         if has_population and protocol.statistics == "batch":
             batch = self._batch(protocol)
             row |= {"batch": batch, "order": protocol.order}
@@ -83,12 +106,13 @@ class Evaluator:
     def check(self, protocol: Protocol) -> None:
         """Refuse what cannot be evaluated, before anything is trained for it.
 
-        Raises ValueError for a batch larger than what it is taken from, and for an untracked decay.
+        Raises ValueError for a batch larger than what it is taken from, for an untracked decay, and
+        for layers that cannot be measured layer by layer.
         """
         decays = self.bank.decays if self.bank else ()
         if protocol.decay is not None and protocol.decay not in decays:
             raise ValueError(f"evals: '{protocol}' needs ema_bank=[{protocol.decay}]")
-        if not population_layers(self.model) or protocol.statistics in ("augmented", "ema"):
+        if not self._has_population() or protocol.statistics in ("augmented", "ema"):
             return
         precise = protocol.statistics.startswith("precise")
         split = "train" if precise else protocol.split
@@ -102,6 +126,16 @@ class Evaluator:
                 f"evals: '{protocol}' takes batches of {self._batch(protocol)}, and {split} "
                 f"offers {available}: write /batch:<n>, or choose a smaller nbs"
             )
+        if protocol.statistics == "precise_layerwise":
+            try:
+                check_layerwise(self.model)
+            except ValueError as error:
+                raise ValueError(f"evals: '{protocol}': {error}") from None
+
+    def _has_population(self) -> bool:
+        """Whether any layer has statistics to choose; those of a frozen one are constants."""
+        layers = population_layers(self.model).values()
+        return any(layer.statistics != "population" for layer in layers)
 
     def _batch(self, protocol: Protocol) -> int:
         """Samples that share one set of statistics in an evaluation: the run's NBS unless given."""
@@ -112,13 +146,16 @@ class Evaluator:
     def _population(self, protocol: Protocol, batch: int, samples: int) -> Population:
         key = (protocol.statistics, batch, samples, protocol.order)
         if key not in self._populations:
-            batches = self._groups("train", batch, protocol.order, samples, augment=True)
-            mean = protocol.statistics == "precise_mean"
+
+            def batches() -> Iterator[tuple[Tensor, Tensor]]:
+                groups = self._groups("train", batch, protocol.order, samples, augment=True)
+                return self._shown(groups, protocol)
+
             with self._autocast():
                 self._populations[key] = estimate(
                     self.model,
-                    self._shown(batches, protocol),
-                    estimator="mean" if mean else "pooled",
+                    _Anew(batches),
+                    estimator=_ESTIMATORS[protocol.statistics],
                     group_size=batch,
                 )
         return self._populations[key]

@@ -3,33 +3,38 @@
 A protocol is written ``<split>:<statistics>[/key:value]...``, for example ``val:ema`` or
 ``test:precise/batch:2/samples:1000``. ``normlab.evaluate`` carries them out.
 
-============== =====================================================================================
-statistics     the normalization layers use
-============== =====================================================================================
-augmented      (train only) nothing anew: the error of the epoch's own training forward
-batch          the statistics of ``batch`` samples at a time, in the order that seed ``order``
-               draws; the remainder is dropped, and ``n`` records what was counted
-ema            the stored running statistics; with ``decay`` those of the tracked bank
-precise        population statistics pooled over ``samples`` training images in batches of ``batch``
-precise_mean   the same with the mean of the batch variances, as the original BN paper has it
-============== =====================================================================================
+================= ==================================================================================
+statistics        the normalization layers use
+================= ==================================================================================
+augmented         (train only) nothing anew: the error of the epoch's own training forward
+batch             the statistics of ``batch`` samples at a time, in the order that seed ``order``
+                  draws; the remainder is dropped, and ``n`` records what was counted
+ema               the stored running statistics; with ``decay`` those of the tracked bank
+precise           population statistics pooled over ``samples`` training images in batches of
+                  ``batch``
+precise_mean      the same with the mean of the batch variances, as the original BN paper has it
+precise_layerwise the same as precise layer by layer, each under the final statistics of those
+                  before it: equal for every ``batch``, at about half a forward for every layer
+================= ==================================================================================
 
 ``batch`` is the run's NBS unless given. ``order`` is one of 0..999: the evaluator draws from the
 stream ``seed * 1000 + order``, so that no two seeds share one. Norms without population statistics
-(gn, ln, in, none) behave the same in training and at test: every protocol is their plain forward.
+(gn, ln, in, none), or with constant ones (frozen), behave the same in training and at test: every
+protocol is their plain forward.
 """
 
 from dataclasses import dataclass
 from typing import Any
 
 SPLITS = ("train", "val", "test")
-STATISTICS = ("augmented", "batch", "ema", "precise", "precise_mean")
+STATISTICS = ("augmented", "batch", "ema", "precise", "precise_mean", "precise_layerwise")
 _KEYS = {
     "augmented": (),
     "batch": ("batch", "order"),
     "ema": ("decay",),
     "precise": ("batch", "samples", "order"),
     "precise_mean": ("batch", "samples", "order"),
+    "precise_layerwise": ("batch", "samples", "order"),
 }
 
 

@@ -1,7 +1,12 @@
-"""The tables of `normlab show` and `normlab plan`: what there is to choose from, without torch."""
+"""The tables of `normlab show` and `normlab plan`: what there is to choose from, without torch.
 
+Only the card of a layer imports it: the card is the docstring of its class.
+"""
+
+import inspect
 import sys
 from collections.abc import Callable, Sequence
+from importlib import import_module
 from itertools import zip_longest
 from pathlib import Path
 from textwrap import wrap
@@ -15,10 +20,78 @@ from normlab import config, experiment, protocols, runs
 def main(what: str | None, *, root: str) -> int:
     """Print one table, or without a choice the names of all; returns the exit code."""
     if what is None:
-        print("normlab show WHAT, where WHAT is one of:", ", ".join(TABLES))
+        print("normlab show WHAT, where WHAT is one of:", ", ".join([*TABLES, "norm NAME"]))
     else:
         _print(TABLES[what](Path(root)))
     return 0
+
+
+def norm(name: str | None, *, every: bool = False) -> int:
+    """Print the card of one layer, or the page of all (docs/norms.md); returns the exit code.
+
+    Raises ValueError naming the layers there are.
+    """
+    known = _layers()
+    if every:
+        sections = [_page_section(*layer) for layer in known.values()]
+        print("\n".join([_PAGE, *sections, _shared()]), flush=True)
+        return 0
+    if name not in known:
+        asked = f"no norm '{name}'" if name else "show norm: the card of which layer?"
+        close = config.near(name or "", list(known))
+        raise ValueError(f"{asked}{close} (norms: {', '.join(known)})")
+    print("\n".join([*_head(*known[name]), "", _doc(known[name][2])]), flush=True)
+    return 0
+
+
+_PAGE = """\
+# The layers
+
+The card of each layer: its formula, which variance it takes, what its population statistics
+follow, its limits, its errors and where other libraries differ. A card is the docstring of its
+class, which `normlab show norm <name>` prints; this page is what `normlab show norm --all` prints
+(`make cards`).
+"""
+
+
+def _layers() -> dict[str, tuple[str, Path, Any]]:
+    """What can be chosen: name -> group, file, class; norms first, then convolutions."""
+    found: dict[str, tuple[str, Path, Any]] = {}
+    for group, room in (("norm", "normlab.norms"), ("conv", "normlab.norms.conv")):
+        for name, path in sorted(config.options(group).items()):
+            module = str(OmegaConf.select(OmegaConf.load(path), "module") or name)
+            if module in import_module(room).names():
+                found[name] = (group, path, import_module(room).find(module))
+    return found
+
+
+def _head(group: str, path: Path, layer: Any) -> list[str]:
+    """How to get the layer, in Python and on the command line, with its options' defaults."""
+    keys = OmegaConf.to_container(OmegaConf.load(path))
+    assert isinstance(keys, dict)
+    own = [_spelled(key, value, f"{group}.") for key, value in keys.items() if key not in _LABELS]
+    own = [word for word in own if not word.startswith(f"{group}.batch=")]
+    lines = [f"{group}={keys['name']}", *wrap(" ".join(own), _WIDTH)]
+    ours = layer.__module__.startswith("normlab.norms.")
+    source = layer.__module__.rpartition(".")[0] if ours else layer.__module__
+    return [f"from {source} import {layer.__name__}", *lines]
+
+
+def _doc(layer: Any) -> str:
+    return (inspect.getdoc(layer) or "").strip()
+
+
+def _page_section(group: str, path: Path, layer: Any) -> str:
+    head = "\n".join(_head(group, path, layer))
+    return f"## {path.stem}: {layer.__name__}\n\n```text\n{head}\n\n{_doc(layer)}\n```\n"
+
+
+def _shared() -> str:
+    """What the cards refer to."""
+    base = import_module("normlab.norms.base")
+    shared = (base.PopulationNorm, base.SampleNorm, base.normalization)
+    parts = [f"### {one.__name__}\n\n```text\n{_doc(one)}\n```\n" for one in shared]
+    return "\n".join(["## What the layers share\n", *parts]).rstrip("\n")
 
 
 def plan(overrides: Sequence[str]) -> int:
@@ -113,6 +186,7 @@ def _runs(root: Path) -> list[list[str]]:
 
 TABLES: dict[str, Callable[[Path], list[list[str]]]] = {
     "norms": _group("norm"),
+    "convs": _group("conv"),
     "models": _group("model"),
     "data": _group("data"),
     "recipes": _group("recipe"),

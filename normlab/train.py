@@ -8,8 +8,10 @@ anywhere and resumed ends bit for bit where it would have.
 import logging
 import math
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Generator
+from contextlib import closing
 from dataclasses import dataclass, field
+from itertools import repeat
 from pathlib import Path
 from typing import Any
 
@@ -27,6 +29,9 @@ log = logging.getLogger(__name__)
 
 LOOK_EVERY = 25
 """Steps between looks at the running loss: each look waits for a GPU."""
+
+EXTRA_SEEDS = 2**31
+"""Added to the seed, the order of forward-only images is no other run's order of training."""
 
 
 class Diverged(Exception):
@@ -105,16 +110,19 @@ class Trainer:
             device=self.settings.device,
             channels_last=self.settings.channels_last,
         )
-        with tqdm(
-            total=self.steps * self.plan.batch_size,
-            initial=self.step * self.plan.batch_size,
-            desc=f"epoch {self.epoch + 1}/{self.settings.epochs}",
-            unit="img",
-            leave=False,
-            disable=None,
-        ) as bar:
+        with (
+            closing(self._extra_images()) as extras,
+            tqdm(
+                total=self.steps * self.plan.batch_size,
+                initial=self.step * self.plan.batch_size,
+                desc=f"epoch {self.epoch + 1}/{self.settings.epochs}",
+                unit="img",
+                leave=False,
+                disable=None,
+            ) as bar,
+        ):
             for x, y in batches:
-                self._train_step(x, y)
+                self._train_step(x, y, next(extras))
                 bar.update(len(y))
                 if self.step % LOOK_EVERY == 0 or self.step == self.steps:
                     row = self._row()
@@ -136,20 +144,48 @@ class Trainer:
         self.epoch, self.step = self.epoch + 1, 0
         self._start_epoch()
 
-    def _train_step(self, x: Tensor, y: Tensor) -> None:
-        """One optimizer step on one SGD batch, in micro-batches as planned."""
+    def _extra_images(self) -> Generator[Tensor | None, None, None]:
+        """The forward-only images of each step from the current one on, or None if it has none.
+
+        They are augmented training images, in an order of their own, passed over again and again.
+        """
+        size = self.plan.virtual_extra * self.plan.accumulation
+        if size == 0:
+            yield from repeat(None)
+        passing = self.data.size("train") // size
+        at = self.epoch * self.steps + self.step
+        while True:
+            for x, _ in self.data.train_batches(
+                batch_size=size,
+                seed=self.settings.seed + EXTRA_SEEDS,
+                epoch=at // passing,
+                start_step=at % passing,
+                device=self.settings.device,
+                channels_last=self.settings.channels_last,
+            ):
+                yield x
+                at += 1
+
+    def _train_step(self, x: Tensor, y: Tensor, extra: Tensor | None = None) -> None:
+        """One optimizer step on one SGD batch, in micro-batches as planned.
+
+        extra: as many forward-only images as the plan has for all its forward passes.
+        """
         # Set the learning rate of this step.
         lr = self.lr
         for group in self.optimizer.param_groups:
-            group["lr"] = lr
+            group["lr"] = lr * group.get("lr_factor", 1.0)
 
         # Accumulate the gradient of the mean loss, one micro-batch at a time.
         self.optimizer.zero_grad(set_to_none=True)
-        for part_x, part_y in zip(
-            x.split(self.plan.micro_batch), y.split(self.plan.micro_batch), strict=True
-        ):
+        size = self.plan.micro_batch
+        none = repeat(None, self.plan.accumulation)
+        besides = none if extra is None else extra.split(self.plan.virtual_extra)
+        for part_x, part_y, beside in zip(x.split(size), y.split(size), besides, strict=True):
+            together = part_x if beside is None else torch.cat([part_x, beside])
             with self._autocast():
-                logits = (self.forward or self.model)(part_x)
+                logits = (self.forward or self.model)(together)
+                logits = logits if beside is None else logits[: len(part_y)]
                 loss = F.cross_entropy(
                     logits.float(), part_y, label_smoothing=self.settings.label_smoothing
                 )

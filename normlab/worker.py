@@ -43,6 +43,13 @@ def construct(config: dict[str, Any]) -> Job:
     plan = build.plan(config)
     data = build.data(config)
     per_epoch, dropped = steps(data.size("train"), plan, config["remainder"])
+    extra = plan.virtual_extra * plan.accumulation
+    if extra > data.size("train"):
+        raise ValueError(
+            f"nbs={plan.nbs}: a step needs {extra} forward-only images (virtual_extra="
+            f"{plan.virtual_extra}, accumulation={plan.accumulation}), and there are only"
+            f" {data.size('train')} training images"
+        )
     try:
         model = build.model(config, data)
     except RuntimeError as error:  # too large for the memory, or a shape the network cannot take

@@ -59,6 +59,7 @@ def test_a_plan_multiplies_back_or_the_refusal_offers_what_works(asked: dict) ->
 @settings(max_examples=500, deadline=None)
 @given(arguments(), st.integers(-1, 3000), st.sampled_from(["drop", "error"]))
 def test_no_step_of_an_epoch_has_another_size(asked: dict, n: int, remainder: str) -> None:
+    """P7: for any numbers; at least one step, or a refusal."""
     try:
         planned = plan(**asked)
     except PlanError:
@@ -144,6 +145,7 @@ def test_a_refusal_names_both_numbers(asked: dict, said: list[str]) -> None:
 
 
 def test_a_remainder_is_dropped_or_refused_and_never_a_smaller_batch() -> None:
+    """P6: refused before the first epoch, not at its end."""
     # 1000 = 3 * 333 + 1: the last batch of one sample that torch's BatchNorm stumbles over.
     planned = plan(333, None)
     assert steps(1000, planned) == (3, 1)

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from normlab import __version__, app, cli, config, launch, show
+from normlab import __version__, app, cli, config, experiment, launch, show
 from normlab.plugins import package_dir
 
 SMALL = ["data=synthetic", "data.n=64", "batch_size=16", "epochs=1", "evals=[val:ema]"]
@@ -65,7 +65,7 @@ def test_version(capfd: pytest.CaptureFixture[str]) -> None:
 def test_show_lists_what_there_is(what: str, capfd: pytest.CaptureFixture[str]) -> None:
     code, out, _ = run("show", what, capture=capfd)
     assert code == 0
-    groups = {"norms": "norm", "models": "model", "recipes": "recipe", "scales": "scale"}
+    groups = {many: many[:-1] for many in ("norms", "convs", "models", "recipes", "scales")}
     for name in config.options(groups.get(what, "experiment")) if what != "runs" else ["id"]:
         assert what in ("protocols", "data") or name in out
     assert all(len(line) <= 110 for line in out.splitlines())
@@ -109,7 +109,7 @@ def test_cfg_prints_the_config_and_writes_nothing(
 
 def test_help_of_train_is_ours(capfd: pytest.CaptureFixture[str]) -> None:
     _, out, _ = run("train", "--help", capture=capfd)
-    for group in ("norm: bn, ghost", "scale: demo", "experiment: nbs"):
+    for group in ("norm: bn, ", "scale: demo", "experiment: gn_batch"):
         assert group in out
     assert "Powered by Hydra" not in out
 
@@ -164,8 +164,6 @@ def test_a_sweep_runs_the_experiments_grid(
 
 
 def test_every_experiment_sweeps_what_its_cells_say(monkeypatch: pytest.MonkeyPatch) -> None:
-    from normlab import experiment
-
     for name in experiment.names():
         loaded = experiment.load(name)
         for scale in loaded.scales:
@@ -335,8 +333,9 @@ def test_completion(capfd: pytest.CaptureFixture[str], monkeypatch: pytest.Monke
         "norm=gn",
     ]
     assert "experiment=nbs" in completed("normlab train experiment=", capfd, monkeypatch)
-    assert completed("normlab report n", capfd, monkeypatch).split() == ["nbs"]
-    assert completed("normlab sweep ", capfd, monkeypatch).split() == ["nbs"]
+    known = experiment.names()
+    assert completed("normlab report n", capfd, monkeypatch).split() == known
+    assert completed("normlab sweep ", capfd, monkeypatch).split() == known
     assert completed("normlab sweep nbs scale=d", capfd, monkeypatch).split() == [
         "scale=demo",
         "scale=desk",

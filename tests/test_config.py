@@ -45,14 +45,14 @@ def test_importing_config_does_not_import_torch() -> None:
 def test_every_key_of_the_schema_has_its_default_and_a_comment_in_config_yaml() -> None:
     text = (CONF / "config.yaml").read_text()
     given = set(yaml.safe_load(text)) - {"defaults", "hydra"}
-    groups = {"norm", "model", "data", "recipe"}
+    groups = {"norm", "conv", "model", "data", "recipe"}
     assert given == set(Config.__annotations__) - groups
     for key in given:
         (line,) = (line for line in text.splitlines() if line.startswith(f"{key}:"))
         assert " # " in line, f"{key} has no comment"
 
 
-@pytest.mark.parametrize("group", ["norm", "model", "data", "recipe", "scale"])
+@pytest.mark.parametrize("group", ["norm", "conv", "model", "data", "recipe", "scale"])
 def test_every_option_composes_and_is_called_like_its_file(group: str) -> None:
     for name in config.options(group):
         composed = compose([f"{group}={name}"])
@@ -189,6 +189,22 @@ def test_device_data_and_kernels_are_part_of_the_identity() -> None:
     assert len(ids) == 8
 
 
+def test_a_cumulative_average_has_no_decay() -> None:
+    """P5: it is an option of norm=bn, which changes the id; what it does not use changes none."""
+    mine = known_as("norm.cumulative=true")
+    assert mine[-8:] != known_as()[-8:]
+    assert known_as("norm.cumulative=true", "decay=0.5") == mine
+    with pytest.raises(ConfigError, match=r"norm\.cumulative"):
+        compose(["norm=ghost", "nbs=2", "norm.cumulative=true"])
+
+
+def test_recorded_configs_are_completed_outside_the_groups(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A group's new option would be refused by its other members, which do not have it."""
+    monkeypatch.setitem(identity.LATER, "grace", 5)
+    recorded = compose(["norm=gn"])
+    assert identity.with_later_keys(recorded) == recorded | {"grace": 5}
+
+
 def test_workers_of_a_loader_are_not_part_of_the_identity() -> None:
     assert known_as("data=imagefolder") == known_as("data=imagefolder", "data.workers=2")
 
@@ -241,7 +257,7 @@ def test_a_key_introduced_later_counts_only_where_it_is_not_its_default(
 def test_all_that_is_offered_passes_the_check() -> None:
     for group in ("norm", "model", "data", "recipe", "scale"):
         for name in config.options(group):
-            nbs = ["nbs=32"] if name == "ghost" else []
+            nbs = ["nbs=32"] if name in ("ghost", "renorm", "virtual") else []
             check(compose([f"{group}={name}", "world_size=1", *nbs]))
 
 

@@ -105,6 +105,30 @@ def test_precise_statistics_are_those_of_the_whole_training_set_when_one_batch_h
     assert row["loss"] == pytest.approx(expected["loss"].expected, rel=1e-3)
 
 
+def test_layer_by_layer_no_batch_matters_and_it_is_precise_with_all_in_one(trained):
+    whole = evaluator(trained).run(Protocol.parse("val:precise/samples:96/batch:96"))
+    rows = [
+        evaluator(trained).run(Protocol.parse(f"val:precise_layerwise/samples:96/batch:{batch}"))
+        for batch in (2, 8, 96)
+    ]
+    for row in rows:
+        assert row["loss"] == pytest.approx(whole["loss"], rel=1e-5)
+        assert row["error"] == whole["error"]
+        assert row["samples"] == 96
+    assert [row["batch"] for row in rows] == [2, 8, 96]
+    small = evaluator(trained).run(Protocol.parse("val:precise/samples:96/batch:2"))
+    assert small["loss"] != pytest.approx(whole["loss"], rel=2e-4)
+
+
+def test_what_cannot_be_measured_layer_by_layer_is_refused_beforehand():
+    cfg = config.compose(["scale=demo", "norm=l1", "device=cpu", "batch_size=64"])
+    job = worker.construct(cfg)
+    l1 = Evaluator(job.model, job.data, nbs=64, seed=0, device=torch.device("cpu"))
+    l1.check(Protocol.parse("val:precise"))
+    with pytest.raises(ValueError, match=r"evals: 'val:precise_layerwise': .* is a L1BatchNorm"):
+        l1.check(Protocol.parse("val:precise_layerwise"))
+
+
 def test_a_tracked_decay_equal_to_the_layers_own_gives_the_same_evaluation(trained):
     own = evaluator(trained).run(Protocol.parse("val:ema"))
     other = evaluator(trained).run(Protocol.parse("val:ema/decay:0.5"))
@@ -117,7 +141,14 @@ def test_a_tracked_decay_equal_to_the_layers_own_gives_the_same_evaluation(train
 
 @pytest.mark.parametrize(
     "spec",
-    ["train:batch", "val:ema", "val:precise", "val:precise_mean/batch:2", "val:ema/decay:0.5"],
+    [
+        "train:batch",
+        "val:ema",
+        "val:precise",
+        "val:precise_mean/batch:2",
+        "val:precise_layerwise/samples:64",
+        "val:ema/decay:0.5",
+    ],
 )
 def test_evaluating_leaves_no_trace(trained, spec):
     before = {k: v.clone() for k, v in trained.model.state_dict().items()}
@@ -134,6 +165,7 @@ def test_evaluating_leaves_no_trace(trained, spec):
 
 
 def test_how_many_samples_go_through_at_once_does_not_matter(trained, monkeypatch):
+    """P10: only the stated batch of a protocol does."""
     protocols = [Protocol.parse(s) for s in ("val:ema", "val:batch", "val:precise/samples:96")]
     many = [numbers(evaluator(trained).run(p)) for p in protocols]
     monkeypatch.setattr(evaluate, "_BLOCK", 24)

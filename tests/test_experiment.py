@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 from omegaconf import OmegaConf
 
-from normlab import cli, experiment, launch, plugins
+from normlab import cli, config, experiment, launch, plugins
 
 FLAT, FALLS = "claims.bottom_is_flat", "claims.train_error_falls"
 FILES = sorted(Path(plugins.package_dir("experiments")).glob("*.yaml"))
@@ -17,7 +17,7 @@ def test_every_claim_speaks_of_cells_that_every_scale_runs(name):
     assert loaded.claims
     for scale, grid in loaded.scales.items():
         for claim in loaded.claims.values():
-            assert claim.contrasts(grid.axes), (scale, claim.name)
+            assert claim.contrasts(grid.places), (scale, claim.name)
 
 
 @pytest.mark.parametrize("name", [path.stem for path in FILES])
@@ -104,7 +104,7 @@ BROKEN = [
     ({"title": None}, "title: must be text"),
     ({"set": "norm"}, "set: must be a mapping"),
     ({"scales.desk": {"set": {}}}, "scales.desk: missing keys .*axes"),
-    ({"scales.desk.axis": {}}, "scales.desk: unknown keys .*axis.* .allowed: axes, set"),
+    ({"scales.desk.axis": {}}, "scales.desk: unknown keys .*axis.* .allowed: axes, set, arms"),
     ({"scales.desk.axes.nbs": 2}, "scales.desk.axes.nbs: must be a list"),
     ({"scales.desk.axes.nbs": []}, "scales.desk.axes.nbs: has no values"),
     ({"scales.desk.axes.seed": ["one"]}, "scales.desk.axes.seed: .*whole numbers"),
@@ -193,7 +193,7 @@ def test_a_monotone_claim_ends_where_it_says():
 def test_the_kinds_of_figure_are_those_that_can_be_drawn():
     from normlab.report import figures
 
-    assert [path.stem for path in experiment.FIGURES.glob("[!_]*.py")] == figures.names()
+    assert sorted(path.stem for path in experiment.FIGURES.glob("[!_]*.py")) == figures.names()
 
 
 def test_the_page_on_experiments_shows_one_that_loads(tmp_path, monkeypatch):
@@ -205,19 +205,147 @@ def test_the_page_on_experiments_shows_one_that_loads(tmp_path, monkeypatch):
 
 
 def test_editing_a_claim_changes_the_digest(tmp_path, monkeypatch):
+    nbs = experiment.load("nbs")
     raw = OmegaConf.load(experiment.files()["nbs"])
     raw.claims.bottom_is_flat.margin = 5
     OmegaConf.save(raw, tmp_path / "edited.yaml")
     monkeypatch.setattr(experiment, "files", lambda: {"edited": tmp_path / "edited.yaml"})
     edited = experiment.load.__wrapped__("edited")
-    assert edited.claims_digest("desk") != experiment.load("nbs").claims_digest("desk")
+    assert edited.claims_digest("desk") != nbs.claims_digest("desk")
 
 
 def test_editing_one_scales_grid_leaves_the_others_declared(tmp_path, monkeypatch):
+    nbs = experiment.load("nbs")
     raw = OmegaConf.load(experiment.files()["nbs"])
     raw.scales.gpu.axes.seed = [100, 101]
     OmegaConf.save(raw, tmp_path / "edited.yaml")
     monkeypatch.setattr(experiment, "files", lambda: {"edited": tmp_path / "edited.yaml"})
     edited = experiment.load.__wrapped__("edited")
-    assert edited.claims_digest("desk") == experiment.load("nbs").claims_digest("desk")
-    assert edited.claims_digest("gpu") != experiment.load("nbs").claims_digest("gpu")
+    assert edited.claims_digest("desk") == nbs.claims_digest("desk")
+    assert edited.claims_digest("gpu") != nbs.claims_digest("gpu")
+
+
+ARMS = """
+title: Arms
+source: a test
+set: {epochs: 1}
+arms:
+  bn-2: {at: {norm: BN, images: 2}, set: {norm: ghost, nbs: 2, norm.affine: true}}
+  bn-4: {at: {norm: BN, images: 4}, set: {norm: ghost, nbs: 4}}
+  gn: {at: {norm: GN}, set: {norm: gn, norm.groups: null, norm.channels_per_group: 2}}
+scales:
+  demo:
+    axes: {arm: [bn-2, bn-4, gn], lr: [0.1, 0.2], seed: [100, 101]}
+    arms: {gn: {lr: 0.3, epochs: 2}}
+protocols:
+  test: {eval: "test:ema", label: test}
+baseline: {images: 2}
+table: {columns: [test]}
+figure: {kind: curves, x: images, xlabel: images, by: [norm], series: [test]}
+published:
+  - {label: A paper, at: {norm: BN}, x: images, values: {test: {2: 9.0}}}
+claims:
+  falls:
+    sentence: Falls.
+    paper: "9"
+    kind: shape
+    primary: false
+    margin: 0
+    monotone: {falls: images, terms: [[1, test, {norm: BN, lr: 0.1}]]}
+"""
+
+
+def load_arms(tmp_path, monkeypatch, *changed):
+    text = ARMS
+    for old, new in changed:
+        assert old in text
+        text = text.replace(old, new)
+    (tmp_path / "arms.yaml").write_text(text)
+    monkeypatch.setattr(experiment, "files", lambda: {"arms": tmp_path / "arms.yaml"})
+    experiment.load.cache_clear()
+    return experiment.load("arms")
+
+
+@pytest.fixture(autouse=True)
+def forget():
+    yield
+    experiment.load.cache_clear()
+
+
+def test_an_arm_is_known_by_its_place_and_made_by_its_overrides(tmp_path, monkeypatch):
+    cells = load_arms(tmp_path, monkeypatch).cells("demo")
+    assert len(cells) == 12
+    assert cells[0].axes == {"arm": "bn-2", "lr": 0.1, "seed": 100}
+    assert cells[0].at == {"norm": "BN", "images": 2, "lr": 0.1, "seed": 100}
+    assert cells[-1].at == {"norm": "GN", "lr": 0.2, "seed": 101}
+    # The axes come after the arms, and a scale's own overrides of an arm before both.
+    assert cells[-1].overrides == [
+        "scale=demo", "epochs=2", "norm=gn", "norm.groups=null", "norm.channels_per_group=2",
+        "lr=0.2", "seed=101",
+    ]  # fmt: skip
+
+
+def test_the_command_for_a_place_names_its_arm(tmp_path, monkeypatch):
+    loaded = load_arms(tmp_path, monkeypatch)
+    command = loaded.command("demo", [("norm", "GN"), ("lr", 0.2)], [101])
+    assert command == "normlab sweep arms scale=demo arm=gn lr=0.2 seed=101"
+
+
+def test_a_sweep_of_arms_runs_its_cells_in_their_order(tmp_path, monkeypatch):
+    loaded = load_arms(tmp_path, monkeypatch)
+
+    def run(composed):
+        ran.append(config.cell_key(composed))
+        return launch.Outcome("id", "done", False, Path("runs/id"), {})
+
+    ran: list[str] = []
+    monkeypatch.setattr(launch, "run", run)
+    assert cli.main(["sweep", "arms", "scale=demo", "seed=100"]) == 0
+    wanted = [cell.overrides for cell in loaded.cells("demo") if cell.at["seed"] == 100]
+    assert ran == [config.cell_key(config.compose(overrides)) for overrides in wanted]
+    assert len(set(ran)) == 6
+
+
+def test_an_unknown_arm_is_answered_with_the_known_ones(tmp_path, monkeypatch, capfd):
+    load_arms(tmp_path, monkeypatch)
+    assert cli.main(["sweep", "arms", "scale=demo", "arm=bn-3"]) == 2
+    assert "no arm 'bn-3'; did you mean 'bn-" in capfd.readouterr().err
+    assert cli.main(["sweep", "nbs", "scale=demo", "arm=bn-2"]) == 2
+
+
+def test_the_digest_knows_the_arms_of_its_scale(tmp_path, monkeypatch):
+    before = load_arms(tmp_path, monkeypatch).claims_digest("demo")
+    again = load_arms(tmp_path, monkeypatch, ("epochs: 2", "epochs: 3"))
+    assert again.claims_digest("demo") != before
+
+
+def test_the_digest_of_a_grid_without_arms_is_what_it_was_before_there_were_any():
+    assert experiment.load("nbs").claims_digest("desk") == "4ae94d22"  # recorded by its runs
+
+
+def test_neighbours_are_compared_within_the_cell_that_a_term_names(tmp_path, monkeypatch):
+    loaded = load_arms(tmp_path, monkeypatch)
+    (contrast,) = loaded.claims["falls"].contrasts(loaded.scale("demo").places)
+    assert contrast.terms == [
+        (1, "test", {"images": 2, "norm": "BN", "lr": 0.1}),
+        (-1, "test", {"images": 4, "norm": "BN", "lr": 0.1}),
+    ]
+
+
+@pytest.mark.parametrize(
+    ("old", "new", "says"),
+    [
+        ("[bn-2, bn-4, gn]", "[bn-3]", "scales.demo: unknown arm 'bn-3' .arms: bn-2, bn-4, gn"),
+        ("arms: {gn: {lr", "arms: {gm: {lr", "scales.demo: unknown arm 'gm'"),
+        ("at: {norm: BN, images: 4}", "at: {norm: BN, images: 2}", "stands where another does"),
+        ("at: {norm: GN}", "at: {lr: GN}", "arm gn stands on axes of their own: .'lr'"),
+        ("  gn: {at", "  GN: {at", "arms: 'GN' is no name of lower-case"),
+        ("set: {norm: ghost, nbs: 4}", "sets: {}", "arms.bn-4: missing keys .'set'"),
+        ("by: [norm]", "by: [colour]", "figure.by: 'colour' is no axis of scale demo"),
+        ("at: {norm: BN}, x", "at: BN, x", r"published\[0\].at: must be a mapping"),
+        ("{norm: BN, lr: 0.1}]", "{images: 2}]", "images: 2 names no cell"),
+    ],
+)
+def test_malformed_arms_are_refused(tmp_path, monkeypatch, old, new, says):
+    with pytest.raises(ValueError, match=says):
+        load_arms(tmp_path, monkeypatch, (old, new))

@@ -119,9 +119,9 @@ def test_the_table_has_no_row_without_a_room() -> None:
         ("norms/base.py", "from ..config import Config", "norms/base.py imports normlab.config"),
         ("norms/base.py", "def f():\n    import hydra", "norms/base.py imports hydra"),
         (
-            "population.py",
+            "population/bank.py",
             "from normlab.norms import ghost",
-            "population.py imports normlab.norms.ghost",
+            "population/bank.py imports normlab.norms.ghost",
         ),
         (
             "batchplan.py",
@@ -224,7 +224,7 @@ def test_an_experiment_loads_and_every_claim_can_be_judged(name: str) -> None:
         grid = loaded.scale(scale)
         assert loaded.cells(scale)
         for claim in loaded.claims.values():
-            assert claim.contrasts(grid.axes)
+            assert claim.contrasts(grid.places)
     wanted = {*loaded.table["columns"], *loaded.figure["series"]}
     published = {protocol for source in loaded.published for protocol in source.values}
     assert wanted | published <= set(loaded.protocols)

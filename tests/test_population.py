@@ -1,3 +1,5 @@
+"""Population statistics: `estimate`, `using` and `apply` (layerwise has a file of its own)."""
+
 import copy
 
 import numpy as np
@@ -8,7 +10,8 @@ from hypothesis import strategies as st
 from torch import nn
 
 from normlab.norms import BatchNorm, GhostBatchNorm, GroupNorm
-from normlab.population import Statistics, estimate, using
+from normlab.population import Statistics, apply, estimate, using
+from normlab.population.accumulate import Mean, Pooled
 
 SPLIT = [2, 2, 4, 8, 16, 32, 64]
 
@@ -79,7 +82,7 @@ class TestPooled:
 
     @pytest.mark.parametrize("offset", [1e4, 1e5, 1e6])
     def test_large_means(self, offset):
-        """float32, spread 1: both are off by no more than the rounding of the batches' means."""
+        """P41: float32, spread 1: off by no more than the rounding of the batches' means."""
         x = torch.randn(128, 3, 5, 5) + offset
         mean, var = exact(x)
         result = estimate(BatchNorm(3), x.split(SPLIT), estimator="pooled")[""]
@@ -88,6 +91,7 @@ class TestPooled:
 
     @pytest.mark.parametrize("offset", [1e4, 1e5, 1e6])
     def test_large_means_in_float64(self, offset):
+        """P41: no difference of large squares."""
         x = torch.randn(128, 3, 5, 5, dtype=torch.float64) + offset
         result = estimate(BatchNorm(3).double(), x.split(SPLIT), estimator="pooled")
         assert_statistics(result[""], *exact(x), rtol=1e-9)
@@ -106,6 +110,7 @@ class TestPooled:
 
 class TestMean:
     def test_means_weighted_by_elements(self):
+        """P44: a smaller last batch counts by its size."""
         x = torch.randn(128, 3, 5, 5, dtype=torch.float64)
         parts = x.split(SPLIT)
         weights = np.array(SPLIT) / 128
@@ -130,6 +135,7 @@ class TestMean:
 
 
 def test_estimators_differ_where_batches_are_of_one_class():
+    """P39: two estimators, two names; they agree where batches are i.i.d."""
     torch.manual_seed(0)
     classes = 6 * torch.arange(6.0).repeat_interleave(32).view(-1, 1)
     x = classes + torch.randn(192, 1)
@@ -143,7 +149,17 @@ def test_estimators_differ_where_batches_are_of_one_class():
     assert mean[1] == pytest.approx(pooled[1], rel=0.1)
 
 
-@pytest.mark.parametrize("estimator", ["pooled", "mean"])
+def batches_of(x, size):
+    """What can be passed over again, but is no list."""
+
+    class Loader:
+        def __iter__(self):
+            yield from x.split(size)
+
+    return Loader()
+
+
+@pytest.mark.parametrize("estimator", ["pooled", "mean", "layerwise", "cheap"])
 class TestEstimate:
     def test_leaves_the_model_alone(self, estimator):
         model = network()
@@ -179,15 +195,17 @@ class TestEstimate:
 
     @pytest.mark.parametrize("where", ["batches", "forward", "layer"])
     def test_restores_after_an_exception(self, estimator, where):
+        """P37: nothing stays attached or changed, wherever the loop ends."""
         model = network()
         model[2].eval()
         before = everything(model)
 
-        def batches():
-            yield torch.randn(4, 2, 9, 9)
-            if where == "batches":
-                raise KeyError
-            yield torch.randn(4 if where == "forward" else 3, 2, 9, 9)
+        class Loader:
+            def __iter__(self):
+                yield torch.randn(4, 2, 9, 9)
+                if where == "batches":
+                    raise KeyError
+                yield torch.randn(4 if where == "forward" else 3, 2, 9, 9)
 
         calls = []
 
@@ -197,12 +215,22 @@ class TestEstimate:
                 raise KeyError
             return model(batch)
 
-        with pytest.raises((KeyError, ValueError)):
-            estimate(model, batches(), estimator=estimator, forward=forward)
+        with pytest.raises(
+            (KeyError, ValueError), match="not a multiple" if where == "layer" else None
+        ):
+            estimate(model, Loader(), estimator=estimator, forward=forward, group_size=2)
         assert_unchanged(model, before)
+        assert not any(m._forward_pre_hooks or m._forward_hooks for m in model.modules())
         assert torch.is_grad_enabled()
 
+    def test_a_short_loader_counts_what_there_is(self, estimator):
+        """P37: no number of iterations is promised that a loader could fall short of."""
+        x = torch.randn(10, 3, 2, 2)
+        result = estimate(BatchNorm(3), batches_of(x, 4), estimator=estimator)
+        assert result[""].count == 40
+
     def test_no_batch_is_an_error(self, estimator):
+        """P40: zero iterations never become statistics of zero."""
         model = network()
         before = everything(model)
         with pytest.raises(ValueError, match="at least one batch"):
@@ -210,6 +238,8 @@ class TestEstimate:
         assert_unchanged(model, before)
 
     def test_a_layer_used_twice_pools(self, estimator):
+        """P42: a layer may be used more than once in a forward."""
+
         class Twice(nn.Module):
             def __init__(self):
                 super().__init__()
@@ -226,6 +256,7 @@ class TestEstimate:
         assert_statistics(result["norm"], alone.mean.numpy(), alone.var.numpy())
 
     def test_unseen_and_frozen_layers_are_absent(self, estimator):
+        """P42, P44: a layer that was not reached has no 0/0, a frozen one is never overwritten."""
         model = nn.Sequential(BatchNorm(3), BatchNorm(3))
         model.unseen = BatchNorm(3)
         model.forward = lambda x: model[1](model[0](x))
@@ -237,6 +268,7 @@ class TestEstimate:
         assert estimate(GroupNorm(4, groups=2), [], estimator=estimator) == {}
 
     def test_batches_may_be_tuples_or_anything_forward_takes(self, estimator):
+        """P38: models that take more than a tensor."""
         x = torch.randn(8, 3)
         plain = estimate(BatchNorm(3), [x], estimator=estimator)
         labelled = estimate(BatchNorm(3), [(x, None)], estimator=estimator)
@@ -248,7 +280,7 @@ class TestEstimate:
             assert torch.equal(other[""].var, plain[""].var)
 
     def test_twice_is_once(self, estimator):
-        """An estimate does not depend on the statistics in the model, nor leave a trace."""
+        """P46: an estimate does not depend on the statistics in the model, nor leave a trace."""
         model, a, b = network(), torch.randn(8, 2, 9, 9), torch.randn(8, 2, 9, 9)
         fresh = estimate(model, [b], estimator=estimator)
         with using(model, estimate(model, [a], estimator=estimator)):
@@ -258,9 +290,99 @@ class TestEstimate:
             assert torch.equal(again[name].var, statistics.var)
 
 
-def test_an_unknown_estimator_is_refused():
-    with pytest.raises(ValueError, match="estimator is one of"):
-        estimate(BatchNorm(3), [torch.randn(4, 3)], estimator="precise")
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"estimator": "precise"}, "estimator is one of"),
+        ({"estimator": "pooled", "decay": 0.9}, "decay belongs to estimator='cheap'"),
+        ({"estimator": "cheap", "decay": 1.0}, r"decay must be in \[0, 1\)"),
+    ],
+)
+def test_wrong_arguments_are_refused(arguments, message):
+    with pytest.raises(ValueError, match=message):
+        estimate(BatchNorm(3), [torch.randn(4, 3)], **arguments)
+
+
+def test_torch_s_own_batch_norms_are_refused_by_name():
+    """An estimate of half a model's statistics must not pass for the whole."""
+    model = nn.Sequential(BatchNorm(3), nn.BatchNorm1d(3))
+    with pytest.raises(ValueError, match="1 is torch's BatchNorm1d"):
+        estimate(model, [torch.randn(4, 3)], estimator="pooled")
+    model[1] = nn.BatchNorm1d(3, track_running_stats=False)
+    assert list(estimate(model, [torch.randn(4, 3)], estimator="pooled")) == ["0"]
+
+
+class TestCheap:
+    def test_the_plain_average_is_torch_s_momentum_none(self):
+        """K4, P44: every forward counts the same, a smaller one too."""
+        x = torch.randn(30, 3, 4, 4, dtype=torch.float64)
+        theirs = nn.BatchNorm2d(3, momentum=None).double()
+        for part in x.split(8):
+            theirs(part)
+        result = estimate(BatchNorm(3).double(), x.split(8), estimator="cheap")[""]
+        assert_statistics(result, theirs.running_mean.numpy(), theirs.running_var.numpy(), 1e-11)
+        assert result.count == 480
+
+    def test_the_plain_average_is_mean_for_equal_batches(self):
+        model, x = network().double(), torch.randn(24, 2, 9, 9, dtype=torch.float64)
+        cheap = estimate(model, x.split(4), estimator="cheap")
+        mean = estimate(model, x.split(4), estimator="mean")
+        for name, statistics in mean.items():
+            assert_statistics(cheap[name], statistics.mean.numpy(), statistics.var.numpy(), 1e-10)
+
+    @pytest.mark.parametrize("decay", [0.0, 0.5, 0.99])
+    def test_the_running_average_in_closed_form(self, decay):
+        layer = BatchNorm(3).double()
+        layer.running_mean.fill_(5.0)
+        x = torch.randn(7, 8, 3, dtype=torch.float64)
+        result = estimate(layer, list(x), estimator="cheap", decay=decay)[""]
+        assert (layer.running_mean == 5).all()
+        weights = (1 - decay) * decay ** np.arange(6.0, -1, -1)
+        mean = 5 * decay**7 + weights @ x.mean(1).numpy()
+        var = decay**7 + weights @ x.var(1).numpy()
+        assert_statistics(result, mean, var, rtol=1e-10)
+
+    @pytest.mark.parametrize("rule", ["mean", "pooled", "first", "sequential"])
+    def test_it_is_what_training_would_leave_with_the_weights_fixed(self, rule):
+        layer = GhostBatchNorm(3, nbs=2, population=rule, decay=0.9).double()
+        x = torch.randn(5, 8, 3, 2, dtype=torch.float64)
+        result = estimate(layer, list(x), estimator="cheap", decay=0.9)[""]
+        for batch in x:
+            layer(batch)
+        assert_statistics(result, layer.running_mean.numpy(), layer.running_var.numpy())
+
+
+class TestMerge:
+    """P36: processes that each saw a part of the data end with the statistics of all of it."""
+
+    @pytest.mark.parametrize("kind", [Pooled, Mean])
+    def test_parts_of_unequal_size_merge_into_the_whole(self, kind):
+        x = 3 + torch.randn(64, 3, dtype=torch.float64) * torch.arange(1, 65).view(-1, 1)
+
+        def add(accumulation, parts):
+            for part in parts:
+                mean, var = (torch.from_numpy(value)[None] for value in exact(part))
+                counts = torch.full((1, 1), len(part), dtype=torch.float64)
+                accumulation.add(mean, var, counts, len(part))
+            return accumulation
+
+        like = torch.zeros(3)
+        parts = x.split([2, 30, 4, 8, 20])
+        mean, var = exact(x)
+        if kind is Mean:
+            var = sum(len(part) * part.var(0).numpy() for part in parts) / len(x)
+        ranks = [add(kind(like), parts[:1]), add(kind(like), []), add(kind(like), parts[1:])]
+        merged = kind(like)
+        for rank in ranks:
+            merged.merge(rank)
+        assert_statistics(merged.result(), mean, var, rtol=1e-13)
+        assert merged.result().count == 64
+
+    @pytest.mark.parametrize("kind", [Pooled, Mean])
+    def test_nothing_and_nothing_is_nothing(self, kind):
+        nothing = kind(torch.zeros(3))
+        nothing.merge(kind(torch.zeros(3)))
+        assert nothing.result() is None
 
 
 class TestUsing:
@@ -299,3 +421,81 @@ class TestUsing:
         with pytest.raises(ValueError, match=message), using(model, {**population, name: values}):
             pass
         assert_unchanged(model, before)
+
+
+class TestApply:
+    def test_it_is_using_for_good(self):
+        """P43: a checkpoint written after it holds what an evaluation `using` it has used."""
+        model = network().eval()
+        population = estimate(model, [torch.randn(8, 2, 9, 9)], estimator="pooled")
+        x = torch.randn(4, 2, 9, 9)
+        with using(model, population):
+            used, output = copy.deepcopy(model.state_dict()), model(x)
+        apply(model, population)
+        assert all(torch.equal(value, used[name]) for name, value in model.state_dict().items())
+        assert torch.equal(model(x), output)
+        assert model[1].num_batches_tracked == 0
+
+    def test_layers_that_are_not_named_stay(self):
+        model = network()
+        population = estimate(model, [torch.randn(8, 2, 9, 9)], estimator="pooled")
+        before = copy.deepcopy(model[5].state_dict())
+        apply(model, {"1": population["1"]})
+        assert all(torch.equal(value, before[k]) for k, value in model[5].state_dict().items())
+        assert model[1].running_mean.abs().sum() > 0
+
+    @pytest.mark.parametrize(("name", "message"), [("7", "is called '7'"), ("5", "has 3 channels")])
+    def test_refuses_before_any_change(self, name, message):
+        model = network()
+        before = everything(model)
+        values = Statistics(torch.ones(4).double(), torch.ones(4).double(), 1)
+        with pytest.raises(ValueError, match=message):
+            apply(model, {"1": values, name: values})
+        assert_unchanged(model, before)
+
+
+class Unlabelled(list):
+    """A batch of images whose labels must not be read."""
+
+    def __getitem__(self, index):
+        assert index == 0, "a label was read"
+        return super().__getitem__(index)
+
+    def __iter__(self):
+        raise AssertionError("a label was read")
+
+
+@pytest.mark.parametrize("estimator", ["pooled", "mean", "layerwise", "cheap"])
+class TestAdaptive:
+    """K6: Adaptive BN is an estimate on the target's images."""
+
+    def test_no_label_is_read_and_no_parameter_changes(self, estimator):
+        model = network()
+        before = everything(model)
+        images = torch.randn(12, 2, 9, 9)
+        target = [Unlabelled([x, None]) for x in images.split(4)]
+        adapted = estimate(model, target, estimator=estimator)
+        assert_unchanged(model, before)
+        apply(model, adapted)
+        for name, value in model.named_parameters():
+            assert torch.equal(value, before[3][name])
+        with pytest.raises(AssertionError, match="label"):
+            target[0][1]
+
+    def test_a_target_that_is_the_source_changes_nothing(self, estimator):
+        """K6: then it is the source's own statistics, to the bit."""
+        model, x = network(), torch.randn(12, 2, 9, 9)
+        apply(model, estimate(model, x.split(4), estimator=estimator))
+        before = everything(model)
+        apply(model, estimate(model, x.clone().split(4), estimator=estimator))
+        assert_unchanged(model, before)
+
+    def test_adapting_again_is_adapting_once_and_leaves_no_memory(self, estimator):
+        """P46: adapt(A), adapt(B) is adapt(B)."""
+        a, b = torch.randn(8, 2, 9, 9) + 2, torch.randn(8, 2, 9, 9)
+        model, fresh = network(), network()
+        apply(model, estimate(model, [a], estimator=estimator))
+        for _ in range(2):
+            apply(model, estimate(model, [b], estimator=estimator))
+        apply(fresh, estimate(fresh, [b], estimator=estimator))
+        assert all(torch.equal(v, fresh.state_dict()[k]) for k, v in model.state_dict().items())

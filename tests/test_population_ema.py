@@ -1,173 +1,97 @@
-"""`population.EmaBank`: running averages with further decays."""
-
-import copy
+"""Running averages in closed form (K5)."""
 
 import numpy as np
 import pytest
 import torch
-from torch import nn
+from hypothesis import given
+from hypothesis import strategies as st
 
-from normlab.norms import BatchNorm, GhostBatchNorm
-from normlab.population import EmaBank, estimate
-
-
-def network():
-    torch.manual_seed(0)
-    return nn.Sequential(
-        nn.Conv2d(2, 4, 3),
-        BatchNorm(4),
-        nn.ReLU(),
-        nn.Dropout(0.5),
-        nn.Conv2d(4, 3, 3),
-        GhostBatchNorm(3, nbs=2),
-        nn.Flatten(),
-    )
+from normlab.norms import BatchNorm
+from normlab.population import EmaBank, ema_age, ema_noise, ema_weights, iterations_needed
 
 
-def assert_statistics(statistics, mean, var, rtol, atol=1e-12):
-    assert statistics.mean.dtype == statistics.var.dtype == torch.float64
-    np.testing.assert_allclose(statistics.mean.numpy(), mean, rtol=rtol, atol=atol)
-    np.testing.assert_allclose(statistics.var.numpy(), var, rtol=rtol, atol=atol)
+@pytest.mark.parametrize("decay", [0.0, 0.5, 0.9, 0.99])
+@pytest.mark.parametrize("steps", [0, 1, 7])
+def test_weights_are_those_of_the_recursion(decay, steps):
+    average = np.eye(steps + 1)[0]  # how much of the initial value and of each batch is in it
+    for t in range(1, steps + 1):
+        average = decay * average + (1 - decay) * np.eye(steps + 1)[t]
+    np.testing.assert_allclose(ema_weights(decay, steps), average, rtol=1e-12, atol=0)
+    assert sum(ema_weights(decay, steps)) == pytest.approx(1, abs=1e-14)
 
 
-def train(model, batches, optimizer=None):
-    optimizer = torch.optim.SGD(model.parameters(), lr=0.1) if optimizer is None else optimizer
-    for x in batches:
-        optimizer.zero_grad()
-        model(x).square().mean().backward()
-        optimizer.step()
+@pytest.mark.parametrize("decay", [0.0, 0.5, 0.9])
+def test_weights_are_those_of_a_layer_and_of_the_bank(decay):
+    """P2: decay is the share that stays."""
+    layer = BatchNorm(3, decay=0.9).double()
+    bank = EmaBank(layer, [decay])
+    x = torch.randn(6, 8, 3, dtype=torch.float64)
+    for batch in x:
+        layer(batch)
+    means = np.vstack([np.zeros(3), x.mean(1).numpy()])
+    variances = np.vstack([np.ones(3), x.var(1).numpy()])
+    followed = bank.population(decay)[""]
+    np.testing.assert_allclose(followed.mean, ema_weights(decay, 6) @ means, rtol=1e-10)
+    np.testing.assert_allclose(followed.var, ema_weights(decay, 6) @ variances, rtol=1e-10)
+    np.testing.assert_allclose(layer.running_mean, ema_weights(0.9, 6) @ means, rtol=1e-10)
 
 
-class TestEmaBank:
-    def test_closed_form(self):
-        x = torch.randn(5, 8, 3, dtype=torch.float64)
-        layer = BatchNorm(3).double()
-        bank = EmaBank(layer, [0.5, 0.99])
-        for batch in x:
-            layer(batch)
-        for decay in (0.5, 0.99):
-            weights = (1 - decay) * decay ** np.arange(4, -1, -1)
-            mean = weights @ x.mean(1).numpy()
-            var = decay**5 * 1 + weights @ x.var(1).numpy()
-            assert_statistics(bank.population(decay)[""], mean, var, rtol=1e-10)
-        assert bank.population(0.5)[""].count == 40
+@pytest.mark.parametrize("decay", [0.0, 0.5, 0.9, 0.99])
+@pytest.mark.parametrize("steps", [1, 2, 30])
+def test_noise_and_age_are_sums_over_the_weights(decay, steps):
+    initial, *batches = ema_weights(decay, steps)
+    assert ema_noise(decay, steps) == pytest.approx(sum(w * w for w in batches), rel=1e-12)
+    ages = range(steps - 1, -1, -1)
+    age = initial * steps + sum(w * a for w, a in zip(batches, ages, strict=True))
+    assert ema_age(decay, steps) == pytest.approx(age, rel=1e-12)
+    assert ema_noise(decay) == pytest.approx(ema_noise(decay, 10_000), rel=1e-12)
+    assert ema_age(decay) == pytest.approx(ema_age(decay, 10_000), rel=1e-12)
 
-    @pytest.mark.parametrize("rule", ["mean", "pooled", "first", "sequential"])
-    @pytest.mark.parametrize("decay", [0.9, 0.6])
-    def test_the_layers_own_decay_gives_their_buffers(self, rule, decay):
-        model = nn.Sequential(
-            nn.Conv2d(2, 4, 3),
-            BatchNorm(4, decay=decay),
-            nn.ReLU(),
-            GhostBatchNorm(4, nbs=2, population=rule, decay=decay),
-        )
-        bank = EmaBank(model, [decay])
-        train(model, torch.randn(6, 8, 2, 7, 7))
-        population = bank.population(decay)
-        assert list(population) == ["1", "3"]
-        for name in population:
-            layer = model.get_submodule(name)
-            assert_statistics(
-                population[name],
-                layer.running_mean.numpy(),
-                layer.running_var.numpy(),
-                rtol=1e-5,
-                atol=1e-6,
-            )
 
-    def test_watching_changes_no_bit_of_the_training(self):
-        batches = torch.randn(4, 8, 2, 9, 9)
-        watched, alone = network(), network()
-        EmaBank(watched, [0.5, 0.9])
-        for model in (watched, alone):
-            torch.manual_seed(7)
-            train(model, batches)
-        assert all(
-            torch.equal(value, alone.state_dict()[name])
-            for name, value in watched.state_dict().items()
-        )
+def test_noise_of_independent_batches():
+    """Variance (1 - d) / (1 + d) of one batch's, measured; no bias but what the start left."""
+    rng = np.random.default_rng(0)
+    weights = np.array(ema_weights(0.9, 100))
+    batches = 2 + 3 * rng.standard_normal((100_000, 100))
+    average = weights[0] * 7 + batches @ weights[1:]
+    assert average.var() == pytest.approx(9 * ema_noise(0.9), rel=0.02)
+    assert average.mean() == pytest.approx(2 + weights[0] * (7 - 2), abs=0.01)
 
-    def test_follows_training_only(self):
-        model = network()
-        bank = EmaBank(model, [0.9])
-        estimate(model, [torch.randn(8, 2, 9, 9)], estimator="pooled")
-        assert bank.population(0.9) == {}
-        model.eval()
-        for layer in (model[1], model[5]):
-            layer.statistics = "batch"
-        model(torch.randn(8, 2, 9, 9))
-        assert bank.population(0.9) == {}
 
-    def test_resumed_equals_uninterrupted(self, tmp_path):
-        batches = torch.randn(6, 8, 2, 9, 9)
-        model = network()
-        model[3].p = 0
-        bank = EmaBank(model, [0.5, 0.99])
-        train(model, batches)
+def test_a_moving_mean_is_ahead_by_its_age():
+    mean = 0.25 * np.arange(201)  # the initial value is right at step 0
+    assert mean[-1] - ema_weights(0.9, 200) @ mean == pytest.approx(0.25 * ema_age(0.9, 200))
 
-        first = network()
-        first[3].p = 0
-        half = EmaBank(first, [0.5, 0.99])
-        train(first, batches[:3])
-        state = {"model": copy.deepcopy(first.state_dict()), "bank": half.state_dict()}
-        train(first, batches[3:])  # a state is a value: it must not follow
-        torch.save(state, tmp_path / "c.pt")
-        saved = torch.load(tmp_path / "c.pt", weights_only=True)
-        second = network()
-        second[3].p = 0
-        second.load_state_dict(saved["model"])
-        resumed = EmaBank(second, [0.5, 0.99])
-        resumed.load_state_dict(saved["bank"])
-        train(second, batches[3:])
-        for decay in (0.5, 0.99):
-            expected, actual = bank.population(decay), resumed.population(decay)
-            for name in expected:
-                assert torch.equal(actual[name].mean, expected[name].mean)
-                assert torch.equal(actual[name].var, expected[name].var)
-                assert actual[name].count == expected[name].count
 
-    def test_a_population_is_a_value(self):
-        layer = BatchNorm(3)
-        bank = EmaBank(layer, [0.9])
-        layer(torch.randn(8, 3))
-        taken = bank.population(0.9)[""]
-        before = taken.mean.clone()
-        layer(torch.randn(8, 3))
-        assert torch.equal(taken.mean, before)
+def test_iterations_needed_by_the_talk_s_decay():
+    """0.99^T forgets its start to one part in 23,000 after 1000 steps, 0.9^T after 100."""
+    assert iterations_needed(0.99, 4.4e-5) == 999
+    assert iterations_needed(0.9, 1e-3) == 66
+    assert iterations_needed(0.99, 1e-3) == 688
+    assert iterations_needed(0.5, 0.125) == 3
+    assert iterations_needed(0.5, 0.1249) == 4
+    assert iterations_needed(0.0, 1e-9) == 1
+    assert iterations_needed(0.9, 1) == 0
 
-    def test_detach_stops_watching(self):
-        layer = BatchNorm(3)
-        other = [].append
-        layer.observers.append(other)
-        bank = EmaBank(layer, [0.9])
-        layer(torch.randn(8, 3))
-        before = bank.population(0.9)[""].mean
-        bank.detach()
-        bank.detach()
-        layer(torch.randn(8, 3))
-        assert torch.equal(bank.population(0.9)[""].mean, before)
-        assert layer.observers == [other]
 
-    def test_a_copied_model_is_not_followed(self):
-        model = network()
-        bank = EmaBank(model, [0.9])
-        train(copy.deepcopy(model), torch.randn(2, 8, 2, 9, 9))
-        assert bank.population(0.9) == {}
+@given(decay=st.floats(0, 0.9999), tolerance=st.floats(1e-12, 1))
+def test_iterations_needed_is_the_first_that_is_enough(decay, tolerance):
+    steps = iterations_needed(decay, tolerance)
+    assert decay**steps <= tolerance
+    assert steps == 0 or decay ** (steps - 1) > tolerance
 
-    @pytest.mark.parametrize("decays", [[1.0], [0.9, -0.1], [1.5], [float("nan")], [0.9, 0.9]])
-    def test_bad_decays_are_refused_and_nothing_watches(self, decays):
-        layer = BatchNorm(3)
-        with pytest.raises(ValueError, match="ema_bank"):
-            EmaBank(layer, decays)
-        assert layer.observers == []
 
-    def test_an_unknown_decay_is_refused(self):
-        with pytest.raises(ValueError, match=r"decays \[0\.9\], not 0\.5"):
-            EmaBank(BatchNorm(3), [0.9]).population(0.5)
-
-    def test_another_bank_s_state_is_refused(self):
-        bank = EmaBank(network(), [0.9])
-        with pytest.raises(ValueError, match="decays"):
-            bank.load_state_dict(EmaBank(network(), [0.8]).state_dict())
-        with pytest.raises(ValueError, match="other layers"):
-            bank.load_state_dict(EmaBank(BatchNorm(4), [0.9]).state_dict())
+@pytest.mark.parametrize(
+    ("call", "message"),
+    [
+        (lambda: ema_weights(1.0, 3), "decay must be in"),
+        (lambda: ema_noise(-0.1), "decay must be in"),
+        (lambda: ema_age(float("nan")), "decay must be in"),
+        (lambda: ema_weights(0.9, -1), "steps must be at least 0"),
+        (lambda: iterations_needed(0.9, 0), "tolerance must be above 0"),
+        (lambda: iterations_needed(0.9, 1.5), "tolerance must be above 0"),
+    ],
+)
+def test_impossible_averages_are_refused(call, message):
+    with pytest.raises(ValueError, match=message):
+        call()

@@ -26,7 +26,7 @@ def test_a_spec_is_read(spec, protocol):
 
 @given(
     split=st.sampled_from(SPLITS),
-    statistics=st.sampled_from(["precise", "precise_mean"]),
+    statistics=st.sampled_from(["precise", "precise_mean", "precise_layerwise"]),
     batch=st.none() | st.integers(2, 4096),
     samples=st.none() | st.integers(2, 10**6),
     order=st.integers(0, 999),

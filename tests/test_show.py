@@ -1,5 +1,6 @@
 """The table of runs; the other tables are in test_cli."""
 
+import inspect
 import os
 import subprocess
 import sys
@@ -8,7 +9,8 @@ from pathlib import Path
 import pytest
 from test_runs import finished
 
-from normlab import show
+from normlab import cli, config, show
+from normlab.norms import GhostBatchNorm
 
 
 def test_a_broken_run_is_left_out(
@@ -34,3 +36,52 @@ def test_a_reader_who_leaves_early_is_no_error(words: str, tmp_path: Path) -> No
         shown.stdout.close()
         said = shown.stderr.read()
     assert (shown.returncode, said) == (0, b"")
+
+
+def said(capsys: pytest.CaptureFixture[str], name: str | None = None, **how: bool) -> str:
+    assert show.norm(name, **how) == 0
+    return capsys.readouterr().out
+
+
+def test_a_card_is_the_docstring_of_the_layer(capsys: pytest.CaptureFixture[str]) -> None:
+    card = said(capsys, "ghost").splitlines()
+    assert card[:2] == ["from normlab.norms import GhostBatchNorm", "norm=ghost"]
+    assert card[2].startswith("norm.grouping=contiguous norm.population=mean")
+    assert "\n".join(card[4:]) == inspect.getdoc(GhostBatchNorm)
+    assert "nbs: samples per chunk, at least 2" in "\n".join(card)
+
+
+def test_every_norm_has_a_card_of_more_than_a_sentence(capsys: pytest.CaptureFixture[str]) -> None:
+    for name in config.options("norm"):
+        card = said(capsys, name)
+        assert f"\nnorm={name}\n" in card
+        assert len(card.split()) > 40, name
+
+
+def test_the_page_of_all_cards_is_what_the_command_prints(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    """If this fails, a docstring or an option has changed: `make cards`."""
+    page = Path(__file__).resolve().parent.parent / "docs" / "norms.md"
+    assert said(capsys, every=True) == page.read_text()
+
+
+@pytest.mark.parametrize(
+    "words", ["show norm gohst", "show norm", "show norms ghost", "show --all"]
+)
+def test_a_card_that_there_is_not_is_answered_with_those_there_are(
+    words: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert cli.main(words.split()) == 2
+    message = capsys.readouterr().err
+    assert len(message.splitlines()) == 1
+    assert "ghost" in message or "show norm does" in message
+
+
+def test_tables_need_no_torch(tmp_path: Path) -> None:
+    code = "import sys; from normlab import cli; cli.main(['show', 'norms']);"
+    code += "print('torch' in sys.modules)"
+    done = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, cwd=tmp_path, check=True
+    )
+    assert done.stdout.splitlines()[-1] == "False"

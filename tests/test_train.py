@@ -1,6 +1,7 @@
 """The loop against a loop written by hand, micro-batches against ghost batches, and divergence."""
 
 import math
+from itertools import chain, count, islice
 
 import pytest
 import torch
@@ -8,6 +9,7 @@ from torch import nn
 from torch.nn import functional as F
 
 from normlab import build, checkpoint, config, data, worker
+from normlab.norms import forward_with
 from normlab.train import Diverged, Trainer
 
 
@@ -151,9 +153,69 @@ def test_a_run_that_explodes_is_diverged_not_failed(tmp_path):
         ours.train_epoch()
 
 
+def test_virtual_extra_images_run_beside_each_micro_batch(tmp_path):
+    """The plan's forward-only images, others in every forward, change the statistics alone."""
+    cfg = resolved("norm=virtual", "nbs=80", "micro_batch=32")
+    ours, twin = trainer(cfg, tmp_path), trainer(cfg, tmp_path)
+    assert (ours.plan.virtual_extra, ours.plan.accumulation) == (48, 2)
+    x, y = next(iter(ours.data.train_batches(batch_size=64, seed=3, epoch=0)))
+    order = {"batch_size": 96, "seed": 3 + 2**31, "epoch": 0}
+    extra, _ = next(iter(ours.data.train_batches(**order)))
+    for part in range(2):
+        rows = slice(32 * part, 32 * part + 32)
+        logits = forward_with(twin.model, x[rows], extra[48 * part : 48 * part + 48])
+        (F.cross_entropy(logits, y[rows]) / 2).backward()
+    found = next(ours._extra_images())
+    assert torch.equal(found, extra)
+    ours._train_step(x, y, found)
+    for mine, theirs in zip(ours.model.parameters(), twin.model.parameters(), strict=True):
+        torch.testing.assert_close(mine.grad, theirs.grad)
+    for mine, theirs in zip(ours.model.buffers(), twin.model.buffers(), strict=True):
+        torch.testing.assert_close(mine, theirs)
+
+
+def test_extra_images_go_on_over_passes_and_epochs(tmp_path):
+    cfg = resolved("norm=virtual", "nbs=300")
+    ours = trainer(cfg, tmp_path)
+    size = ours.plan.virtual_extra
+    passing = ours.data.size("train") // size
+    assert passing < ours.steps  # more than one pass in an epoch
+    passes = (
+        ours.data.train_batches(batch_size=size, seed=3 + 2**31, epoch=epoch) for epoch in count()
+    )
+    expected = [x for x, _ in islice(chain.from_iterable(passes), 2 * ours.steps)]
+    for epoch, step in ((0, 0), (0, passing + 1), (1, 2)):
+        ours.epoch, ours.step = epoch, step
+        at = epoch * ours.steps + step
+        for image, wanted in zip(ours._extra_images(), expected[at:], strict=False):
+            assert torch.equal(image, wanted)
+    assert not torch.equal(expected[0], expected[passing])
+
+
+def test_too_few_images_to_run_forward_only_are_refused():
+    with pytest.raises(ValueError, match="nbs=2048: a step needs 1984 forward-only images") as said:
+        worker.construct(resolved("norm=virtual", "nbs=2048"))
+    assert "\n" not in str(said.value)
+
+
+@pytest.mark.parametrize(
+    ("override", "message"),
+    [
+        ("norm.num_domains=2", "norm.num_domains=2: no data set says yet which domain"),
+        ("+norm.reference=2", "norm.reference: norm=virtual has no such option"),
+        ("+norm.extra=2", "norm.extra: norm=virtual has no such option"),
+    ],
+)
+def test_what_the_loop_cannot_feed_is_refused(override, message):
+    norm = ["norm=separate"] if "domains" in override else ["norm=virtual", "nbs=128"]
+    with pytest.raises(ValueError, match=message):
+        worker.construct(resolved(*norm, override))
+
+
+@pytest.mark.parametrize("norm", [("norm=ghost", "nbs=8"), ("norm=virtual", "nbs=300")])
 @pytest.mark.parametrize("stop_at", [1, 7, 15])
-def test_a_state_restored_anywhere_continues_bit_for_bit(tmp_path, stop_at):
-    cfg = resolved("norm=ghost", "nbs=8", "ema_bank=[0.5]")
+def test_a_state_restored_anywhere_continues_bit_for_bit(tmp_path, stop_at, norm):
+    cfg = resolved(*norm, "ema_bank=[0.5]")
     whole = trainer(cfg, tmp_path)
     parted = trainer(cfg, tmp_path)
 

@@ -17,7 +17,7 @@ from normlab.config.schema import Config, ConfigError, Recipe
 
 CONFIG_NAME = "config"
 
-GROUPS = ("norm", "model", "data", "recipe", "scale", "experiment")
+GROUPS = ("norm", "conv", "model", "data", "recipe", "scale", "experiment")
 """What is chosen by an option's name; all but experiments are files of ``conf/``."""
 
 _EXTRAS = {"joblib": "joblib"}
@@ -80,6 +80,10 @@ def register(overrides: Sequence[str]) -> None:
     for name in experiment.files():  # the others only to be listed and completed
         node = experiment.overlay(name, scale or default_scale()) if name == chosen else {}
         store.store(group="experiment", name=name, node=node, package="_global_")
+    store.repo.pop(experiment.AXIS, None)  # those of an experiment chosen before
+    if chosen in experiment.files():
+        for name, node in experiment.arms(chosen, scale or default_scale()).items():
+            store.store(group=experiment.AXIS, name=name, node=node, package="_global_")
     if chosen not in (None, "null", *experiment.files()):
         experiment.load(chosen)  # says which there are
     Plugins.instance().register(InstalledConf)
@@ -91,9 +95,9 @@ def _refuse_malformed(override: str) -> None:
     if not key.lstrip("+~"):
         raise ConfigError(f"'{override}' is not of the form key=value")
     group = key.lstrip("+")
-    if group in ("norm", "model", "data", "recipe") and (text == "null" or text.isdigit()):
+    if group in GROUPS[:5] and (text == "null" or text.isdigit()):
         raise ConfigError(f"{group} takes a name ({', '.join(options(group))}), got {override}")
-    if group in ("norm", "model", "data", "recipe", "scale") and re.match(r"[^{]*/", text):
+    if group in GROUPS[:6] and re.match(r"[^{]*/", text):
         raise ConfigError(
             f"{group} takes a name ({', '.join(options(group))}) and no path, got {override}"
         )
@@ -168,6 +172,8 @@ def _lines(text: str) -> list[str]:
 
 def _no_option(group: str, name: str) -> str:
     known = list(options(group))
+    if group == experiment.AXIS:
+        known = _stored(group)
     if group == "hydra/launcher":
         hint = f": pip install 'normlab[{_EXTRAS[name]}]'" if name in _EXTRAS else ""
         return f"no launcher '{name}'{hint} (installed: {', '.join(launchers())})"
@@ -176,11 +182,13 @@ def _no_option(group: str, name: str) -> str:
 
 def launchers() -> list[str]:
     """Hydra's launchers that are installed."""
+    return _stored("hydra/launcher")
+
+
+def _stored(group: str) -> list[str]:
     from hydra.core.config_store import ConfigStore
 
-    return sorted(
-        name.removesuffix(".yaml") for name in ConfigStore.instance().list("hydra/launcher")
-    )
+    return sorted(name.removesuffix(".yaml") for name in ConfigStore.instance().list(group))
 
 
 def _no_key(key: str, error: Exception, text: str) -> str:

@@ -14,8 +14,14 @@ from normlab.config.schema import plan_of
 SCHEMA_VERSION = 1
 """Raised only when old runs shall not be found again."""
 
-LATER: dict[str, Any] = {}
+LATER: dict[str, Any] = {
+    "norm.cumulative": False,
+    "conv": {"name": "plain"},
+    "init": "default",
+}
 """Dotted keys introduced after version 1, each with the default of its introduction."""
+
+_OPEN = ("norm", "model", "data")  # groups whose keys are those of what is chosen
 
 # What a run reads, writes, prints or is called; none of it reaches the weights. `remainder` decides
 # only whether to refuse. The number of threads changes the last bits of sums: it is recorded, and
@@ -31,31 +37,40 @@ def training_config(config: dict[str, Any]) -> dict[str, Any]:
 
     A group's option is known by its module and settings, not by what it is called. NBS and
     micro-batch are those of the batch plan, so that a spelt-out default changes nothing; norms that
-    look at no other sample have neither ``nbs`` nor ``decay``. Raises ``batchplan.PlanError``.
+    look at no other sample have neither ``nbs`` nor ``decay``, a cumulative average has no
+    ``decay``. Raises ``batchplan.PlanError``.
     """
     plan = plan_of(config)
     kept = {key: value for key, value in config.items() if key not in _NOT_TRAINING}
-    for group in ("norm", "model", "data"):
+    for group in _OPEN:
         kept[group] = {k: v for k, v in config[group].items() if k not in ("name", "workers")}
         kept[group]["module"] = config[group].get("module") or config[group]["name"]
     kept["recipe"] = {key: value for key, value in config["recipe"].items() if key != "name"}
     kept |= {"nbs": plan.nbs, "micro_batch": plan.micro_batch}
     if plan.nbs is None:
         del kept["nbs"], kept["decay"]
+    elif kept["norm"].get("cumulative"):
+        del kept["decay"]
     for key, default in LATER.items():
         _drop(kept, key.split("."), default)
     return kept
 
 
 def with_later_keys(config: dict[str, Any]) -> dict[str, Any]:
-    """A recorded config, completed by the keys that came after it, at their first defaults."""
+    """A recorded config, completed by the keys that came after it, at their first defaults.
+
+    A group's own options are not: other members of the group do not have them, and what has them
+    has the default in its signature.
+    """
     completed = copy.deepcopy(config)
     for key, default in LATER.items():
         *path, last = key.split(".")
+        if path and path[0] in _OPEN:
+            continue
         node = completed
         for part in path:
             node = node.setdefault(part, {})
-        node.setdefault(last, default)
+        node.setdefault(last, copy.deepcopy(default))
     return completed
 
 
@@ -78,7 +93,8 @@ def run_id(config: dict[str, Any], *, device: str, data_digest: str, kernels: bo
     """``<model>-<norm>-nbs<n>-s<seed>-<8 hex>``, the name of the run's directory.
 
     device: the kind (cpu, cuda). data_digest: of the underlying data. kernels: whether the fused
-    kernels are on. Norms that look at no other sample have no ``nbs`` part.
+    kernels are on. Norms that look at no other sample have no ``nbs`` part; ``conv`` and ``init``
+    follow the norm where they are not the default (``tiny-gn-ws-s0-...``).
     """
     kept = training_config(config)
     digest = _digest(
@@ -91,6 +107,8 @@ def run_id(config: dict[str, Any], *, device: str, data_digest: str, kernels: bo
         }
     )
     parts = [config["model"]["name"], config["norm"]["name"]]
+    parts += [config["conv"]["name"]] if "conv" in kept else []
+    parts += [config["init"]] if "init" in kept else []
     if "nbs" in kept:
         parts.append(f"nbs{kept['nbs']}")
     return "-".join([*parts, f"s{config['seed']}", digest])

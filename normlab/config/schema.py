@@ -40,9 +40,10 @@ class Recipe:
 
 @dataclass
 class Config:
-    """Every key of a run; ``norm``, ``model`` and ``data`` have the keys of their chosen files."""
+    """Every key of a run; ``norm``, ``conv``, ``model``, ``data`` have those of their files."""
 
     norm: Any = MISSING
+    conv: Any = MISSING
     model: Any = MISSING
     data: Any = MISSING
     recipe: Recipe = field(default_factory=Recipe)
@@ -53,6 +54,7 @@ class Config:
     epochs: int = MISSING
     lr: float = MISSING
     decay: float = MISSING
+    init: str = MISSING
     seed: int = MISSING
     precision: str = MISSING
     world_size: int = MISSING
@@ -73,6 +75,7 @@ class Config:
 
 
 _CHOICES = {
+    "init": ("default", "fixup"),
     "remainder": ("drop", "error"),
     "precision": ("fp32", "bf16"),
     "device": ("auto", "cpu", "cuda"),
@@ -112,7 +115,7 @@ def check(config: dict[str, Any]) -> None:
 
     Whether the norm, model and data set take their options is for ``normlab.build`` to see.
     """
-    for group in ("norm", "model", "data"):
+    for group in ("norm", "conv", "model", "data"):
         _check_named(config, group)
         for key, value in _numbers(group, config[group]):
             if isinstance(value, int) and abs(value) > batchplan.MOST:

@@ -10,7 +10,6 @@ import shlex
 from collections.abc import Collection, Iterable, Sequence
 from dataclasses import dataclass, field
 from functools import cache
-from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -19,15 +18,16 @@ from yaml import YAMLError
 
 from normlab import plugins, protocols
 from normlab.experiment import claim
+from normlab.experiment.cells import AXIS, Arm, Cell, Scale, read_arms, read_scale, spelled
 from normlab.experiment.checks import items, mapping, named, number, refuse, text
 from normlab.experiment.claim import Claim, Contrast
 
 __all__ = [
-    "Cell", "Claim", "Contrast", "Experiment", "Protocol", "Published", "Scale", "files", "load",
-    "names", "overlay",
+    "AXIS", "Arm", "Cell", "Claim", "Contrast", "Experiment", "Protocol", "Published", "Scale",
+    "arms", "files", "load", "names", "overlay",
 ]  # fmt: skip
 
-GROUPS = ("model", "norm", "data", "recipe")
+GROUPS = ("model", "norm", "conv", "data", "recipe")
 """The groups of ``conf/`` whose value in ``set`` or ``axes`` is an option's name."""
 
 _KEYS = (
@@ -40,14 +40,6 @@ FIGURES = Path(__file__).parent.parent / "report" / "figures"
 
 
 @dataclass(frozen=True)
-class Scale:
-    """The grid at one scale: fixed overrides and the swept axes (``seed`` among them)."""
-
-    set: dict[str, Any]
-    axes: dict[str, list[Any]]
-
-
-@dataclass(frozen=True)
 class Protocol:
     """One evaluation of every run: its spec (see ``normlab.protocols``) and its column's label."""
 
@@ -56,20 +48,16 @@ class Protocol:
 
 
 @dataclass(frozen=True)
-class Cell:
-    """One run of the grid: its place on the axes and the overrides that make it."""
-
-    axes: dict[str, Any]
-    overrides: list[str]
-
-
-@dataclass(frozen=True)
 class Published:
-    """Numbers of a source: error in % by protocol, then by the value of the axis ``x``."""
+    """Numbers of a source: error in % by protocol, then by the value of the axis ``x``.
+
+    ``at``: what else a cell must be for the numbers to speak of it.
+    """
 
     label: str
     x: str
     values: dict[str, dict[Any, float]]
+    at: dict[str, Any] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -96,7 +84,9 @@ class Experiment:
         Runs record it, so that a claim edited after its runs is seen.
         """
         grid = self.scale(scale)
-        text = json.dumps([self.judging, grid.set, grid.axes], sort_keys=True, default=str)
+        judging = [self.judging, grid.set, grid.axes]
+        judging += [{name: [arm.at, arm.set] for name, arm in grid.arms.items()}] * bool(grid.arms)
+        text = json.dumps(judging, sort_keys=True, default=str)
         return hashlib.sha256(text.encode()).hexdigest()[:8]
 
     def scale(self, name: str) -> Scale:
@@ -109,13 +99,8 @@ class Experiment:
 
     def cells(self, scale: str) -> list[Cell]:
         """Every run of the grid, in the order in which a sweep starts them."""
-        grid = self.scale(scale)
-        fixed = [f"scale={scale}", *(f"{k}={v}" for k, v in {**self.set, **grid.set}.items())]
-        cells = []
-        for values in product(*grid.axes.values()):
-            axes = dict(zip(grid.axes, values, strict=True))
-            cells.append(Cell(axes, fixed + [f"{key}={value}" for key, value in axes.items()]))
-        return cells
+        fixed = {"scale": scale, **self.set}
+        return list(self.scale(scale).cells(fixed))
 
     def evals(self) -> list[str]:
         """The evaluation specs that every run of this experiment needs."""
@@ -129,7 +114,7 @@ class Experiment:
         A value on the command line takes the place of the axis that the sweep would run.
         """
         words = ["normlab", "sweep", self.name, f"scale={scale}"]
-        words += [f"{axis}={value}" for axis, value in point]
+        words += [f"{axis}={spelled(value)}" for axis, value in self.scale(scale).on_axes(point)]
         if seeds and list(seeds) != self.scale(scale).axes.get("seed"):
             words.append("seed=" + ",".join(map(str, seeds)))
         return shlex.join(words)
@@ -167,9 +152,10 @@ def load(name: str) -> Experiment:
         mark = getattr(error, "problem_mark", None)
         reason = getattr(error, "problem", None) or str(error).splitlines()[0]
         refuse(where, reason + (f", line {mark.line + 1}" if mark else ""))
-    raw = mapping(where, loaded, _KEYS)
+    raw = mapping(where, loaded, _KEYS, ("arms",))
+    named_arms = read_arms(f"{where}, arms", raw.get("arms", {}))
     scales = {
-        scale: _scale(f"{where}, scales.{scale}", value)
+        scale: read_scale(f"{where}, scales.{scale}", value, named_arms)
         for scale, value in mapping(f"{where}, scales", raw["scales"]).items()
     }
     evals = {
@@ -178,7 +164,7 @@ def load(name: str) -> Experiment:
     }
     axes: dict[str, list[Any]] = {}
     for grid in scales.values():
-        for axis, values in grid.axes.items():
+        for axis, values in grid.places.items():
             axes.setdefault(axis, []).extend(values)
     _baseline(f"{where}, baseline", raw["baseline"], scales)
     mapping(f"{where}, table", raw["table"], {"columns"})
@@ -206,17 +192,6 @@ def load(name: str) -> Experiment:
     )
 
 
-def _scale(where: str, value: Any) -> Scale:
-    raw = mapping(where, value, {"axes"}, {"set"})
-    axes = mapping(f"{where}.axes", raw["axes"])
-    for axis, values in axes.items():
-        if not items(f"{where}.axes.{axis}", values):
-            refuse(f"{where}.axes.{axis}", "has no values")
-    if not all(type(seed) is int for seed in axes.get("seed", [None])):
-        refuse(f"{where}.axes.seed", "must be a list of whole numbers")
-    return Scale(set=mapping(f"{where}.set", raw.get("set", {})), axes=axes)
-
-
 def _protocol(where: str, value: Any) -> Protocol:
     raw = mapping(where, value, ("eval", "label"))
     try:
@@ -229,7 +204,7 @@ def _protocol(where: str, value: Any) -> Protocol:
 def _baseline(where: str, value: Any, scales: dict[str, Scale]) -> None:
     for axis, at in mapping(where, value).items():
         for scale, grid in scales.items():
-            if at not in (values := grid.axes.get(axis, [])):
+            if at not in (values := grid.places.get(axis, [])):
                 runs = ",".join(map(str, values)) or "nothing"
                 refuse(where, f"scale {scale} does not run {axis}={at} (it runs {axis}={runs})")
 
@@ -239,22 +214,29 @@ def _figure(where: str, value: Any, scales: dict[str, Scale], known: Collection[
     kinds = sorted(path.stem for path in FIGURES.glob("[!_]*.py"))
     if raw["kind"] not in kinds:
         refuse(f"{where}.kind", f"no figure kind '{raw['kind']}' (kinds: {', '.join(kinds)})")
-    for scale, grid in scales.items():
-        if raw["x"] not in grid.axes:
-            refuse(f"{where}.x", f"'{raw['x']}' is no axis of scale {scale}")
-    text(f"{where}.xlabel", raw["xlabel"])
+    for key in ("x", "by"):
+        given = raw.get(key, [])
+        for axis in given if isinstance(given, list) else [given]:
+            for scale, grid in scales.items():
+                if axis not in (*grid.places, "epoch"):
+                    refuse(f"{where}.{key}", f"'{axis}' is no axis of scale {scale}")
+    for label in raw["xlabel"] if isinstance(raw["xlabel"], list) else [raw["xlabel"]]:
+        text(f"{where}.xlabel", label)
     named(f"{where}.series", raw["series"], known)
 
 
 def _published(where: str, value: Any, known: Collection[str]) -> Published:
-    raw = mapping(where, value, ("label", "x", "values"))
+    raw = mapping(where, value, ("label", "x", "values"), ("at",))
     values = mapping(f"{where}.values", raw["values"])
     named(f"{where}.values", list(values), known)
     for protocol, numbers in values.items():
         for at, error in numbers.items() if isinstance(numbers, dict) else [("", numbers)]:
             number(f"{where}.values.{protocol}.{at}", error)
     return Published(
-        label=text(f"{where}.label", raw["label"]), x=text(f"{where}.x", raw["x"]), values=values
+        label=text(f"{where}.label", raw["label"]),
+        x=text(f"{where}.x", raw["x"]),
+        values=values,
+        at=mapping(f"{where}.at", raw.get("at", {})),
     )
 
 
@@ -265,9 +247,36 @@ def overlay(name: str, scale: str) -> dict[str, Any]:
     """
     experiment = load(name)
     grid = experiment.scale(scale)
+    # Hydra lets the first of two overrides of a group count: the arms bring what is fixed along.
+    fixed = {} if grid.arms else {**experiment.set, **grid.set}
+    defaults, node = _node(fixed)
+    if grid.arms:
+        defaults = [{f"/{AXIS}": next(iter(grid.arms))}]
+    params = {key: ",".join(map(spelled, values)) for key, values in grid.axes.items()}
+    node |= {
+        "experiment": name,
+        "evals": experiment.evals(),
+        "hydra": {"mode": "MULTIRUN", "sweeper": {"params": params}},
+    }
+    return {"defaults": ["_self_", *defaults], **node}
+
+
+def arms(name: str, scale: str) -> dict[str, dict[str, Any]]:
+    """The Hydra nodes behind ``arm=<name>`` of an experiment at a scale."""
+    experiment = load(name)
+    grid = experiment.scale(scale)
+    nodes = {}
+    for key, arm in grid.arms.items():
+        defaults, node = _node({**experiment.set, **grid.set, **arm.set})
+        nodes[key] = {"defaults": ["_self_", *defaults], **node}
+    return nodes
+
+
+def _node(overrides: dict[str, Any]) -> tuple[list[Any], dict[str, Any]]:
+    """Overrides as a defaults list and the nested values of a Hydra node."""
     defaults: list[Any] = []
     node: dict[str, Any] = {}
-    for key, value in {**experiment.set, **grid.set}.items():
+    for key, value in overrides.items():
         if key in GROUPS:
             defaults.append({f"override /{key}": value})
             continue
@@ -276,10 +285,4 @@ def overlay(name: str, scale: str) -> dict[str, Any]:
         for parent in parents:
             inner = inner.setdefault(parent, {})
         inner[last] = value
-    params = {key: ",".join(map(str, values)) for key, values in grid.axes.items()}
-    node |= {
-        "experiment": name,
-        "evals": experiment.evals(),
-        "hydra": {"mode": "MULTIRUN", "sweeper": {"params": params}},
-    }
-    return {"defaults": [*defaults, "_self_"], **node}
+    return defaults, node

@@ -51,9 +51,9 @@ class Claim:
         values = [v for v in sorted(axes.get(axis, [])) if v <= spec.get("upto", v)]
         for low, high in pairwise(values):
             yield [
-                (side * factor, protocol, {axis: value})
+                (side * factor, protocol, {axis: value, **(cell[0] if cell else {})})
                 for value, side in ((low, sign), (high, -sign))
-                for factor, protocol in spec["terms"]
+                for factor, protocol, *cell in spec["terms"]
             ]
 
     def _contrast(self, terms: list[Any], axes: dict[str, list[Any]]) -> Contrast:
@@ -125,23 +125,22 @@ def _monotone(where: str, value: Any, known: Collection[str], axes: dict[str, li
     for one in axes[axis]:
         number(f"{where}, a value of {axis}", one)
     number(f"{where}.upto", raw.get("upto", 0))
-    _terms(f"{where}.terms", raw["terms"], known, None)
+    _terms(f"{where}.terms", raw["terms"], known, axes, besides=axis)
 
 
 def _terms(
-    where: str, value: Any, known: Collection[str], axes: dict[str, list[Any]] | None
+    where: str, value: Any, known: Collection[str], axes: dict[str, list[Any]], besides: str = ""
 ) -> None:
-    """Refuse all but a list of terms; those of a monotone name no cell (`axes` is None)."""
-    form = ["factor", "protocol"] if axes is None else ["factor", "protocol", "{axis: value}"]
+    """Refuse all but a list of terms; those of a monotone along `besides` need name no cell."""
+    form = ["factor", "protocol", "{axis: value}"]
     if not items(where, value):
         refuse(where, "has no term")
     for term in value:
-        if not isinstance(term, list) or len(term) != len(form):
-            refuse(where, f"a term is [{', '.join(form)}], got {term!r:.60}")
+        if not isinstance(term, list) or len(term) not in ((2, 3) if besides else (3,)):
+            optional = " or without the last" if besides else ""
+            refuse(where, f"a term is [{', '.join(form)}]{optional}, got {term!r:.60}")
         number(where, term[0])
         named(where, [term[1]], known)
-        if axes is None:
-            continue
-        for axis, at in mapping(where, term[2]).items():
-            if axis not in axes or isinstance(at, list | dict):
+        for axis, at in mapping(where, term[2]).items() if len(term) == 3 else ():
+            if axis not in axes or axis == besides or isinstance(at, list | dict):
                 refuse(where, f"{axis}: {at} names no cell (axes: {', '.join(axes)})")

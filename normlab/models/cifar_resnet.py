@@ -8,8 +8,11 @@ option A), and a fourth stage of n blocks with 8*`width` channels can be added, 
 for 32x32 images.
 """
 
+from typing import Literal
+
 from torch import Tensor, nn
 
+from normlab.models import fixup
 from normlab.models.base import NormConstructor, initialize, zero_weight
 
 DEPTHS = (8, 20, 32, 56, 110)
@@ -51,6 +54,7 @@ def build(
     stages: int = 3,
     zero_init_last: bool = False,
     conv_bias: bool = False,
+    init: Literal["default", "fixup"] = "default",
 ) -> nn.Module:
     """The network; its modules are named as torchvision names those of its ResNets.
 
@@ -58,8 +62,10 @@ def build(
     stages          3, or 4 for smaller last feature maps (then 2n layers are added)
     zero_init_last  start the last gamma of each residual branch at zero
     conv_bias       biases in the convolutions: for norm=none, since a norm subtracts them again
-    Raises ValueError for another depth or number of stages, and for zero_init_last with a norm that
-    has no gamma.
+    init            fixup: scalar biases and factors in the place of norms, which are not asked for,
+                    and the initialization of `normlab.models.fixup`
+    Raises ValueError for another depth or number of stages, for zero_init_last with a norm that has
+    no gamma, and for either of the two options before with init=fixup, which has its own.
     """
     if depth not in DEPTHS:
         raise ValueError(f"model.depth={depth}: one of {', '.join(map(str, DEPTHS))}")
@@ -67,9 +73,15 @@ def build(
         raise ValueError(f"model.stages={stages}: one of {', '.join(map(str, STAGES))}")
     if width < 1:
         raise ValueError(f"model.width={width}: it must be at least 1")
+    for option, given in (("zero_init_last", zero_init_last), ("conv_bias", conv_bias)):
+        if given and init == "fixup":
+            raise ValueError(f"model.{option}=true: init=fixup has its own (model.{option}=false)")
     net = nn.Sequential()
     net.add_module("conv1", nn.Conv2d(shape[0], width, 3, padding=1, bias=conv_bias))
-    net.add_module("bn1", norm(width))
+    if init == "fixup":
+        net.add_module("bias1", fixup.Bias())
+    else:
+        net.add_module("bn1", norm(width))
     net.add_module("relu", nn.ReLU(inplace=True))
     channels = width
     for stage in range(stages):
@@ -77,13 +89,21 @@ def build(
         blocks = nn.Sequential()
         for index in range((depth - 2) // 6):
             stride = 2 if stage > 0 and index == 0 else 1
-            blocks.append(BasicBlock(norm, channels, out, stride, conv_bias))
+            if init == "fixup":
+                blocks.append(fixup.FixupBlock(channels, out, stride))
+            else:
+                blocks.append(BasicBlock(norm, channels, out, stride, conv_bias))
             channels = out
         net.add_module(f"layer{stage + 1}", blocks)
     net.add_module("avgpool", nn.AdaptiveAvgPool2d(1))
     net.add_module("flatten", nn.Flatten())
-    net.add_module("fc", nn.Linear(channels, num_classes))
+    if init == "fixup":
+        net.add_module("bias2", fixup.Bias())
+    classifier = nn.Linear(channels, num_classes)
+    net.add_module("fc", classifier)
     initialize(net)
+    if init == "fixup":
+        fixup.rescale(net, classifier)
     if zero_init_last:
         for module in net.modules():
             if isinstance(module, BasicBlock):

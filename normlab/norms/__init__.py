@@ -1,9 +1,10 @@
 """Normalization layers, one per file.
 
 A layer's name is its module's: `find("ghost")` is the one class that `normlab/norms/ghost.py`
-names in `__all__`, so a new layer needs no list. Installed packages add layers as entry points of
-the group `normlab.norms`. The classes can also be imported from here (`from normlab.norms import
-GroupNorm`); importing this package alone does not import torch.
+names in `__all__`, beside functions for its use, so a new layer needs no list. Installed packages
+add layers as entry points of the group `normlab.norms`. What `__all__` names can also be imported
+from here (`from normlab.norms import GroupNorm`), that of `normlab.norms.conv` too; importing this
+package alone does not import torch.
 """
 
 from __future__ import annotations
@@ -12,6 +13,8 @@ from importlib import import_module
 from importlib.metadata import entry_points
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
+
+from normlab.norms import conv
 
 if TYPE_CHECKING:
     from torch import nn
@@ -40,8 +43,8 @@ def find(module: str) -> type[nn.Module]:
         raise ValueError(f"no norm {module!r}; there are: {', '.join(names())}")
     if module in _own():
         source = import_module(f"{__name__}.{module}")
-        (name,) = source.__all__
-        found = getattr(source, name)
+        exported = [getattr(source, name) for name in source.__all__]
+        (found,) = (value for value in exported if isinstance(value, type))
     else:
         (point,) = entry_points(group=ENTRY_POINTS, name=module)
         found = point.load()
@@ -52,7 +55,7 @@ def find(module: str) -> type[nn.Module]:
 
 def __getattr__(name: str) -> Any:
     if not name.startswith("_"):
-        for stem in _own():
+        for stem in [*_own(), *(f"conv.{stem}" for stem in conv.names())]:
             module = import_module(f"{__name__}.{stem}")
             if name in module.__all__:
                 return getattr(module, name)

@@ -65,8 +65,8 @@ def grouped_batch_norm(
     """Batch norm of each of `groups` equal groups of samples.
 
     x is (N, C, ...) with `groups` dividing N. Sample i belongs to group i // (N / G), or to i % G
-    where `interleaved`. Returns y, in the dtype and memory layout of x, and mean and biased
-    variance (G, C), detached.
+    where `interleaved`. weight and bias are (C,), shared by the groups, or both (G, C). Returns y,
+    in the dtype and memory layout of x, and mean and biased variance (G, C), detached.
     """
     if _needs_float32(x):
         y, mean, var = grouped_batch_norm(
@@ -76,6 +76,7 @@ def grouped_batch_norm(
     samples, channels = x.shape[:2]
     split = (samples // groups, groups) if interleaved else (groups, samples // groups)
     weight, bias = float32_affine(x, weight, bias)
+    own = weight is not None and weight.dim() == 2
     if _is_channels_last(x):
         last = x.movedim(1, -1)
         z = last.reshape(*split, -1, channels)
@@ -85,13 +86,13 @@ def grouped_batch_norm(
             rows = z.reshape(groups, -1, channels).transpose(0, 1).reshape(-1, groups * channels)
             assert weight is not None
             assert bias is not None
-            w, b = weight.repeat(groups), bias.repeat(groups)
+            w, b = (v.flatten() if own else v.repeat(groups) for v in (weight, bias))
             y, mean, rstd = torch.native_batch_norm(rows, w, b, None, None, True, 0.0, eps)
             y = y.view(-1, groups, channels).transpose(0, 1)
         else:
             rows = z.reshape(groups, -1, channels)
-            w, b = _affine(x, weight, bias)
-            y, mean, rstd = _CenteredNorm.apply(rows, w, b, channels, eps)
+            w, b = (v[:, None] if own else v for v in _affine(x, weight, bias))
+            y, mean, rstd, _ = _CenteredNorm.apply(rows, w, b, channels, eps)
         if interleaved:
             y = y.reshape(groups, split[0], -1, channels).transpose(0, 1)
         y = y.reshape(last.shape).movedim(-1, 1)
@@ -100,8 +101,13 @@ def grouped_batch_norm(
         z = z.permute(1, 2, 0, 3) if interleaved else z.transpose(1, 2)
         gathered = z.shape
         z = z.reshape(groups, channels, -1)
+        if own:  # one row whose channels are all groups' channels
+            assert weight is not None
+            assert bias is not None
+            weight, bias = weight.flatten(), bias.flatten()
+        batch, wide = (1, groups * channels) if own else (groups, channels)
         y, mean, rstd = torch.native_group_norm(
-            z, weight, bias, groups, channels, z.size(2), channels, eps
+            z.reshape(batch, wide, -1), weight, bias, batch, wide, z.size(2), wide, eps
         )
         y = y.view(gathered)
         y = y.permute(2, 0, 1, 3) if interleaved else y.transpose(1, 2)
@@ -141,34 +147,40 @@ def _affine(x: Tensor, weight: Tensor | None, bias: Tensor | None) -> tuple[Tens
 class _CenteredNorm(torch.autograd.Function):
     """y = (z - mean) * rstd * weight + bias of z (R, M, C), per row and group of channels.
 
-    weight and bias are (C,); mean and rstd, returned without gradient, are (R, 1, C), equal within
-    each of `groups` groups of consecutive channels. The variance is taken of the centered values,
-    which backward reuses in place of z. With h = (z - mean) * rstd, g = dy * weight and E the mean
-    over a group's positions and channels, dz = rstd * (g - E[g] - h * E[g * h]).
+    weight and bias are (C,), or (R, 1, C) where each row has its own; mean and rstd, returned
+    without gradient, are (R, 1, C), equal within each of `groups` groups of consecutive channels.
+    The variance is taken of the centered values, which backward reuses in place of z.
+
+    With h = (z - mean) * rstd, g = dy * weight, E the mean over a group's positions and channels:
+    dz = rstd * (g - E[g] - h * E[g * h]).
 
     Whatever is as large as z is reduced over M only; the groups are pooled on what is left, since a
     reduction over a few neighbouring channels is several times slower.
     """
 
+    generate_vmap_rule = True
+
     @staticmethod
     def forward(
-        ctx: Any, z: Tensor, weight: Tensor, bias: Tensor, groups: int, eps: float
-    ) -> tuple[Tensor, Tensor, Tensor]:
+        z: Tensor, weight: Tensor, bias: Tensor, groups: int, eps: float
+    ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         precision = torch.promote_types(z.dtype, torch.float32)
         mean = _pool(z.mean(1, keepdim=True, dtype=precision), groups)
         centered = z - mean
         rstd = (_pool(centered.square().mean(1, keepdim=True), groups) + eps).rsqrt_()
         y = torch.addcmul(bias, centered, rstd * weight).to(z.dtype)
+        return y, mean, rstd, centered
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+        _, weight, _, ctx.groups, _ = inputs
+        _, mean, rstd, centered = output
         ctx.save_for_backward(centered, rstd, weight)
-        ctx.groups = groups
-        ctx.mark_non_differentiable(mean, rstd)
-        return y, mean, rstd
+        ctx.mark_non_differentiable(mean, rstd, centered)
 
     @staticmethod
     @torch.autograd.function.once_differentiable
-    def backward(
-        ctx: Any, dy: Tensor, _mean: Tensor, _rstd: Tensor
-    ) -> tuple[Tensor, Tensor, Tensor, None, None]:
+    def backward(ctx: Any, dy: Tensor, *_: Tensor) -> tuple[Tensor, Tensor, Tensor, None, None]:
         centered, rstd, weight = ctx.saved_tensors
         elements = centered.size(1)
         sums = dy.sum(1, keepdim=True, dtype=centered.dtype)
@@ -176,7 +188,8 @@ class _CenteredNorm(torch.autograd.Function):
         constant = _pool(sums * weight, ctx.groups) * rstd / -elements
         slope = _pool(dots * weight, ctx.groups) * rstd.square() / -elements
         dz = torch.addcmul(constant, dy, rstd * weight).addcmul_(centered, slope)
-        return dz.to(dy.dtype), dots.sum((0, 1)), sums.sum((0, 1)), None, None
+        size = weight.shape
+        return dz.to(dy.dtype), dots.sum_to_size(size), sums.sum_to_size(size), None, None
 
 
 def _pool(values: Tensor, groups: int) -> Tensor:

@@ -18,6 +18,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from normlab.norms._grouped import float32_affine, group_norm, grouped_batch_norm, is_half, variance
+from normlab.norms._recomputation import leaving_no_trace, recomputing
 
 __all__ = [
     "BatchStatistics",
@@ -27,6 +28,7 @@ __all__ = [
     "move_towards",
     "normalization",
     "population_layers",
+    "recomputing",
 ]
 
 Source = Literal["batch", "population"]
@@ -37,12 +39,14 @@ class BatchStatistics:
     """The statistics that one forward normalized with, one row per group of samples.
 
     mean and var (biased) are (G, C), detached, float32 (float64 for a float64 input); count is the
-    number of elements behind each of them.
+    number of elements behind each of them; population is the one that follows them, of a layer's
+    `PopulationNorm.populations`.
     """
 
     mean: Tensor
     var: Tensor
     count: int
+    population: str = ""
 
     def unbiased(self) -> Tensor:
         return self.var * (self.count / (self.count - 1))
@@ -85,6 +89,11 @@ class PopulationNorm(nn.Module):
         observers: called with the BatchStatistics of every forward that used batch statistics,
             after any update. They change no result, and copies of the layer start without them.
 
+    Activation checkpointing (`torch.utils.checkpoint`, either kind) runs a forward a second time,
+    inside the backward pass: that run neither updates nor calls observers. It takes the choices
+    that are set then; where they come from `normalization`, call backward inside it too. With
+    torch.compile, checkpoint inside what is compiled: around it, the graph updates in both runs.
+
     Raises ValueError for a decay outside [0, 1), and in forward, before any state changes, for a
     batch that the groups do not divide, for one element per group and channel, for a wrong shape,
     and for `update` without batch statistics. A decay below 0.5 warns: it usually is torch's
@@ -94,6 +103,9 @@ class PopulationNorm(nn.Module):
     batch: ClassVar[str] = "per_rank"
     """How the normalization batch is formed, in the words of `normlab.batchplan`; norms that look
     at no other sample have no such attribute."""
+
+    pools: ClassVar[bool] = True
+    """Whether statistics of parts of the data give those of all of it, as mean and variance do."""
 
     weight: nn.Parameter | None
     bias: nn.Parameter | None
@@ -148,13 +160,17 @@ class PopulationNorm(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """x (N, C), (N, C, L), (N, C, H, W) or (N, C, D, H, W) to the same shape and dtype."""
+        if recomputing():
+            with leaving_no_trace(self):
+                return self._forward(x)
+        return self._forward(x)
+
+    def _forward(self, x: Tensor) -> Tensor:
         _check_input(x, self.num_features, type(self).__name__)
         if self.source == "population":
             if self.update:
                 raise ValueError("update=True needs statistics='batch'; they are 'population'")
-            return F.batch_norm(
-                x, self.running_mean, self.running_var, self.weight, self.bias, False, eps=self.eps
-            )
+            return self._apply_population(x)
         groups, interleaved = self._groups(x)
         count = x.numel() // (groups * self.num_features)
         if count < 2:
@@ -162,29 +178,22 @@ class PopulationNorm(nn.Module):
                 f"{type(self).__name__} needs more than one element per group and channel: "
                 f"{groups} groups of an input {tuple(x.shape)} leave {count}"
             )
-        # Where nothing is learnt or kept, torch's bits are not owed, and in NCHW on a CPU the route
-        # of many groups takes half the time of torch's batch norm.
-        watching = not (self.updates or torch.is_grad_enabled())
-        if groups == 1 and not (watching and x.is_contiguous() and x.device.type == "cpu"):
-            y, statistics = self._one_group(x, count)
-        else:
-            y, mean, var = grouped_batch_norm(
-                x,
-                groups,
-                interleaved=interleaved,
-                weight=self.weight,
-                bias=self.bias,
-                eps=self.eps,
-            )
-            statistics = BatchStatistics(mean, var, count)
-            if self.updates:
-                self.ema_step(self.running_mean, self.running_var, statistics, self.decay)
+        y, statistics = self._normalize(x, groups, interleaved, count)
         if self.updates:
             self.num_batches_tracked.add_(1)
         if statistics is not None:
             for observe in self.observers:
                 observe(statistics)
         return y
+
+    def populations(self) -> dict[str, tuple[Tensor, Tensor]]:
+        """The layer's populations: mean and var (C,), in the buffers' memory.
+
+        The key is what follows the layer's name in a `normlab.population.Population`: nothing where
+        there is one population. A layer with several names each, and its observers are told whose
+        statistics they get (`BatchStatistics.population`).
+        """
+        return {"": (self.running_mean, self.running_var)}
 
     def ema_step(self, mean: Tensor, var: Tensor, batch: BatchStatistics, decay: float) -> None:
         """Move `mean` and `var` (C,), in place, as one updating forward moves the buffers.
@@ -193,6 +202,12 @@ class PopulationNorm(nn.Module):
         variances. With one, every layer's rule is torch's.
         """
         move_towards(mean, var, batch.mean.mean(0), batch.unbiased().mean(0), round(1 - decay, 12))
+
+    def _apply_population(self, x: Tensor) -> Tensor:
+        """Normalize with the buffers; nothing moves."""
+        return F.batch_norm(
+            x, self.running_mean, self.running_var, self.weight, self.bias, False, eps=self.eps
+        )
 
     def _form_groups(self) -> tuple[int | None, bool]:
         """The layer's own groups: samples in each (None: all), and whether they interleave."""
@@ -212,15 +227,37 @@ class PopulationNorm(nn.Module):
             raise ValueError(f"a batch of {samples} samples is not a multiple of {name}={size}")
         return samples // size, interleaved
 
+    def _normalize(
+        self, x: Tensor, groups: int, interleaved: bool, count: int
+    ) -> tuple[Tensor, BatchStatistics | None]:
+        """Normalize with the groups' statistics and, if the layer updates, move the buffers.
+
+        Returns the statistics if there are observers. `num_batches_tracked` counts afterwards.
+        """
+        # Where nothing is learnt or kept, torch's bits are not owed, and in NCHW on a CPU the route
+        # of many groups takes half the time of torch's batch norm.
+        watching = not (self.updates or torch.is_grad_enabled())
+        if groups == 1 and not (watching and x.is_contiguous() and x.device.type == "cpu"):
+            return self._one_group(x, count)
+        y, mean, var = grouped_batch_norm(
+            x, groups, interleaved=interleaved, weight=self.weight, bias=self.bias, eps=self.eps
+        )
+        statistics = BatchStatistics(mean, var, count)
+        if self.updates:
+            self.ema_step(self.running_mean, self.running_var, statistics, self.decay)
+        return y, statistics
+
     def _one_group(self, x: Tensor, count: int) -> tuple[Tensor, BatchStatistics | None]:
         """torch's batch norm, to the bit, with the update inside; the statistics if observed."""
-        mean, var = (self.running_mean, self.running_var) if self.updates else (None, None)
+        mean, var, momentum = None, None, 0.0
+        if self.updates:
+            mean, var, momentum = self.running_mean, self.running_var, self.momentum
         weight: Tensor | None = self.weight
         bias: Tensor | None = self.bias
         if self.running_mean.dtype == torch.float32:
             weight, bias = float32_affine(x, weight, bias)
         if not self.observers:
-            y = F.batch_norm(x, mean, var, weight, bias, True, self.momentum, self.eps)
+            y = F.batch_norm(x, mean, var, weight, bias, True, momentum, self.eps)
             return y, None
         if mean is None and not is_half(self.running_mean):
             # A running average that forgets at once holds the batch's mean and unbiased variance.
@@ -231,7 +268,7 @@ class PopulationNorm(nn.Module):
         # The operator behind F.batch_norm, which also returns the statistics: an observer must not
         # change a bit of the buffers either.
         y, batch_mean, rstd, _, _ = torch._batch_norm_impl_index(
-            x, weight, bias, mean, var, True, self.momentum, self.eps,
+            x, weight, bias, mean, var, True, momentum, self.eps,
             torch.backends.cudnn.enabled,
         )  # fmt: skip
         batch_var = variance(rstd, self.eps)
@@ -246,8 +283,13 @@ class PopulationNorm(nn.Module):
         return f"{self.num_features}, eps={self.eps}, decay={self.decay}, affine={affine}"
 
 
-def move_towards(mean: Tensor, var: Tensor, to_mean: Tensor, to_var: Tensor, weight: float) -> None:
-    """Move `mean` and `var` in place by `weight` of the way to `to_mean` and `to_var`."""
+def move_towards(
+    mean: Tensor, var: Tensor, to_mean: Tensor, to_var: Tensor, weight: float | Tensor
+) -> None:
+    """Move `mean` and `var` in place by `weight` of the way to `to_mean` and `to_var`.
+
+    weight is a number or a tensor of one, in the precision of `mean`.
+    """
     mean.lerp_(to_mean.to(mean.dtype), weight)
     var.lerp_(to_var.to(var.dtype), weight)
 
@@ -311,10 +353,15 @@ def normalization(
 
     None leaves a choice as each layer has it. A layer whose own `statistics` is "population" is
     frozen and stays as it is. What was set before comes back at the end, also after an exception.
-    Raises ValueError for an unknown source and for a group_size below 1.
+    Raises ValueError for an unknown source, for an update that is no bool, for update=True with
+    population statistics and for a group_size below 1.
     """
     if statistics not in (None, "batch", "population"):
         raise ValueError(f"statistics is 'batch' or 'population', not {statistics!r}")
+    if update not in (None, True, False):
+        raise ValueError(f"update is True, False or None, not {update!r}")
+    if update and statistics == "population":
+        raise ValueError("update=True needs statistics='batch'; they are 'population'")
     if group_size is not None and group_size < 1:
         raise ValueError(f"group_size must be at least 1, not {group_size}")
     layers = [v for v in population_layers(model).values() if v.statistics != "population"]

@@ -1,6 +1,10 @@
 """Batch normalization (Ioffe & Szegedy 2015), to the bit that of torch.nn.BatchNorm1d/2d/3d."""
 
-from normlab.norms.base import PopulationNorm
+import torch
+from torch import Tensor
+
+from normlab.norms._grouped import grouped_batch_norm
+from normlab.norms.base import BatchStatistics, PopulationNorm, move_towards
 
 __all__ = ["BatchNorm"]
 
@@ -19,8 +23,51 @@ class BatchNorm(PopulationNorm):
         eps: added to the variance.
         decay: share of the running statistics that stays at each update (torch's 1 - momentum).
         affine: learn a weight and a bias per channel.
+        cumulative: the running statistics are the plain averages of all batches' (torch's
+            momentum=None), r += (b - r) / t at the t-th update, t kept in num_batches_tracked;
+            `decay` is not used then. Setting that buffer to 0 starts the average anew.
 
     Outputs, gradients and buffers are bitwise those of torch's layer with momentum
     round(1 - decay, 12), its rounding included: on a CPU torch accumulates float32 statistics in
-    double for NCHW but in float32 for channels_last and (N, C). Errors: see PopulationNorm.
+    double for NCHW but in float32 for channels_last and (N, C). Compiled, a cumulative average
+    equals the eager one up to rounding: a graph cannot read t as a number. Errors: see
+    PopulationNorm.
     """
+
+    def __init__(
+        self,
+        num_features: int,
+        *,
+        eps: float = 1e-5,
+        decay: float = 0.9,
+        affine: bool = True,
+        cumulative: bool = False,
+    ) -> None:
+        super().__init__(num_features, eps=eps, decay=decay, affine=affine)
+        self.cumulative = cumulative
+
+    @property
+    def momentum(self) -> float:
+        """The weight of the newest batch; of the next one in a cumulative average."""
+        if not self.cumulative:
+            return round(1 - self.decay, 12)
+        return 1.0 / float(self.num_batches_tracked + 1)
+
+    def _normalize(
+        self, x: Tensor, groups: int, interleaved: bool, count: int
+    ) -> tuple[Tensor, BatchStatistics | None]:
+        one = groups == 1 and not torch.compiler.is_compiling()
+        if one or not (self.cumulative and self.updates):
+            return super()._normalize(x, groups, interleaved, count)
+        y, mean, var = grouped_batch_norm(
+            x, groups, interleaved=interleaved, weight=self.weight, bias=self.bias, eps=self.eps
+        )
+        batch = BatchStatistics(mean, var, count)
+        newest = 1 / (self.num_batches_tracked + 1).to(self.running_mean.dtype)
+        move_towards(
+            self.running_mean, self.running_var, mean.mean(0), batch.unbiased().mean(0), newest
+        )
+        return y, batch
+
+    def extra_repr(self) -> str:
+        return super().extra_repr() + ", cumulative=True" * self.cumulative

@@ -11,8 +11,9 @@ class LayerNorm(SampleNorm):
     y = weight * (x - mean) / sqrt(var + eps) + bias with mean and biased variance over (C, H, W)
     per sample, weight and bias per *channel*: group norm with one group (Wu & He 2018, tensorpack).
     Two other layers share the name: torch.nn.LayerNorm([C, H, W]) has the same statistics but a
-    weight and a bias per element, which fixes the input's size; ConvNeXt's LayerNorm2d (timm,
-    detectron2) takes its statistics over C alone, at each position.
+    weight and a bias per element, which fixes the input's size (ElementwiseLayerNorm,
+    `ln_elementwise`); ConvNeXt's LayerNorm2d (timm, detectron2) takes its statistics over C alone,
+    at each position (ChannelsLayerNorm, `ln_channels`).
 
     Args:
         num_features: channels C of the input (N, C), (N, C, L), (N, C, H, W) or (N, C, D, H, W).

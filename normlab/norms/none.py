@@ -6,7 +6,12 @@ __all__ = ["NoNorm"]
 
 
 class NoNorm(nn.Module):
-    """The identity, to the bit; no parameters. `num_features` is there for the common signature."""
+    """No normalization: y = x, the input itself, in train() and eval(), for any shape.
+
+    No parameters, no statistics, no errors; `num_features` is there for the common signature. A
+    norm subtracts a convolution's bias again, which is why the models leave biases out: without one
+    they need them back (`model.conv_bias=true`).
+    """
 
     def __init__(self, num_features: int) -> None:
         super().__init__()

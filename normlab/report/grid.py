@@ -18,7 +18,7 @@ LAST_EPOCHS = {"gpu": 5, "paper": 5}
 everywhere else it is the last epoch's. Never the best over epochs, and never of fewer epochs."""
 
 Point = tuple[tuple[str, Any], ...]
-"""A place on the grid: (axis, value) for every axis but the seed."""
+"""A place on the grid: (axis, value) for every axis but the seed; arms by where they stand."""
 
 
 @dataclass(frozen=True, order=True)
@@ -65,7 +65,7 @@ def first_cells(experiment: Experiment, scale: str) -> dict[Point, list[str]]:
     """Every point of the grid with the overrides of its first seed."""
     cells: dict[Point, list[str]] = {}
     for cell in experiment.cells(scale):
-        point = tuple((axis, value) for axis, value in cell.axes.items() if axis != "seed")
+        point = tuple((axis, value) for axis, value in cell.at.items() if axis != "seed")
         cells.setdefault(point, cell.overrides)
     return cells
 
@@ -91,6 +91,8 @@ class Results:
     """Finished runs per environment that is not judged."""
     surplus: int
     """Finished runs whose cell and seed another run of the same environment fills already."""
+    by_epoch: Mapping[tuple[Point, str], Mapping[int, Mapping[int, float]]]
+    """What was evaluated along the way: by point and protocol, then by epoch, then by seed."""
 
     @property
     def points(self) -> list[Point]:
@@ -142,6 +144,7 @@ def results(experiment: Experiment, scale: str, grid: Grid, rows: Iterable[Row])
     specs = {key: str(Protocol.parse(p.eval)) for key, p in experiment.protocols.items()}
     values: dict[tuple[Point, str], dict[int, float]] = {}
     taken: dict[tuple[str, int], Row] = {}
+    by_epoch: dict[tuple[Point, str], dict[int, dict[int, float]]] = {}
     lacking: dict[Point, list[int]] = {}
     surplus = 0
     for run in runs:
@@ -159,6 +162,8 @@ def results(experiment: Experiment, scale: str, grid: Grid, rows: Iterable[Row])
         for key, number in numbers.items():
             if not math.isnan(number):
                 values.setdefault((point, key), {})[seed] = number
+            for epoch, error in epoch_errors(run, specs[key]).items():
+                by_epoch.setdefault((point, key), {}).setdefault(epoch, {})[seed] = error
 
     keys = {point: key for key, point in grid.points.items()}
     return Results(
@@ -180,6 +185,7 @@ def results(experiment: Experiment, scale: str, grid: Grid, rows: Iterable[Row])
         lacking={point: sorted(seeds) for point, seeds in lacking.items()},
         others={here: n for here, n in sorted(finished.items()) if here != judged and n},
         surplus=surplus,
+        by_epoch=by_epoch,
     )
 
 
@@ -193,14 +199,18 @@ def run_number(run: list[Row], protocol: str, scale: str) -> float:
     """
     if run[0]["status"] == "diverged":
         return float(run[0]["chance"] or math.nan)
+    errors = list(epoch_errors(run, protocol).values())
+    last = LAST_EPOCHS.get(scale, 1)
+    return statistics.median(errors[-last:]) if len(errors) >= last else math.nan
+
+
+def epoch_errors(run: list[Row], protocol: str) -> dict[int, float]:
+    """Error in % by epoch, ascending. Several draws are averaged: the unit is the run."""
     epochs: dict[int, list[float]] = {}
     for row in run:
         if row["protocol"] == protocol and row["error"]:
             epochs.setdefault(_integer(row["epoch"]), []).append(float(row["error"]))
-    # Several draws at one epoch are averaged: the unit is the run.
-    errors = [statistics.fmean(sorted(epochs[epoch])) for epoch in sorted(epochs)]
-    last = LAST_EPOCHS.get(scale, 1)
-    return statistics.median(errors[-last:]) if len(errors) >= last else math.nan
+    return {epoch: statistics.fmean(sorted(epochs[epoch])) for epoch in sorted(epochs)}
 
 
 def sort_key(grids: Mapping[str, Grid]) -> Callable[[Row], tuple[Any, ...]]:

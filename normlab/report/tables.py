@@ -72,7 +72,7 @@ def published(experiment: Experiment, point: Point, protocol: str) -> Iterable[P
     at = dict(point)
     for source in experiment.published:
         values = source.values.get(protocol, {})
-        if source.x in at and at[source.x] in values:
+        if source.at.items() <= at.items() and source.x in at and at[source.x] in values:
             error = values[at[source.x]]
             yield Paper(error, error - paper_baseline(experiment, source, protocol), source.label)
 
@@ -84,7 +84,7 @@ def paper_baseline(experiment: Experiment, source: Published, protocol: str) -> 
 
 def table_csv(results: Results) -> str:
     """One line per point, protocol and source: means and 95 % half-widths, in % and points."""
-    axes = [axis for axis, _ in results.points[0]] if results.points else []
+    axes = places(results)
     lines: list[dict[str, Any]] = []
     for entry in (entry for row in entries(results) for entry in row):
         ours = {
@@ -104,6 +104,11 @@ def table_csv(results: Results) -> str:
             }
             lines.append(ours | (theirs or {}))
     return csv_text(lines, axes + TABLE_COLUMNS)
+
+
+def places(results: Results) -> list[str]:
+    """What tells the grid's points apart, in order; not every point has all of them."""
+    return list(dict.fromkeys(axis for point in results.points for axis, _ in point))
 
 
 def number(value: float, *, sign: bool = False, digits: int = 2) -> str:
@@ -144,18 +149,19 @@ class Text:
 def texts(results: Results) -> list[Text]:
     """Two tables for the eye: errors, and each side's differences to its own baseline."""
     experiment, rows = results.experiment, entries(results)
-    axes = [axis_name(axis) for axis, _ in results.points[0]]
+    axes = places(results)
     cited = {
         protocol: [s for s in experiment.published if protocol in s.values]
         for protocol in experiment.table["columns"]
     }
-    header = [*axes, "n"]
+    header = [*map(axis_name, axes), "n"]
     for protocol, sources in cited.items():
         header += [experiment.protocols[protocol].label, *(["paper"] if sources else [])]
     errors, changes = [], []
     for row in rows:
         counts = sorted({entry.error.n for entry in row})
-        head = [str(value) for _, value in row[0].point]
+        at = dict(row[0].point)
+        head = [str(at.get(axis, "")) for axis in axes]
         head.append("-".join(map(str, counts[:: max(1, len(counts) - 1)])))
         one, two = list(head), list(head)
         for entry in row:

@@ -101,7 +101,7 @@ def judge(claim: Claim, results: Results) -> Verdict:
     if older := edited(results):
         notes.append(f"exploratory: declared or edited after {older} of the runs")
     try:
-        axes = results.experiment.scales[results.scale].axes
+        axes = results.experiment.scales[results.scale].places
         wanted = claim.contrasts(axes)
         samples = [results.contrast(one) for one in wanted]
     except ValueError as error:

@@ -80,6 +80,7 @@ def test_no_global_generator_is_touched_and_evaluation_changes_no_training(
 def test_evaluation_counts_every_image_once(
     dataset: Dataset, batch_size: int, order: int | None
 ) -> None:
+    """P34: whatever the batch size and order; none twice to fill a batch."""
     stored = list(dataset.eval_batches("val", batch_size=7, order=None))
     seen = list(dataset.eval_batches("val", batch_size=batch_size, order=order))
     assert Counter(f for x, _ in seen for f in fingerprints(x)) == Counter(

@@ -11,6 +11,8 @@ from torch import nn
 
 from normlab.norms import BatchNorm, GhostBatchNorm, GroupNorm, normalization, population_layers
 
+from .formulas import LAYOUTS, lay_out
+
 FAMILY = [
     pytest.param(lambda: BatchNorm(3), id="bn"),
     pytest.param(lambda: GhostBatchNorm(3, nbs=4), id="ghost"),
@@ -234,3 +236,30 @@ def test_population_normalization_is_torch_s_inference():
     x = torch.randn(5, 3, 4)
     expected = F.batch_norm(x, torch.zeros(3), torch.ones(3), torch.ones(3), torch.zeros(3))
     assert torch.equal(layer(x), expected)
+
+
+@pytest.mark.parametrize("update", [True, False])
+@pytest.mark.parametrize("learning", [True, False])
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_observers_get_the_biased_variance_by_any_route(layout, learning, update):
+    """P1: what is observed is the mean and the 1/m variance, in every layout, learning or not."""
+    layer = BatchNorm(3)
+    layer.update = update
+    seen = []
+    layer.observers.append(seen.append)
+    x = lay_out(torch.randn(2, 3, 2, 1) * 3 + 1, layout)
+    with torch.set_grad_enabled(learning):
+        layer(x)
+    (batch,) = seen
+    values = x.double().movedim(1, 0).flatten(1)
+    assert batch.count == 4
+    expected = values.var(1, correction=0).float()
+    torch.testing.assert_close(batch.mean[0], values.mean(1).float(), rtol=1e-5, atol=1e-6)
+    torch.testing.assert_close(batch.var[0], expected, rtol=1e-5, atol=1e-6)
+
+
+def test_copies_start_without_observers():
+    layer = BatchNorm(2)
+    layer.observers.append(lambda _: None)
+    assert copy.deepcopy(layer).observers == []
+    assert len(layer.observers) == 1

@@ -6,6 +6,7 @@ import torch
 from torch import nn
 
 from normlab.norms import BatchNorm
+from normlab.population import EmaBank
 
 from .formulas import LAYOUTS, SHAPES, check_against_formula, lay_out, sets_per_channel
 
@@ -71,7 +72,7 @@ def test_state_dict_moves_to_and_from_torch(affine):
 
 
 def test_running_average_closed_form():
-    """After t identical batches the running mean is (1 - d^t) of the batch's; var_u, not var_b."""
+    """P1, P2: t equal batches leave (1 - d^t) of theirs, of the unbiased variance."""
     x = torch.tensor([[1.0], [4.0]], dtype=torch.float64)
     layer = BatchNorm(1, decay=0.8).double()
     for _ in range(7):
@@ -80,6 +81,76 @@ def test_running_average_closed_form():
     assert layer.running_mean.item() == pytest.approx((1 - left) * 2.5, rel=1e-12)
     unbiased = 4.5  # ((1 - 2.5)^2 + (4 - 2.5)^2) / (2 - 1); the biased one is half of it
     assert layer.running_var.item() == pytest.approx(left + (1 - left) * unbiased, rel=1e-12)
+
+
+@pytest.mark.parametrize("observed", [False, True])
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
+def test_cumulative_is_torch_s_to_the_bit(dtype, layout, observed):
+    """P5: momentum=None, continued from torch's state; the plain average of the batches'."""
+    torch.manual_seed(0)
+    kind = torch.float64 if dtype == torch.float64 else torch.float32
+    ours, theirs = BatchNorm(6, cumulative=True).to(kind), nn.BatchNorm2d(6, momentum=None).to(kind)
+    batches = [(torch.randn(8, 6, 4, 3) * (t + 1)).to(dtype) for t in range(5)]
+    theirs(batches[0])
+    ours.load_state_dict(theirs.state_dict())
+    if observed:
+        ours.observers.append([].append)
+    for x in batches[1:]:
+        laid = lay_out(x, layout)
+        assert torch.equal(ours(laid), theirs(laid))
+        assert_same_state(ours.state_dict(), theirs.state_dict())
+    ours.update = False
+    ours(batches[0])
+    assert_same_state(ours.state_dict(), theirs.state_dict())
+    means = torch.stack([x.double().mean((0, 2, 3)) for x in batches])
+    variances = torch.stack([x.double().var((0, 2, 3)) for x in batches])
+    rtol = 1e-12 if dtype == torch.float64 else 1e-5
+    torch.testing.assert_close(ours.running_mean.double(), means.mean(0), rtol=rtol, atol=1e-6)
+    torch.testing.assert_close(ours.running_var.double(), variances.mean(0), rtol=rtol, atol=1e-6)
+
+
+@pytest.mark.parametrize("group_size", [None, 2, 4])
+def test_cumulative_over_groups_averages_them(group_size):
+    torch.manual_seed(0)
+    layer = BatchNorm(3, cumulative=True).double()
+    layer.group_size = group_size
+    batches = torch.randn(4, 8, 3, 5, dtype=torch.float64)
+    for x in batches:
+        layer(x)
+    groups = batches.reshape(-1, group_size or 8, 3, 5)
+    assert layer.num_batches_tracked == 4
+    torch.testing.assert_close(layer.running_mean, groups.mean((1, 3)).mean(0))
+    torch.testing.assert_close(layer.running_var, groups.var((1, 3)).mean(0))
+
+
+@pytest.mark.parametrize("backend", ["eager", "aot_eager"])
+def test_cumulative_compiles_in_one_graph(backend):
+    """P5: the counter is not read as a number, so that nothing breaks and nothing recompiles."""
+    torch._dynamo.reset()
+    torch.manual_seed(0)
+    layer, twin = BatchNorm(3, cumulative=True), BatchNorm(3, cumulative=True)
+    compiled = torch.compile(twin, backend=backend, fullgraph=True)
+    for _ in range(3):
+        x = torch.randn(8, 3, 4, 4)
+        torch.testing.assert_close(compiled(x), layer(x))
+    assert twin.num_batches_tracked == 3
+    torch.testing.assert_close(twin.running_mean, layer.running_mean)
+    torch.testing.assert_close(twin.running_var, layer.running_var)
+
+
+def test_a_bank_of_running_averages_beside_a_cumulative_one():
+    """An EmaBank follows its own decays, whatever the layer's rule for its buffers."""
+    layer, twin = BatchNorm(3, cumulative=True), BatchNorm(3, decay=0.5)
+    bank = EmaBank(layer, [0.5])
+    for _ in range(3):
+        x = torch.randn(8, 3, 4)
+        layer(x)
+        twin(x)
+    (followed,) = bank.population(0.5).values()
+    torch.testing.assert_close(followed.mean.float(), twin.running_mean)
+    torch.testing.assert_close(followed.var.float(), twin.running_var)
+    assert not torch.allclose(layer.running_var, twin.running_var)
 
 
 def test_eval_row_is_independent_of_its_batch():
@@ -98,11 +169,13 @@ def test_decay_twin():
 
 @pytest.mark.parametrize("decay", [1, 1.0, -0.1, 1.5, float("nan")])
 def test_decay_out_of_range_is_refused(decay):
+    """P4: statistics that never move are frozen ones, by name."""
     with pytest.raises(ValueError, match="decay must be in"):
         BatchNorm(2, decay=decay)
 
 
 def test_a_torch_momentum_as_decay_warns_once():
+    """P3: torch's 0.1 as a decay would keep almost only the last batch."""
     with pytest.warns(UserWarning, match=r"decay=0\.1") as caught:
         BatchNorm(2, decay=0.1)(torch.randn(4, 2))
     assert len(caught) == 1

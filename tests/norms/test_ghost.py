@@ -158,6 +158,7 @@ def test_population_rules_differ():
 @pytest.mark.parametrize("layout", LAYOUTS)
 @pytest.mark.parametrize("grouping", GROUPING)
 def test_evaluates_any_batch_size(layout, grouping):
+    """P47: chunks are of training."""
     torch.manual_seed(0)
     layer = GhostBatchNorm(4, nbs=4, grouping=grouping)
     layer(torch.randn(8, 4, 5, 5))
@@ -181,6 +182,7 @@ def test_large_means_keep_precision(layout, offset):
 
 @pytest.mark.parametrize("samples", [10, 2, 3])
 def test_a_remainder_is_refused_before_anything_changes(samples):
+    """P48: no chunk of another size, and after the refusal everything is as before."""
     layer = GhostBatchNorm(3, nbs=4)
     seen = []
     layer.observers.append(seen.append)

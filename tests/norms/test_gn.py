@@ -95,6 +95,7 @@ def test_channels_per_group():
     ],
 )
 def test_bad_groups_are_refused(arguments, message):
+    """P72: at construction; groups and channels per group are two options, of which one."""
     with pytest.raises(ValueError, match=message):
         GroupNorm(16, **arguments)
 

@@ -2,7 +2,8 @@
 
 import pytest
 
-from normlab.report import figures
+from normlab import experiment as experiments
+from normlab.report import figures, grid, tables
 from normlab.report.page import inline_svg
 
 
@@ -109,3 +110,86 @@ def test_an_inlined_figure_keeps_its_identifiers_to_itself():
     assert 'href="#nbs-desk-m1"' in inlined
     assert "url(#nbs-desk-p)" in inlined
     assert "metadata" not in inlined
+
+
+ARMS = """
+title: Arms
+source: a test
+set: {}
+arms:
+  bn-2: {at: {norm: BN, images: 2}, set: {nbs: 2}}
+  bn-4: {at: {norm: BN, images: 4}, set: {nbs: 4}}
+  gn: {at: {norm: GN}, set: {norm: gn}}
+scales: {demo: {axes: {arm: [bn-2, bn-4, gn], seed: [100, 101, 102]}}}
+protocols:
+  test: {eval: "test:ema", label: test error}
+  train: {eval: "train:augmented", label: train error}
+baseline: {images: 4}
+table: {columns: [test]}
+figure: {kind: curves, x: images, xlabel: images, log2: true, by: [norm], series: [test]}
+published:
+  - {label: A paper, at: {norm: BN}, x: images, values: {test: {2: 30.0, 4: 20.0}}}
+  - {label: A paper, at: {norm: GN}, x: images, values: {test: {2: 24.0, 4: 24.0}}}
+claims: {}
+"""
+
+
+@pytest.fixture
+def arms(tmp_path, monkeypatch, make_run):
+    """Results of three arms over two epochs: BN 41 and 31 %, GN 25 %, plus what a seed adds."""
+    (tmp_path / "arms.yaml").write_text(ARMS)
+    monkeypatch.setattr(experiments, "files", lambda: {"arms": tmp_path / "arms.yaml"})
+    experiments.load.cache_clear()
+    loaded = experiments.load("arms")
+    found = grid.compose(loaded, "demo")
+    rows = []
+    for key, point in found.points.items():
+        error = {2: 41.0, 4: 31.0}.get(dict(point).get("images"), 25.0)
+        for seed in (100, 101, 102):
+            (run,) = make_run("demo", 2, seed, {})
+            for spec, above in (("test:ema", 0.0), ("train:augmented", -10.0)):
+                for epoch, late in ((1, 5.0), (2, 0.0)):
+                    told = {"protocol": spec, "epoch": str(epoch)}
+                    told |= {"error": str(error + above + late + seed - 101), "cell": key}
+                    rows.append(run | told | {"id": f"{key}-{seed}"})
+    return grid.results(loaded, "demo", found, rows)
+
+
+def test_lines_are_told_apart_by_what_the_file_says(arms):
+    left, right = figures.draw(arms, "").axes
+    assert ours(left) == {"test BN": [(2, 41), (4, 31)]}
+    assert ours(right) == {"test BN": [(2, 10), (4, 0)]}
+    lines = {line.get_label(): line for line in left.get_lines() + right.get_lines()}
+    assert list(lines["ours test GN"].get_ydata()) == [25, 25]  # level: it has no place on the axis
+    assert list(lines["paper test BN"].get_ydata()) == [10, 0]
+    assert list(lines["paper test GN"].get_ydata()) == [0, 0]
+    assert lines["paper test GN"].get_color() == lines["ours test GN"].get_color()
+    said = [text.get_text() for text in figures.draw(arms, "").legends[0].get_texts()]
+    assert said == ["BN", "GN", "ours: mean and 95 % interval over seeds", "A paper"]
+
+
+def test_the_table_says_where_an_arm_stands_and_what_the_paper_said_there(arms):
+    errors, changes = tables.texts(arms)
+    assert errors.header == ["norm", "images", "n", "test error", "paper"]
+    assert [row[:3] for row in errors.rows] == [["BN", "2", "3"], ["BN", "4", "3"], ["GN", "", "3"]]
+    assert [row[-1] for row in errors.rows] == ["30", "20", "–"]
+    assert [row[-1] for row in changes.rows] == ["+10.0", "0", "0"]
+
+
+def test_errors_over_the_epochs(arms):
+    arms.experiment.figure.update(kind="epochs", series=["train", "test"])
+    with pytest.raises(ValueError, match="2 cells"):
+        figures.draw(arms, "")
+    arms.experiment.figure.update(by=["norm", "images"])
+    train, test = figures.draw(arms, "").axes
+    drawn = {line.get_label(): line for line in test.get_lines() + train.get_lines()}
+    assert list(drawn["ours test BN 2"].get_xdata()) == [1, 2]
+    assert list(drawn["ours test BN 2"].get_ydata()) == [46, 41]
+    assert list(drawn["ours train GN"].get_ydata()) == [20, 15]
+
+
+def test_axes_swept_one_at_a_time_have_a_panel_each(arms):
+    arms.experiment.figure.update(kind="sweeps", x=["images"], xlabel=["images of a batch"], by=[])
+    (panel,) = figures.draw(arms, "").axes
+    assert ours(panel) == {"test": [(2, 10), (4, 0)]}
+    assert panel.get_xlabel() == "images of a batch"

@@ -1,7 +1,8 @@
 """Curves over one axis: our errors on the left, changes to the baseline on the right.
 
 The papers' errors and ours are of different tasks, so only the changes share axes; the papers'
-stand behind ours. Options in the experiment's file: x (axis), xlabel, log2, series (protocols).
+stand behind ours. Options in the experiment's file: x (axis), xlabel, log2, series (protocols), and
+by (axes that tell several lines of one protocol apart; a line without a place on x is level).
 """
 
 import math
@@ -19,6 +20,7 @@ from normlab.report.statistics import Sample
 from normlab.report.tables import baseline_name, paper_baseline
 
 Curve = list[tuple[float, Sample]]
+Statistic = Callable[[Point, str], Sample]
 
 PAPER: dict[str, Any] = {"alpha": 0.55, "linestyle": (0, (3, 1.5)), "linewidth": 1.2}
 
@@ -30,55 +32,97 @@ def draw(results: Results, subtitle: str) -> Figure:
     figure = Figure(figsize=(7.2, 3.7), layout="constrained")
     left, right = figure.subplots(1, 2)
     figure.suptitle(f"{experiment.title}: {subtitle}", fontsize=8.5, x=0.01, ha="left")
-    over = [point for point in results.points if x in dict(point)]
 
     handles: list[Line2D] = []
     cited: list[str] = []
     paper_xs: list[float] = []
     right.axhline(0, color="#999999", linewidth=0.7, zorder=1)
-    for i, protocol in enumerate(options["series"]):
-        colour, marker = COLOURS[i % len(COLOURS)], MARKERS[i % len(MARKERS)]
-        for source in experiment.published:
-            base = paper_baseline(experiment, source, protocol)
-            if source.x != x or math.isnan(base):
-                continue
-            points = sorted(source.values[protocol].items())
-            paper_xs += [float(at) for at, _ in points]
-            right.plot(
-                [at for at, _ in points], [error - base for _, error in points], color=colour,
-                marker=marker, markersize=3, markerfacecolor="white", zorder=2,
-                label=f"paper {protocol}", **PAPER,
-            )  # fmt: skip
-            if source.label not in cited:
-                cited.append(source.label)
-        look = {"color": colour, "marker": marker, "zorder": 4 - i / 10}  # the first in front
-        _ours(left, _curve(over, x, results.sample, protocol), protocol, look)
-        _ours(right, _curve(over, x, results.change, protocol), protocol, look)
-        name = experiment.protocols[protocol].label
-        handles.append(Line2D([], [], color=colour, marker=marker, markersize=4, label=name))
+    drawn = [(p, line) for p in options["series"] for line in lines(results, options.get("by", []))]
+    for i, (protocol, (which, points)) in enumerate(drawn):
+        look = look_of(i)
+        name = " ".join([protocol, *map(str, which.values())])
+        for label, at in papers(right, results, x, protocol, which, name, look):
+            paper_xs += at
+            cited += [] if label in cited else [label]
+        over = [point for point in points if x in dict(point)]
+        if over:
+            ours(left, curve(over, x, results.sample, protocol), name, look)
+            ours(right, curve(over, x, results.change, protocol), name, look)
+        else:
+            for point in points:
+                level(left, results.sample(point, protocol), name, look)
+        marker = {"marker": look["marker"], "markersize": 4} if over else LEVEL
+        said = list(map(str, which.values()))
+        if not said or len(options["series"]) > 1:
+            said.append(experiment.protocols[protocol].label)
+        handles.append(Line2D([], [], color=look["color"], label=", ".join(said), **marker))
 
+    what = experiment.protocols[options["series"][0]].label
     left.set_ylabel("error (%)")
     right.set_ylabel("change (percentage points)")
-    left.set_title("Ours", loc="left")
+    left.set_title(f"Ours: {what}" if options.get("by") else "Ours", loc="left")
     right.set_title(f"Change from own {baseline_name(experiment)}", loc="left")
-    ours_xs = [float(dict(point)[x]) for point in over]
-    _dress(left, options, ours_xs)
-    _dress(right, options, ours_xs + paper_xs)
-    dark = "#333333"
-    handles.append(Line2D([], [], color=dark, label="ours: mean and 95 % interval over seeds"))
-    handles += [Line2D([], [], color=dark, label=fill(label, 52), **PAPER) for label in cited]
-    figure.legend(handles=handles, loc="outside lower left", ncols=2, handlelength=2.6)
+    ours_xs = [float(dict(point)[x]) for point in results.points if x in dict(point)]
+    dress(left, options["xlabel"], ours_xs, log2=bool(options.get("log2")))
+    dress(right, options["xlabel"], ours_xs + paper_xs, log2=bool(options.get("log2")))
+    legend(figure, handles, cited)
     return figure
 
 
-def _curve(
-    points: list[Point], x: str, statistic: Callable[[Point, str], Sample], protocol: str
-) -> Curve:
+def lines(results: Results, by: list[str]) -> list[tuple[dict[str, Any], list[Point]]]:
+    """The grid's points by what tells the lines apart, in the grid's order."""
+    found: dict[str, tuple[dict[str, Any], list[Point]]] = {}
+    for point in results.points:
+        which = {axis: value for axis, value in point if axis in by}
+        found.setdefault(repr(which), (which, []))[1].append(point)
+    return list(found.values())
+
+
+def look_of(i: int) -> dict[str, Any]:
+    """Colour and marker of the i-th line; the first stands in front."""
+    look = {"color": COLOURS[i % len(COLOURS)], "marker": MARKERS[i % len(MARKERS)]}
+    return {**look, "zorder": 4 - i / 10}
+
+
+def papers(
+    axes: Axes,
+    results: Results,
+    x: str,
+    protocol: str,
+    which: dict[str, Any],
+    name: str,
+    look: dict[str, Any],
+) -> list[tuple[str, list[float]]]:
+    """Draw the changes that the sources report for a line; (source, places on the axis) of each."""
+    drawn = []
+    for source in results.experiment.published:
+        base = paper_baseline(results.experiment, source, protocol)
+        if source.x != x or math.isnan(base) or not source.at.items() <= which.items():
+            continue
+        points = sorted(source.values[protocol].items())
+        axes.plot(
+            [at for at, _ in points], [error - base for _, error in points], color=look["color"],
+            marker=look["marker"], markersize=3, markerfacecolor="white", zorder=2,
+            label=f"paper {name}", **PAPER,
+        )  # fmt: skip
+        drawn.append((source.label, [float(at) for at, _ in points]))
+    return drawn
+
+
+def legend(figure: Figure, handles: list[Line2D], cited: list[str]) -> None:
+    """Below the panels: the lines, what ours show, and the sources behind them."""
+    dark = "#333333"
+    shown = [Line2D([], [], color=dark, label="ours: mean and 95 % interval over seeds")]
+    shown += [Line2D([], [], color=dark, label=fill(label, 52), **PAPER) for label in cited]
+    figure.legend(handles=handles + shown, loc="outside lower left", ncols=2, handlelength=2.6)
+
+
+def curve(points: list[Point], x: str, statistic: Statistic, protocol: str) -> Curve:
     samples = [(float(dict(point)[x]), statistic(point, protocol)) for point in points]
     return sorted((pair for pair in samples if pair[1].n), key=lambda pair: pair[0])
 
 
-def _ours(axes: Axes, curve: Curve, protocol: str, look: dict[str, Any]) -> None:
+def ours(axes: Axes, curve: Curve, name: str, look: dict[str, Any]) -> None:
     """Solid and in front; the interval is drawn where there is one (two seeds or more)."""
     xs, means = [at for at, _ in curve], [sample.mean for _, sample in curve]
     halves = [0.0 if math.isnan(sample.half()) else sample.half() for _, sample in curve]
@@ -87,15 +131,27 @@ def _ours(axes: Axes, curve: Curve, protocol: str, look: dict[str, Any]) -> None
     axes.fill_between(xs, low, high, color=look["color"], alpha=0.18, linewidth=0, zorder=3)
     axes.errorbar(
         xs, means, yerr=halves, markersize=3.5, capsize=2, elinewidth=0.9,
-        label=f"ours {protocol}", **look,
+        label=f"ours {name}", **look,
     )  # fmt: skip
 
 
-def _dress(axes: Axes, options: dict[str, Any], xs: list[float]) -> None:
-    axes.set_xlabel(options["xlabel"])
+LEVEL: dict[str, Any] = {"linestyle": (0, (1, 1))}
+
+
+def level(axes: Axes, sample: Sample, name: str, look: dict[str, Any]) -> None:
+    """A level line with its interval: one number for the whole axis."""
+    if not sample.n:
+        return
+    axes.axhline(sample.mean, color=look["color"], label=f"ours {name}", **LEVEL)
+    if not math.isnan(half := sample.half()):
+        axes.axhspan(sample.mean - half, sample.mean + half, color=look["color"], alpha=0.12, lw=0)
+
+
+def dress(axes: Axes, xlabel: str, xs: list[float], *, log2: bool) -> None:
+    axes.set_xlabel(xlabel)
     axes.grid(axis="y", color="#e6e6e6", linewidth=0.6)
     axes.set_axisbelow(True)
-    if options.get("log2"):
+    if log2:
         axes.set_xscale("log", base=2)
         ticks = nice_powers(xs)
         axes.set_xticks(ticks, [f"{tick:g}" for tick in ticks])

@@ -1,0 +1,295 @@
+"""What ranks do together: collectives with gradients, merged statistics, shuffled samples.
+
+Every function takes the ranks it speaks with as `group`, a torch.distributed process group (None:
+all ranks), must be called by each of them in the same order, and is the identity in a process
+that is alone: without a process group, or in a group of one. A process outside of `group` gets a
+ValueError. Gradients are those of the *sum* of the ranks' losses.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, Literal, get_args
+
+import torch
+from torch import Tensor, distributed, nn
+from torch.distributed import ProcessGroup
+
+__all__ = [
+    "Shuffled",
+    "all_gather",
+    "all_reduce",
+    "average_buffers",
+    "members",
+    "merge",
+    "place",
+    "pool",
+    "shuffle",
+    "stack",
+    "unshuffle",
+    "with_gradient",
+]
+
+
+def place(group: ProcessGroup | None = None) -> tuple[int, int]:
+    """This process's rank in `group`, and the number of ranks: (0, 1) without a process group."""
+    if not (distributed.is_available() and distributed.is_initialized()):
+        if group is not None:
+            raise ValueError("a group of ranks was given, but this process has no process group")
+        return 0, 1
+    if not isinstance(group, ProcessGroup | None) or (rank := distributed.get_rank(group)) < 0:
+        raise ValueError(
+            f"rank {distributed.get_rank()} is not in the group of ranks it was given: create "
+            "every group on every rank, and give each rank the one that it belongs to"
+        )
+    return rank, distributed.get_world_size(group)
+
+
+def members(group: ProcessGroup | None) -> ProcessGroup:
+    """The process group itself, that of all ranks for None; there must be one."""
+    world: ProcessGroup | None = distributed.group.WORLD
+    found = world if group is None else group
+    assert found is not None
+    return found
+
+
+# -- collectives with gradients -------------------------------------------------------------------
+
+
+class _AllReduce(torch.autograd.Function):
+    """The sum of the ranks' x; the gradient is the sum of the ranks' gradients."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, group: ProcessGroup | None) -> Tensor:
+        ctx.group = group
+        total = x.clone(memory_format=torch.contiguous_format)
+        distributed.all_reduce(total, group=group)
+        return total
+
+    @staticmethod
+    def backward(ctx: Any, dy: Tensor) -> tuple[Tensor, None]:
+        return all_reduce(dy, ctx.group), None
+
+
+class _AllGather(torch.autograd.Function):
+    """The ranks' rows, one after the other; a rank's gradient is that of its rows, from all."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, rows: list[int], group: ProcessGroup | None) -> Tensor:
+        ctx.rows, ctx.group = rows, group
+        padded = x.new_zeros((max(rows), *x.shape[1:]))
+        padded[: x.size(0)] = x
+        return torch.cat([part[:n] for part, n in zip(_gather(padded, group), rows, strict=True)])
+
+    @staticmethod
+    def backward(ctx: Any, dy: Tensor) -> tuple[Tensor, None, None]:
+        rank, _ = place(ctx.group)
+        return all_reduce(dy, ctx.group).split(ctx.rows)[rank], None, None
+
+
+def _gather(x: Tensor, group: ProcessGroup | None) -> list[Tensor]:
+    parts = [torch.empty_like(x) for _ in range(place(group)[1])]
+    distributed.all_gather(parts, x, group=group)
+    return parts
+
+
+def all_reduce(x: Tensor, group: ProcessGroup | None = None) -> Tensor:
+    """The sum of `x` over the ranks, with gradients. Shapes, and requires_grad, must agree."""
+    if place(group)[1] == 1:
+        return x
+    total: Tensor = _AllReduce.apply(x, group)
+    return total
+
+
+def all_gather(x: Tensor, group: ProcessGroup | None = None) -> Tensor:
+    """The rows (dimension 0) of all ranks' `x` in the order of the ranks, with gradients.
+
+    Ranks may have different numbers of rows, and none. If `x` requires a gradient on one rank, all
+    ranks take part in the backward pass.
+
+    Raises ValueError, on every rank, where anything else than the number of rows differs.
+    """
+    gathered, _ = _all_gather(x, group)
+    return gathered
+
+
+_DIMENSIONS = 8
+_TYPES = (torch.float64, torch.float32, torch.float16, torch.bfloat16, torch.int64, torch.int32)
+
+
+def _all_gather(x: Tensor, group: ProcessGroup | None) -> tuple[Tensor, list[int]]:
+    """`all_gather`, and how many rows each rank has."""
+    if not 1 <= x.dim() <= _DIMENSIONS or x.dtype not in _TYPES:
+        raise ValueError(f"cannot gather a tensor of shape {tuple(x.shape)} and type {x.dtype}")
+    if place(group)[1] == 1:
+        return x, [x.size(0)]
+    wanted = torch.is_grad_enabled() and x.requires_grad
+    shape = [*x.shape[1:], *[0] * (_DIMENSIONS - x.dim())]
+    own = [x.size(0), wanted, _TYPES.index(x.dtype), x.dim(), *shape]
+    heads = stack(torch.tensor(own, device=x.device), group).tolist()
+    if any(head[2:] != heads[0][2:] for head in heads):
+        told = [f"{tuple(head[4 : 3 + head[3]])} of {_TYPES[head[2]]}" for head in heads]
+        raise ValueError(f"ranks gather rows that differ in shape or type: {', '.join(told)}")
+    if any(head[1] for head in heads) and not wanted:
+        x = with_gradient(x)
+    rows = [head[0] for head in heads]
+    return (_AllGather.apply(x, rows, group) if sum(rows) else x), rows
+
+
+def with_gradient(x: Tensor) -> Tensor:
+    """`x`, detached, so that a backward pass which other ranks wait for reaches this one too."""
+    if not torch.is_grad_enabled():
+        raise RuntimeError("some ranks compute gradients here, and this one does not")
+    return x.detach().requires_grad_()
+
+
+# -- statistics -----------------------------------------------------------------------------------
+
+
+def stack(values: Tensor, group: ProcessGroup | None = None) -> Tensor:
+    """`values` of every rank, (ranks, *values.shape); all must have one shape. No gradients."""
+    if place(group)[1] == 1:
+        return values.detach()[None]
+    return torch.stack(_gather(values.detach().contiguous(), group))
+
+
+def pool(means: Tensor, variances: Tensor, counts: Tensor) -> tuple[Tensor, Tensor, float]:
+    """Mean, biased variance and number of all elements, of parts that know theirs.
+
+    means and variances (biased) are (parts, ...), counts (parts,); what a part of no elements says
+    does not matter. The law of total variance, as Chan et al. (1979) merge: var = (sum n_i v_i +
+    sum n_i (m_i - mean)^2) / n. No difference of large squares is ever taken. In float64.
+
+    Raises ValueError if there is no element at all.
+    """
+    weights = counts.double()
+    total = float(weights.sum())
+    if not total > 0:
+        raise ValueError("there are no statistics of no elements")
+    some = weights > 0
+    weights = (weights[some] / total).view(-1, *[1] * (means.dim() - 1))
+    means, variances = means[some].double(), variances[some].double()
+    # Around the first part's mean: parts that agree give exactly their mean, whatever the weights.
+    mean = means[0] + (weights * (means - means[0])).sum(0)
+    inside = variances[0] + (weights * (variances - variances[0])).sum(0)
+    return mean, inside + (weights * (means - mean).square()).sum(0), total
+
+
+def merge(
+    mean: Tensor, var: Tensor, count: float, group: ProcessGroup | None = None
+) -> tuple[Tensor, Tensor, float]:
+    """Mean, biased variance and number of the elements of all ranks, from each rank's own.
+
+    mean and var have one shape, the same on all ranks; a rank with count 0 takes part and adds
+    nothing. The result is float64 and bitwise the same on every rank. See `pool`.
+    """
+    values = torch.stack([mean.detach().double(), var.detach().double()])
+    parts = stack(torch.cat([values.flatten(), values.new_tensor([count])]), group)
+    both = parts[:, :-1].view(-1, *values.shape)
+    return pool(both[:, 0], both[:, 1], parts[:, -1])
+
+
+def average_buffers(
+    model: nn.Module,
+    *,
+    how: Literal["average", "broadcast"] = "average",
+    count: float = 1.0,
+    group: ProcessGroup | None = None,
+) -> None:
+    """Make the population statistics of `model`'s batch norms bitwise the same on all ranks.
+
+    Concerns every module with the buffers running_mean and running_var, torch's own included.
+
+    - "average": the statistics of the union of what the ranks saw, `count` being this rank's share
+      (samples, say; by default ranks count alike): the variance includes the spread of the ranks'
+      means (`pool`). timm, mmengine and pycls average the variances alone: too small wherever
+      ranks differ. num_batches_tracked becomes the largest.
+    - "broadcast": those of the group's first rank, num_batches_tracked included.
+
+    Raises ValueError, before anything changes, for another `how`, a negative count, all counts 0,
+    and where ranks hold different numbers of statistics.
+    """
+    if how not in get_args(Literal["average", "broadcast"]):
+        raise ValueError(f"how is 'average' or 'broadcast', not {how!r}")
+    if not count >= 0:
+        raise ValueError(f"count must be at least 0, not {count}")
+    layers: list[tuple[Any, Any, Any]] = [
+        (module.running_mean, module.running_var, getattr(module, "num_batches_tracked", None))
+        for module in model.modules()
+        if isinstance(getattr(module, "running_mean", None), Tensor)
+        and isinstance(getattr(module, "running_var", None), Tensor)
+    ]
+    if place(group)[1] == 1 or not layers:
+        return
+
+    def packed(pick: Callable[[Any], Any]) -> Tensor:
+        return torch.cat([pick(layer).detach().double().flatten() for layer in layers])
+
+    means, variances = packed(lambda layer: layer[0]), packed(lambda layer: layer[1])
+    steps = packed(lambda layer: means.new_zeros(1) if layer[2] is None else layer[2])
+    sizes = stack(torch.tensor([means.numel(), steps.numel()], device=means.device), group)
+    if (sizes != sizes[0]).any():
+        raise ValueError(f"ranks hold different numbers of statistics: {sizes[:, 0].tolist()}")
+    parts = stack(torch.cat([means.new_tensor([count]), means, variances, steps]), group)
+    counts, means, variances, steps = parts.split(
+        [1, means.numel(), variances.numel(), steps.numel()], dim=1
+    )
+    if how == "average":
+        mean, var, _ = pool(means, variances, counts[:, 0])
+        batches = steps.amax(0)
+    else:
+        mean, var, batches = means[0], variances[0], steps[0]
+    with torch.no_grad():
+        for own in layers:
+            for buffer, values in zip(own, (mean, var, batches), strict=True):
+                if buffer is not None:
+                    buffer.copy_(values[: buffer.numel()].view_as(buffer))
+            mean, var = mean[own[0].numel() :], var[own[1].numel() :]
+            batches = batches[1 if own[2] is None else own[2].numel() :]
+
+
+# -- shuffled samples -----------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Shuffled:
+    """Where `shuffle` sent the samples: sample i of the result is sample order[i] of all ranks'."""
+
+    order: Tensor
+    rows: tuple[int, ...]
+    """How many samples each rank has, before and after."""
+
+
+def shuffle(x: Tensor, *, seed: int, group: ProcessGroup | None = None) -> tuple[Tensor, Shuffled]:
+    """Exchange samples (dimension 0) with the other ranks at random, with gradients.
+
+    All ranks' samples are permuted as one, by a permutation that the group's first rank draws with
+    its `seed` and broadcasts; each rank then has as many as before, which may be none. No global
+    generator is touched. `unshuffle` brings them, or what was computed from them, back. With one
+    process nothing moves.
+
+    So batch norm in a head sees samples of several images although each rank has one image (Wu &
+    Johnson 2021, sec. 5.1): the normalization batch carries no sign of where a sample is from.
+    """
+    everything, rows = _all_gather(x, group)
+    rank, ranks = place(group)
+    if ranks == 1:
+        return x, Shuffled(torch.arange(x.size(0), device=x.device), (x.size(0),))
+    generator = torch.Generator().manual_seed(seed)
+    order = torch.randperm(sum(rows), generator=generator).to(x.device)
+    first = distributed.get_global_rank(members(group), 0)
+    distributed.broadcast(order, src=first, group=group)
+    return everything[order.split(rows)[rank]], Shuffled(order, tuple(rows))
+
+
+def unshuffle(y: Tensor, shuffled: Shuffled, *, group: ProcessGroup | None = None) -> Tensor:
+    """Bring samples back to the ranks and the order they had before `shuffle`, with gradients.
+
+    Raises ValueError, on every rank, if a rank's `y` has another number of samples than it had.
+    """
+    everything, rows = _all_gather(y, group)
+    if tuple(rows) != shuffled.rows:
+        raise ValueError(f"ranks had {shuffled.rows} shuffled samples, and now {tuple(rows)}")
+    rank, ranks = place(group)
+    if ranks == 1:
+        return y
+    return everything[shuffled.order.argsort().split(rows)[rank]]

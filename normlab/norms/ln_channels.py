@@ -1,0 +1,56 @@
+"""Layer normalization over the channels at each position (ConvNeXt, Liu et al. 2022)."""
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from normlab.norms._grouped import is_half
+from normlab.norms.base import _check_common, _check_input
+
+__all__ = ["ChannelsLayerNorm"]
+
+
+class ChannelsLayerNorm(nn.Module):
+    """Layer norm over C alone: every position of every sample has statistics of its own.
+
+    y = weight * (x - mean) / sqrt(var + eps) + bias with mean and biased variance over C per sample
+    and position, weight and bias per channel: timm's LayerNorm2d (eps 1e-6 there), ConvNeXt's and
+    detectron2's LayerNorm, torch.nn.LayerNorm(C) on channels-last data. What a transformer's layer
+    norm is to a token, at each pixel; positions do not see each other, unlike in `ln` and
+    `ln_elementwise` (there is a table of the three in ElementwiseLayerNorm).
+
+    Args:
+        num_features: channels C of the input (N, C), (N, C, L), (N, C, H, W) or (N, C, D, H, W).
+        eps: added to the variance.
+        affine: learn a weight and a bias per channel.
+
+    Limits: at one position, LayerNorm (`ln`). The statistics are float32 at least; the output has
+    the memory layout of the input. Raises ValueError for a single channel, whose variance is none,
+    and in forward for a wrong shape.
+    """
+
+    weight: nn.Parameter | None
+    bias: nn.Parameter | None
+
+    def __init__(self, num_features: int, *, eps: float = 1e-5, affine: bool = True) -> None:
+        super().__init__()
+        _check_common(num_features, eps)
+        if num_features < 2:
+            raise ValueError("ChannelsLayerNorm needs at least 2 channels: one has no variance")
+        self.num_features = num_features
+        self.eps = eps
+        self.weight = nn.Parameter(torch.ones(num_features)) if affine else None
+        self.bias = nn.Parameter(torch.zeros(num_features)) if affine else None
+
+    def forward(self, x: Tensor) -> Tensor:
+        """x (N, C), (N, C, L), (N, C, H, W) or (N, C, D, H, W) to the same shape and dtype."""
+        _check_input(x, self.num_features, type(self).__name__)
+        # torch takes half inputs with float32 parameters on a CPU only.
+        z = x.float() if is_half(x) and (x.device.type != "cpu" or self.weight is None) else x
+        last = z.movedim(1, -1)
+        y = F.layer_norm(last, (self.num_features,), self.weight, self.bias, self.eps)
+        y = y.movedim(-1, 1)
+        return (y.contiguous() if x.is_contiguous() else y).to(x.dtype)
+
+    def extra_repr(self) -> str:
+        return f"{self.num_features}, eps={self.eps}, affine={self.weight is not None}"

@@ -1,0 +1,229 @@
+"""Batch renormalization (Ioffe 2017): batch norm, corrected towards the running statistics."""
+
+import math
+from collections import deque
+from typing import Any, ClassVar
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from normlab.norms._grouped import grouped_batch_norm
+from normlab.norms.base import BatchStatistics, PopulationNorm, recomputing
+
+__all__ = ["BatchRenorm"]
+
+
+class BatchRenorm(PopulationNorm):
+    """Batch norm whose training output is moved to where the running statistics would put it.
+
+    y = weight * ((x - m) / s * r + d) + bias, per channel and chunk of `nbs` samples, with
+
+    - m and s = sqrt(v + eps): mean and *biased* variance of the chunk,
+    - r = s / sigma within [1 / R, R] and d = (m - mu) / sigma within [-D, D],
+    - mu and sigma = sqrt(running_var + eps): the running statistics *before* this forward's update.
+
+    r and d are constants to the gradient, so that dx sums to 0 per channel and chunk as in batch
+    norm, and they act before weight and bias. The buffers then move as GhostBatchNorm's: one step
+    towards the averages of the chunks' means and *unbiased* variances; eps is in no buffer. With
+    population statistics (eval) it is BatchNorm.
+
+    The limits grow linearly with n, the forwards so far that updated: R from 1 at n = start *
+    forwards to r_max at r_end * forwards, D from 0 at the same start to d_max at d_end * forwards.
+    n is `num_batches_tracked`, so that the ramp goes on from a checkpoint; each accumulated
+    micro-batch counts, not each optimizer step. The defaults are the paper's: 5,000, 40,000 and
+    25,000 steps (of 125,000 here), r_max 3, d_max 5 (and decay 0.99). A finished training's n ends
+    the ramp at once; `num_batches_tracked.zero_()` begins it anew.
+
+    Limits: r_max=1, d_max=0, or any n up to start * forwards, is GhostBatchNorm, and BatchNorm for
+    a single chunk. With both infinite the output is that of population statistics, whatever the
+    batch, and only the gradient is batch norm's.
+
+    Args:
+        num_features: channels C of the input (N, C), (N, C, L), (N, C, H, W) or (N, C, D, H, W).
+        nbs: samples per chunk, consecutive ones, at least 2; must divide every batch that its
+            chunks normalize. None: one chunk, the whole batch.
+        r_max, d_max: final limits, at least 1 and 0; may be infinite.
+        start, r_end, d_end: where the ramps begin and end, as fractions of `forwards`; no end
+            before the start. All 0: final limits from the first forward on.
+        forwards: updating forwards of the whole training. A run of normlab fills in its own number.
+        eps: added to the variance.
+        decay: share of the running statistics that stays at each update (torch's 1 - momentum).
+        affine: learn a weight and a bias per channel, shared by all chunks.
+
+    Batch statistics in eval() (`statistics="batch"`) are corrected as in training; observers and
+    `population.estimate` get the chunk's own m and v. A recomputation (activation checkpointing)
+    takes the running statistics that its forward had, found among the last 8 forwards.
+
+    Source: Ioffe 2017, Algorithm 1. The paper's running sigma averages s, where this one is the
+    root of the averaged variance: then the state_dict is BatchNorm2d's. Keras keeps a second pair
+    of statistics for r and d; tensorpack takes one, as here. Errors: ValueError for the arguments
+    above; in forward see PopulationNorm.
+    """
+
+    batch: ClassVar[str] = "ghost"
+
+    def __init__(
+        self,
+        num_features: int,
+        *,
+        nbs: int | None = None,
+        r_max: float = 3.0,
+        d_max: float = 5.0,
+        start: float = 0.04,
+        r_end: float = 0.32,
+        d_end: float = 0.2,
+        forwards: int = 125_000,
+        eps: float = 1e-5,
+        decay: float = 0.9,
+        affine: bool = True,
+    ) -> None:
+        super().__init__(num_features, eps=eps, decay=decay, affine=affine)
+        if nbs == 1:
+            raise ValueError("nbs=1 is instance norm (norm=in); batch renorm needs nbs >= 2")
+        if nbs is not None and (isinstance(nbs, bool) or not isinstance(nbs, int) or nbs < 2):
+            raise ValueError(f"nbs must be a whole number of at least 2, not {nbs!r}")
+        if not r_max >= 1:
+            raise ValueError(f"r_max must be at least 1 (no rescaling), not {r_max}")
+        if not d_max >= 0:
+            raise ValueError(f"d_max must be at least 0 (no shift), not {d_max}")
+        if not 0 <= start < math.inf:
+            raise ValueError(f"start must be at least 0 and finite, not {start}")
+        for name, end in (("r_end", r_end), ("d_end", d_end)):
+            if not start <= end < math.inf:
+                raise ValueError(f"{name} must be at least start={start} and finite, not {end}")
+        if isinstance(forwards, bool) or not isinstance(forwards, int) or forwards < 1:
+            raise ValueError(f"forwards must be a whole number of at least 1, not {forwards!r}")
+        self.nbs = nbs
+        self.r_max = r_max
+        self.d_max = d_max
+        self.start = start
+        self.r_end = r_end
+        self.d_end = d_end
+        self.forwards = forwards
+        self._recent: deque[tuple[Tensor, Tensor, Tensor, Tensor]] = deque(maxlen=8)
+
+    def limits(self, forwards: int | Tensor) -> tuple[Any, Any]:
+        """R and D, as numbers or tensors of one, of the forward after `forwards` updating ones."""
+        return (
+            self._ramp(forwards, self.r_end, 1.0, self.r_max),
+            self._ramp(forwards, self.d_end, 0.0, self.d_max),
+        )
+
+    def _ramp(self, now: int | Tensor, end: float, low: float, high: float) -> Any:
+        start, length = self.start * self.forwards, (end - self.start) * self.forwards
+        if isinstance(now, Tensor):
+            share = ((now - start) / length).clamp(0, 1) if length > 0 else (now >= start).float()
+            ramp = high if math.isinf(high) else low + (high - low) * share
+            return torch.where(share > 0, ramp, low)
+        done = min(max((now - start) / length, 0), 1) if length > 0 else float(now >= start)
+        return low + (high - low) * done if done > 0 else low
+
+    def _form_groups(self) -> tuple[int | None, bool]:
+        return self.nbs, False
+
+    def _normalize(
+        self, x: Tensor, groups: int, interleaved: bool, count: int
+    ) -> tuple[Tensor, BatchStatistics | None]:
+        mean, var = _statistics(x, groups)
+        r, d = self._correction(mean, var)
+        y: Tensor
+        if groups == 1 and not torch._C._are_functorch_transforms_active():
+            known = r[0], d[0], mean[0], var[0]
+            y = _BatchNorm.apply(x, self.weight, self.bias, *known, self.eps)
+        else:
+            weight, bias = r, d
+            if self.weight is not None and self.bias is not None:
+                weight, bias = r * self.weight, d * self.weight + self.bias
+            y, _, _ = grouped_batch_norm(
+                x, groups, interleaved=interleaved, weight=weight, bias=bias, eps=self.eps
+            )
+        statistics = BatchStatistics(mean, var, count)
+        if self.updates:
+            self.ema_step(self.running_mean, self.running_var, statistics, self.decay)
+        return y, statistics
+
+    @torch.no_grad()
+    def _correction(self, mean: Tensor, var: Tensor) -> tuple[Tensor, Tensor]:
+        """r and d (G, C) for chunks with these statistics, from the buffers before any update."""
+        if recomputing() and self._recent:
+            # The buffers have moved since: find those that the repeated forward had by its first m.
+            was = min(self._recent, key=lambda was: float((was[0] - mean[0]).abs().sum()))
+            _, running_mean, running_var, forwards = was
+        else:
+            running_mean, running_var = self.running_mean, self.running_var
+            forwards = self.num_batches_tracked
+            if not torch.compiler.is_compiling():
+                copies = running_mean.clone(), running_var.clone(), forwards.clone()
+                self._recent.append((mean[0], *copies))
+        # Reading a number from a GPU would wait for it.
+        readable = forwards.device.type == "cpu" and not torch.compiler.is_compiling()
+        r_limit, d_limit = self.limits(int(forwards) if readable else forwards)
+        rstd = (running_var.to(var.dtype) + self.eps).rsqrt()
+        r = ((var + self.eps).sqrt() * rstd).clamp(1 / r_limit, r_limit)
+        d = ((mean - running_mean.to(mean.dtype)) * rstd).clamp(-d_limit, d_limit)
+        return r, d
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**super().__getstate__(), "_recent": deque(maxlen=8)}
+
+    def extra_repr(self) -> str:
+        return f"{super().extra_repr()}, nbs={self.nbs}, r_max={self.r_max}, d_max={self.d_max}"
+
+
+@torch.no_grad()
+def _statistics(x: Tensor, groups: int) -> tuple[Tensor, Tensor]:
+    """Mean and biased variance (G, C) of consecutive groups of samples, float32 at least.
+
+    Of centered values, in the order of the memory: in NCHW on a CPU a third of the time of torch's
+    operator, which is the quicker one elsewhere.
+    """
+    precision = torch.promote_types(x.dtype, torch.float32)
+    if groups == 1 and not (x.is_contiguous() and x.device.type == "cpu"):
+        unused = x.new_zeros(x.size(1), dtype=precision)
+        mean, var = torch.batch_norm_update_stats(x, unused, unused, 0.0)
+        return mean[None], var[None]
+    z = x.unflatten(0, (groups, -1))
+    others = (1, *range(3, z.dim()))
+    mean = z.mean(others, keepdim=True, dtype=precision)
+    var = (z - mean).square_().mean(others)
+    return mean.view(var.shape), var
+
+
+class _BatchNorm(torch.autograd.Function):
+    """weight * (r * (x - mean) / sqrt(var + eps) + d) + bias of x (N, C, ...), all others (C,).
+
+    mean and var are the batch's: the gradient goes through them, but not through r and d. torch's
+    operators for known statistics, which take one pass, with r * weight and d * weight + bias.
+    """
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        x: Tensor,
+        weight: Tensor | None,
+        bias: Tensor | None,
+        r: Tensor,
+        d: Tensor,
+        mean: Tensor,
+        var: Tensor,
+        eps: float,
+    ) -> Tensor:
+        ctx.save_for_backward(x, weight, r, d, mean, (var + eps).rsqrt())
+        ctx.eps = eps
+        if weight is not None and bias is not None:
+            r, d = r * weight, torch.addcmul(bias.to(d.dtype), d, weight)
+        return F.batch_norm(x, mean, var, r, d, False, eps=eps)
+
+    @staticmethod
+    def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
+        x, weight, r, d, mean, rstd = ctx.saved_tensors
+        learnt = weight is not None
+        dx, dscale, dshift = torch.ops.aten.native_batch_norm_backward(
+            dy, x, r * weight if learnt else r, None, None, mean, rstd, True, ctx.eps,
+            [ctx.needs_input_grad[0], learnt, learnt],
+        )  # fmt: skip
+        if not learnt:
+            return dx, *[None] * 7
+        dweight = torch.addcmul(r * dscale, d, dshift)
+        return dx, dweight.to(weight.dtype), dshift.to(weight.dtype), *[None] * 5

@@ -1,0 +1,316 @@
+"""Batch norm with several domains in a batch (Wu & Johnson 2021, section 5; Chang et al. 2019)."""
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from normlab.norms._domains import Labels, Sets, read
+from normlab.norms._grouped import float32_affine, grouped_batch_norm, is_half, variance
+from normlab.norms._moments import moments
+from normlab.norms.base import BatchStatistics, PopulationNorm, _check_input
+
+__all__ = ["SeparateBatchNorm", "domains"]
+
+
+class SeparateBatchNorm(PopulationNorm):
+    """Batch norm that knows which of D domains each sample comes from.
+
+    y = weight * (x - mean) / sqrt(var + eps) + bias with biased variance, as BatchNorm, and three
+    switches: each of the following is one for all domains ("shared") or one per domain.
+
+    ==================  ===========================================  ============================
+    switch              shared                                       specific, for domain d
+    ==================  ===========================================  ============================
+    share_statistics    mean, var over the whole batch               over the batch's samples of d
+    share_population    one mean, var (C,)                           row d of (D, C)
+    share_affine        one weight, bias (C,)                        row d of (D, C)
+    ==================  ===========================================  ============================
+
+    They are the columns of table 5 in "Rethinking 'Batch' in BatchNorm": a network is good if its
+    first two agree. Defaults: statistics and population specific, affine shared.
+
+    Running statistics, in a forward that updates, with a = 1 - decay and unbiased variances:
+
+    - statistics and population of one kind: r += a (b - r) with what normalized.
+    - specific statistics, shared population: the one population takes a step per domain that is
+      present, in the order of the domains, as one BatchNorm called on each of them in turn (how
+      detection heads share BN over levels).
+    - shared statistics, specific population: population d follows the mean and variance of the
+      samples of d, which normalized nothing.
+
+    A domain that a batch lacks keeps its buffers bitwise; its weight and bias get a zero gradient.
+    num_batches_tracked counts the steps of each population. Observers are given what the
+    populations follow, domain by domain.
+
+    Which sample is whose is said by `domains`, a context around the model's forward:
+    `with domains(model, labels): y = model(x)`. Without it, a forward that needs the labels is
+    refused; one that uses nothing specific does not need them. With specific statistics and
+    population, outputs, gradients and buffers are bitwise those of D separate BatchNorms, each
+    called on its part of the batch; the order of the samples matters to no more than rounding.
+
+    state_dict: the keys of BatchNorm2d, with shapes (C,) and () for what is shared, (D, C) and (D,)
+    for what is specific. A checkpoint of a BatchNorm, or of a layer that shares more, fills every
+    domain; into a layer that shares more, specific values do not load. With num_domains=1 all is
+    shared, and the layer is BatchNorm, state_dict included. In a `normlab.population`, the
+    statistics of domain d are those of `<layer>[d]`; a domain without samples is absent from an
+    estimate, and `using` leaves it as it is.
+
+    `group_size` gives each domain statistics per so many consecutive samples of the batch, where
+    statistics are specific; updates then follow these groups one after another.
+
+    Args:
+        num_features: channels C of the input (N, C), (N, C, L), (N, C, H, W) or (N, C, D, H, W).
+        num_domains: D, at least 1.
+        share_statistics, share_population, share_affine: the switches above.
+        eps: added to the variance.
+        decay: share of the running statistics that stays at each step (torch's 1 - momentum).
+        affine: learn weights and biases.
+
+    Unlike wgchang/DSBN, which normalizes the whole batch by its first sample's domain, a batch may
+    mix domains; unlike detectron2's CycleBatchNormList, nothing depends on the order of the calls.
+    Errors: ValueError for the arguments above; in forward also for unknown domains, another number
+    of labels than samples, and one element per channel of a domain, before any state changes.
+    """
+
+    def __init__(
+        self,
+        num_features: int,
+        *,
+        num_domains: int,
+        share_statistics: bool = False,
+        share_population: bool = False,
+        share_affine: bool = True,
+        eps: float = 1e-5,
+        decay: float = 0.9,
+        affine: bool = True,
+    ) -> None:
+        super().__init__(num_features, eps=eps, decay=decay, affine=affine)
+        if isinstance(num_domains, bool) or not isinstance(num_domains, int) or num_domains < 1:
+            raise ValueError(f"num_domains must be a whole number from 1 on, not {num_domains!r}")
+        if not (share_affine or affine):
+            raise ValueError("share_affine=False needs affine=True: there is no affine to separate")
+        self.num_domains = num_domains
+        self.share_statistics = share_statistics
+        self.share_population = share_population
+        self.share_affine = share_affine
+        self.domains: Labels | None = None
+        rows = (num_domains, num_features)
+        if num_domains > 1 and not share_population:
+            self.running_mean = torch.zeros(rows)
+            self.running_var = torch.ones(rows)
+            self.num_batches_tracked = torch.zeros(num_domains, dtype=torch.long)
+        if num_domains > 1 and not share_affine:
+            self.weight = nn.Parameter(torch.ones(rows))
+            self.bias = nn.Parameter(torch.zeros(rows))
+
+    def populations(self) -> dict[str, tuple[Tensor, Tensor]]:
+        if self.running_mean.dim() == 1:
+            return super().populations()
+        rows = zip(self.running_mean, self.running_var, strict=True)
+        return {f"[{domain}]": row for domain, row in enumerate(rows)}
+
+    def _forward(self, x: Tensor) -> Tensor:
+        _check_input(x, self.num_features, type(self).__name__)
+        several = self.num_domains > 1
+        own_population = self.running_mean.dim() == 2
+        own_affine = self.weight is not None and self.weight.dim() == 2
+        if self.source == "population":
+            if own_population or own_affine:
+                self._refuse_update()
+                return self._apply_populations(x, self._known(x).sets(x))
+            return super()._forward(x)
+        if several and not self.share_statistics:
+            return self._separate(x)
+        if own_affine or (own_population and (self.updates or self.observers)):
+            return self._mixed(x, own_population, own_affine)
+        return super()._forward(x)
+
+    def _refuse_update(self) -> None:
+        if self.update:
+            raise ValueError("update=True needs statistics='batch'; they are 'population'")
+
+    def _known(self, x: Tensor) -> Labels:
+        """Whose samples these are, or a refusal."""
+        if self.domains is None:
+            raise ValueError(
+                f"SeparateBatchNorm does not know which of its {self.num_domains} domains the "
+                "samples are from: call the model within `with domains(model, labels):`"
+            )
+        self.domains.check(x.size(0))
+        return self.domains
+
+    def _apply_populations(self, x: Tensor, sets: Sets) -> Tensor:
+        parts = []
+        for part, domain in sets.parts(x):
+            mean, var = self._population(domain)
+            weight, bias = self._affine(domain)
+            parts.append(F.batch_norm(part, mean, var, weight, bias, False, eps=self.eps))
+        return sets.join(parts) if parts else x
+
+    def _separate(self, x: Tensor) -> Tensor:
+        """Each domain by its own statistics: one batch norm after another."""
+        self._groups(x)  # refuses a batch that group_size does not divide
+        sets = self._known(x).sets(x, self.group_size)
+        self._check_counts(x, sets)
+        parts = []
+        for part, domain in sets.parts(x):
+            y, statistics = self._one_domain(part, domain)
+            parts.append(y)
+            if self.updates:
+                self._count(domain)
+            if statistics is not None:
+                for observe in self.observers:
+                    observe(statistics)
+        return sets.join(parts)
+
+    def _one_domain(self, x: Tensor, domain: int) -> tuple[Tensor, BatchStatistics | None]:
+        """torch's batch norm, to the bit, with the update inside; the statistics if observed."""
+        mean, var, momentum = None, None, 0.0
+        if self.updates:
+            mean, var = self._population(domain)
+            momentum = self.momentum
+        weight, bias = self._affine(domain)
+        if self.running_mean.dtype == torch.float32:
+            weight, bias = float32_affine(x, weight, bias)
+        if not self.observers:
+            return F.batch_norm(x, mean, var, weight, bias, True, momentum, self.eps), None
+        y, batch_mean, rstd, _, _ = torch._batch_norm_impl_index(
+            x, weight, bias, mean, var, True, momentum, self.eps,
+            torch.backends.cudnn.enabled,
+        )  # fmt: skip
+        batch_var = variance(rstd, self.eps)
+        count = x.numel() // self.num_features
+        return y, BatchStatistics(
+            batch_mean.detach()[None], batch_var[None], count, self._key(domain)
+        )
+
+    def _mixed(self, x: Tensor, own_population: bool, own_affine: bool) -> Tensor:
+        """All domains by the same statistics, with what else is specific."""
+        groups, _ = self._groups(x)
+        labels = self._known(x)
+        count = x.numel() // (groups * self.num_features)
+        if count < 2:
+            raise ValueError(
+                f"SeparateBatchNorm needs more than one element per group and channel: "
+                f"{groups} groups of an input {tuple(x.shape)} leave {count}"
+            )
+        followed = own_population and (self.updates or bool(self.observers))
+        if followed:
+            self._check_counts(x, labels.sets(x))
+        weight, bias = (None, None) if own_affine else (self.weight, self.bias)
+        # The affine of a half-precision input acts on float32, as where it is in the operator.
+        z = x.float() if own_affine and is_half(x) else x
+        y, mean, var = grouped_batch_norm(
+            z, groups, interleaved=False, weight=weight, bias=bias, eps=self.eps
+        )
+        if own_affine:
+            scale, shift = (self._per_sample(v, labels, y) for v in (self.weight, self.bias))
+            y = torch.addcmul(shift, y, scale).to(x.dtype)
+        if followed:
+            for part, domain in labels.sets(x).parts(x.detach()):
+                self._follow(moments(part, self._key(domain)), domain)
+        elif not own_population:
+            self._follow(BatchStatistics(mean, var, count), 0)
+        return y
+
+    def _follow(self, statistics: BatchStatistics, domain: int) -> None:
+        """Move the domain's population, and tell the observers what it follows."""
+        if self.updates:
+            self.ema_step(*self._population(domain), statistics, self.decay)
+            self._count(domain)
+        for observe in self.observers:
+            observe(statistics)
+
+    def _check_counts(self, x: Tensor, sets: Sets) -> None:
+        elements = x[0, 0].numel()
+        for domain, size in zip(sets.domains, sets.sizes, strict=True):
+            if size * elements < 2:
+                raise ValueError(
+                    f"SeparateBatchNorm needs more than one element per domain and channel: domain "
+                    f"{domain} has {size} samples of shape {tuple(x.shape[1:])}"
+                )
+
+    def _key(self, domain: int) -> str:
+        return f"[{domain}]" if self.running_mean.dim() == 2 else ""
+
+    def _population(self, domain: int) -> tuple[Tensor, Tensor]:
+        if self.running_mean.dim() == 1:
+            return self.running_mean, self.running_var
+        return self.running_mean[domain], self.running_var[domain]
+
+    def _affine(self, domain: int) -> tuple[Tensor | None, Tensor | None]:
+        if self.weight is None or self.bias is None or self.weight.dim() == 1:
+            return self.weight, self.bias
+        return self.weight[domain], self.bias[domain]
+
+    def _count(self, domain: int) -> None:
+        tracked = self.num_batches_tracked
+        (tracked if tracked.dim() == 0 else tracked[domain]).add_(1)
+
+    @staticmethod
+    def _per_sample(values: Tensor | None, labels: Labels, y: Tensor) -> Tensor:
+        """The row of (D, C) of each sample, to be multiplied with y (N, C, ...)."""
+        assert values is not None
+        rows = values[labels.rows(y.device)]
+        return rows.reshape(*rows.shape, *[1] * (y.dim() - 2))
+
+    def _load_from_state_dict(
+        self, state_dict: dict[str, Any], prefix: str, *args: Any, **kwargs: Any
+    ) -> None:
+        for name in ("weight", "bias", "running_mean", "running_var", "num_batches_tracked"):
+            own, stored = getattr(self, name), state_dict.get(prefix + name)
+            if own is None or stored is None or own.dim() != 1 + (name[0] != "n"):
+                continue  # absent, or shared: torch compares the shapes
+            if own.shape[1:] == stored.shape:
+                state_dict[prefix + name] = stored.expand(own.shape).clone()
+        super()._load_from_state_dict(state_dict, prefix, *args, **kwargs)
+
+    def __getstate__(self) -> dict[str, Any]:
+        # Labels are of one forward of this object, not of its copies.
+        return {**super().__getstate__(), "domains": None}
+
+    def extra_repr(self) -> str:
+        return (
+            f"{super().extra_repr()}, num_domains={self.num_domains}, "
+            f"share_statistics={self.share_statistics}, share_population={self.share_population}, "
+            f"share_affine={self.share_affine}"
+        )
+
+
+@contextmanager
+def domains(model: nn.Module, labels: int | Sequence[int] | Tensor) -> Iterator[None]:
+    """Within the context, the SeparateBatchNorms of `model` know the domains of the samples.
+
+    labels: the domain of each sample of every forward, from 0 to num_domains - 1: (N,) of any
+    integer dtype and device, or one number for batches of any size. A context inside another one
+    replaces its labels; at the end, also after an exception, what was known before is known again.
+    Activation checkpointing runs forwards again in backward, which then belongs inside, too. A
+    model without such layers is left alone.
+
+    Raises ValueError, before any change, for labels of another kind and for a domain that a layer
+    does not have; a forward whose batch has another size is refused by the layers.
+    """
+    known = read(labels)
+    layers = {k: v for k, v in model.named_modules() if isinstance(v, SeparateBatchNorm)}
+    for name, layer in layers.items():
+        values = torch.as_tensor(known).reshape(-1)
+        wrong = ((values < 0) | (values >= layer.num_domains)).nonzero()
+        if len(wrong):
+            which = "" if isinstance(known, int) else f" of sample {int(wrong[0])}"
+            raise ValueError(
+                f"domain {int(values[wrong[0]])}{which}: the domains of {name or 'the layer'} are "
+                f"0 to {layer.num_domains - 1}"
+            )
+    before = [layer.domains for layer in layers.values()]
+    shared = Labels(known)
+    try:
+        for layer in layers.values():
+            layer.domains = shared
+        yield
+    finally:
+        for layer, own in zip(layers.values(), before, strict=True):
+            layer.domains = own

@@ -1,0 +1,32 @@
+"""Population statistics as a value: estimated, used during one evaluation, never left in a model.
+
+The sources of the statistics that a batch norm tests with are protocols of evaluation of one
+network: the running average it trained with (its buffers), averages with other decays (`EmaBank`),
+or an estimate with fixed weights on any data (`estimate`: "precise" on training data, "adaptive" on
+another domain's). `using` puts one into the model for as long as an evaluation takes, `apply` for
+good. `AveragedWeights` averages a training's weights, with a named policy for the statistics.
+"""
+
+from normlab.population.averaged import AveragedWeights, BufferPolicy
+from normlab.population.bank import EmaBank
+from normlab.population.ema import ema_age, ema_noise, ema_weights, iterations_needed
+from normlab.population.estimators import Estimator, estimate
+from normlab.population.layerwise import check_layerwise
+from normlab.population.values import Population, Statistics, apply, using
+
+__all__ = [
+    "AveragedWeights",
+    "BufferPolicy",
+    "EmaBank",
+    "Estimator",
+    "Population",
+    "Statistics",
+    "apply",
+    "check_layerwise",
+    "ema_age",
+    "ema_noise",
+    "ema_weights",
+    "estimate",
+    "iterations_needed",
+    "using",
+]

@@ -1,0 +1,103 @@
+"""Running averages with further decays, beside each layer's own, during one training."""
+
+from collections.abc import Callable, Iterable, Mapping
+from functools import partial
+from typing import Any
+
+from torch import Tensor, nn
+
+from normlab.norms.base import BatchStatistics, population_layers
+from normlab.population.values import Population, Statistics
+
+__all__ = ["EmaBank"]
+
+
+class EmaBank:
+    """Running averages with further decays, beside each layer's own, during one training.
+
+    For every decay d and layer: r = d r + (1 - d) b at each forward that moves the layer's own
+    buffers, b by the layer's own rule (`PopulationNorm.ema_step`), from the buffers' values at
+    construction on, in float64. After T steps batch t weighs (1 - d) d^(T-t) and the initial value
+    d^T. With the layer's own decay the bank follows its buffers up to their float32 rounding.
+    Watching changes nothing in the training, to the bit.
+
+    Raises ValueError for decays that repeat or lie outside [0, 1).
+    """
+
+    def __init__(self, model: nn.Module, decays: Iterable[float]) -> None:
+        self.decays = tuple(float(decay) for decay in decays)
+        for decay in self.decays:
+            if not 0 <= decay < 1:
+                raise ValueError(f"ema_bank: a decay must be in [0, 1), not {decay}")
+        if len(set(self.decays)) < len(self.decays):
+            raise ValueError(f"ema_bank: decays repeat: {list(self.decays)}")
+        self._layers = population_layers(model)
+        self._count: dict[str, int] = {}
+        self._mean: dict[str, Tensor] = {}
+        self._var: dict[str, Tensor] = {}
+        self._observers: dict[str, Callable[[BatchStatistics], None]] = {}
+        for name, layer in self._layers.items():
+            rows = (len(self.decays), 1)
+            for key, (mean, var) in layer.populations().items():
+                self._count[name + key] = 0
+                self._mean[name + key] = mean.detach().double().repeat(rows)
+                self._var[name + key] = var.detach().double().repeat(rows)
+            self._observers[name] = partial(self._follow, name)
+            layer.observers.append(self._observers[name])
+
+    def _follow(self, name: str, batch: BatchStatistics) -> None:
+        layer = self._layers[name]
+        if not layer.updates:  # an evaluation with batch statistics, not training
+            return
+        key = name + batch.population
+        for decay, mean, var in zip(self.decays, self._mean[key], self._var[key], strict=True):
+            layer.ema_step(mean, var, batch, decay)
+        self._count[key] += batch.count * batch.mean.size(0)
+
+    def population(self, decay: float) -> Population:
+        """The averages with `decay`; layers that have not been updated yet are absent.
+
+        Raises ValueError for a decay that the bank does not follow.
+        """
+        if decay not in self.decays:
+            raise ValueError(f"ema_bank has the decays {list(self.decays)}, not {decay}")
+        row = self.decays.index(decay)
+        return {
+            name: Statistics(self._mean[name][row].clone(), self._var[name][row].clone(), count)
+            for name, count in self._count.items()
+            if count > 0
+        }
+
+    def state_dict(self) -> dict[str, Any]:
+        """Tensors, numbers and strings only (loads with weights_only=True)."""
+        return {
+            "decays": list(self.decays),
+            "layers": {
+                name: {
+                    "count": count,
+                    "mean": self._mean[name].clone(),
+                    "var": self._var[name].clone(),
+                }
+                for name, count in self._count.items()
+            },
+        }
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Continue from `state`. Raises ValueError if it is of other decays or layers."""
+        if tuple(state["decays"]) != self.decays:
+            raise ValueError(
+                f"ema_bank has the decays {list(self.decays)}, the state {state['decays']}"
+            )
+        if state["layers"].keys() != self._count.keys():
+            raise ValueError("ema_bank: the state is of a model with other layers")
+        for name, values in state["layers"].items():
+            self._count[name] = values["count"]
+            self._mean[name].copy_(values["mean"])
+            self._var[name].copy_(values["var"])
+
+    def detach(self) -> None:
+        """Stop watching; the averages stay. Further calls do nothing."""
+        for name, observer in self._observers.items():
+            watching = self._layers[name].observers
+            self._layers[name].observers = [o for o in watching if o is not observer]
+        self._observers = {}

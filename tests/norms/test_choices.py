@@ -1,0 +1,229 @@
+"""The four choices of a batch norm, every combination of them, for every layer of the family."""
+
+import copy
+from contextlib import nullcontext
+from itertools import product
+
+import pytest
+import torch
+from torch import nn
+
+from normlab.norms import normalization
+from normlab.population import EmaBank, estimate, using
+
+from .zoo import FAMILY, IMAGES, arguments, make, uses_batch
+
+STATISTICS = ("batch", "population", None)
+UPDATE = (True, False, None)
+FORMATION = (None, 2)  # the layer's own, groups of two samples
+POPULATION = ("own", "estimated", "averaged")
+CHOICES = list(product(STATISTICS, UPDATE, FORMATION, POPULATION, (True, False)))
+
+
+def state(layer: nn.Module) -> dict[str, torch.Tensor]:
+    return copy.deepcopy(layer.state_dict())
+
+
+def same(one: dict[str, torch.Tensor], other: dict[str, torch.Tensor]) -> bool:
+    return all(torch.equal(value, other[name]) for name, value in one.items())
+
+
+def data(seed: int, shape: tuple[int, ...] = IMAGES) -> torch.Tensor:
+    return torch.randn(shape, generator=torch.Generator().manual_seed(seed))
+
+
+def population_of(layer: nn.Module, kind: str):
+    """What is used in place of the buffers' own values."""
+    if kind == "own":
+        return None
+    if kind == "estimated":
+        return estimate(layer, [data(7)], estimator="pooled")
+    bank = EmaBank(layer, [0.5])
+    layer.train()(data(7))
+    bank.detach()
+    return bank.population(0.5)
+
+
+def legal(statistics: str | None, update: bool | None, training: bool) -> bool:
+    """update=True asks for batch statistics; everything else is allowed."""
+    used = statistics or ("batch" if training else "population")
+    return used == "batch" or update is not True
+
+
+@pytest.mark.parametrize("variant", FAMILY)
+def test_every_combination_runs_a_step_or_is_refused_by_name(variant):
+    """P50: 108 of them; a refusal says what it needs, and has changed nothing."""
+    fresh = make(variant)
+    if not uses_batch(fresh):
+        pytest.skip("constant statistics: see test_a_layer_of_constants_refuses_by_name")
+    populations = {kind: population_of(copy.deepcopy(fresh), kind) for kind in POPULATION}
+    for statistics, update, group_size, kind, training in CHOICES:
+        layer = copy.deepcopy(fresh)
+        asked = f"{statistics=} {update=} {group_size=} {kind=} {training=}"
+        context = nullcontext() if kind == "own" else using(layer, populations[kind])
+        layer.train(training)
+        layer.statistics, layer.update, layer.group_size = statistics, update, group_size
+        if not legal(statistics, update, training):
+            before = state(layer)
+            with pytest.raises(ValueError, match="update=True needs statistics='batch'"):
+                layer(data(1))
+            assert same(state(layer), before), asked
+            continue
+        x = data(1).requires_grad_()
+        with context:
+            before = state(layer)
+            y = layer(x)
+            y.square().sum().backward()
+            moved = not same(
+                {k: v for k, v in state(layer).items() if "running" in k},
+                {k: v for k, v in before.items() if "running" in k},
+            )
+        used = statistics or ("batch" if training else "population")
+        updates = used == "batch" and (training if update is None else update)
+        assert moved == updates, asked
+        assert y.isfinite().all(), asked
+        assert x.grad.isfinite().all(), asked
+        # Samples see each other exactly where batch statistics normalize.
+        layer.update = None if used == "population" else False
+        other = data(1)
+        other[-1] += 3
+        with torch.no_grad():
+            reaches = not torch.equal(layer(other)[:-1], layer(data(1))[:-1])
+        assert reaches == (used == "batch"), asked
+
+
+@pytest.mark.parametrize("variant", FAMILY)
+def test_a_layer_of_constants_refuses_by_name(variant):
+    """P50: where there is nothing to choose, choosing it is refused, and what is legal runs."""
+    layer = make(variant)
+    if uses_batch(layer):
+        pytest.skip("it has the choice")
+    for statistics, update in product(("population", "batch", None), UPDATE):
+        layer.statistics, layer.update = statistics, update
+        before = state(layer)
+        if statistics == "population" and update is not True:
+            assert layer(data(1)).isfinite().all()
+        else:
+            with pytest.raises(ValueError, match=r"constant statistics|update=True needs"):
+                layer(data(1))
+        assert same(state(layer), before)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"statistics": "population", "update": True}, "update=True needs statistics='batch'"),
+        ({"statistics": "ema"}, "'batch' or 'population', not 'ema'"),
+        ({"update": "no"}, "True, False or None, not 'no'"),
+        ({"group_size": 0}, "group_size must be at least 1"),
+    ],
+)
+@pytest.mark.parametrize("variant", FAMILY)
+def test_contradictions_are_refused_where_they_are_set(variant, arguments, message):
+    """P50: before anything runs."""
+    layer = make(variant)
+    with pytest.raises(ValueError, match=message), normalization(layer, **arguments):
+        pass
+
+
+@pytest.mark.parametrize("variant", FAMILY)
+def test_a_discriminator_learns_the_population_of_real_data_alone(variant):
+    """P62: D(real), then D(fake) without an update, in one step; buffers and gradients."""
+    real, fake = data(1), data(2) * 3 + 5
+    layer = make(variant)
+    if not uses_batch(layer):
+        pytest.skip("nothing updates")
+    alone = copy.deepcopy(layer)
+    alone(real)
+    on_real = layer(real)
+    with normalization(layer, update=False):
+        on_fake = layer(fake)
+    assert same(state(layer), state(alone))
+    (on_real.square().mean() + on_fake.square().mean()).backward()
+    assert layer.weight.grad.isfinite().all()
+    mixed = make(variant)
+    mixed(real)
+    mixed(fake)
+    assert not torch.allclose(mixed.running_mean, alone.running_mean)
+
+
+@pytest.mark.parametrize("variant", FAMILY)
+def test_training_on_population_statistics_has_frozen_batch_norm_s_gradient(variant):
+    """P74: dx = dy weight / sqrt(var + eps), no sample sees another; nothing moves."""
+    layer = make(variant).double().train()
+    frozen = not uses_batch(layer)
+    x = data(1).double().requires_grad_()
+    dy = data(2).double()
+    with nullcontext() if frozen else normalization(layer, statistics="population"):
+        before = state(layer)
+        layer(x).backward(dy)
+    assert same(state(layer), before)
+    mean, var = layer.populations()[""]
+    deviation = (var + layer.eps).sqrt()
+    if variant[0] == "l1":
+        deviation = var.sqrt() + layer.eps
+    per_channel = (slice(None), None, None)
+    expected = dy * (layer.weight / deviation)[per_channel]
+    torch.testing.assert_close(x.grad, expected, rtol=1e-12, atol=1e-12)
+    h = (x.detach() - mean[per_channel]) / deviation[per_channel]
+    if layer.weight.requires_grad:
+        torch.testing.assert_close(layer.weight.grad, (dy * h).sum((0, 2, 3)))
+        torch.testing.assert_close(layer.bias.grad, dy.sum((0, 2, 3)))
+
+
+@pytest.mark.parametrize("variant", FAMILY)
+def test_a_frozen_layer_stays_frozen(variant):
+    """P12: three steps with train() in between leave statistics and counter bitwise equal."""
+    layer = make(variant)
+    layer.statistics = "population"
+    buffers = {name: buffer.clone() for name, buffer in layer.named_buffers()}
+    optimizer = torch.optim.SGD(layer.parameters(), lr=0.1)
+    for seed in range(3):
+        layer.train()
+        y = layer(data(seed).requires_grad_())
+        y.square().sum().backward()
+        optimizer.step()
+    assert all(torch.equal(buffer, buffers[name]) for name, buffer in layer.named_buffers())
+
+
+@pytest.mark.parametrize("variant", FAMILY)
+def test_one_step_moves_the_population(variant):
+    """P63: nothing waits to be called for the running statistics to follow."""
+    layer = make(variant)
+    if not uses_batch(layer):
+        pytest.skip("constant by definition")
+    before = state(layer)
+    layer.train()(data(1))
+    assert not torch.equal(layer.running_mean, before["running_mean"])
+    assert not torch.equal(layer.running_var, before["running_var"])
+    assert layer.num_batches_tracked == 1
+
+
+@pytest.mark.parametrize("variant", FAMILY)
+def test_there_is_no_way_to_lose_the_buffers(variant):
+    """P11: no track_running_stats; a population that is used has values, always."""
+    layer = make(variant)
+    assert not hasattr(layer, "track_running_stats")
+    assert all(buffer is not None for buffer in layer._buffers.values())
+    with pytest.raises(TypeError, match="track_running_stats"):
+        type(layer)(6, track_running_stats=False, **arguments(variant))
+
+
+@pytest.mark.parametrize("variant", FAMILY)
+def test_decay_is_the_only_spelling(variant):
+    """P2: a momentum copied from anywhere is refused, not taken for the other convention."""
+    with pytest.raises(TypeError, match="momentum"):
+        type(make(variant))(6, momentum=0.9, **arguments(variant))
+
+
+@pytest.mark.parametrize("variant", FAMILY)
+def test_no_batch_size_is_special_in_evaluation(variant):
+    """P9, P10, P47: each row alone, in batches of one, of a prime number, and in any order."""
+    layer = make(variant).eval()
+    x = data(1, (11, *IMAGES[1:]))
+    together = layer(x)
+    for size in (1, 3, 7):
+        parts = torch.cat([layer(part) for part in x.split(size)])
+        torch.testing.assert_close(parts, together, rtol=1e-6, atol=1e-6)
+    order = torch.randperm(11, generator=torch.Generator().manual_seed(0))
+    torch.testing.assert_close(layer(x[order]), together[order], rtol=1e-6, atol=1e-6)

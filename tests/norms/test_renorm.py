@@ -1,0 +1,447 @@
+import copy
+import math
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import nn
+from torch.utils.checkpoint import checkpoint
+
+from normlab import build
+from normlab.config import compose
+from normlab.norms import BatchNorm, BatchRenorm, GhostBatchNorm
+from normlab.norms.base import normalization, population_layers
+from normlab.population import EmaBank, estimate
+
+from .formulas import LAYOUTS, SHAPES, lay_out, random_affine, sets_per_channel, statistics
+
+NOW = {"start": 0.0, "r_end": 0.0, "d_end": 0.0}
+"""Final limits from the first forward on."""
+OFF = {"r_max": 1.0, "d_max": 0.0, **NOW}
+FREE = {"r_max": math.inf, "d_max": math.inf, **NOW}
+PARTLY = {"r_max": 1.5, "d_max": 0.5, **NOW}
+
+
+def moved(layer, seed=1):
+    """The layer with running statistics that no batch of these tests has."""
+    generator = torch.Generator().manual_seed(seed)
+    c = layer.num_features
+    layer.running_mean.copy_(torch.randn(c, generator=generator, dtype=torch.float64))
+    layer.running_var.copy_(torch.rand(c, generator=generator, dtype=torch.float64) * 3 + 0.1)
+    return layer
+
+
+def definition(x, dy, layer, nbs, r_limit, d_limit):
+    """Algorithm 1 of the paper element by element in float64, and its gradient.
+
+    With z = (x - m) / s: y = w (z r + d) + b, so with r and d constant dx is that of batch norm
+    with weight w r, dweight = sum dy (z r + d), dbias = sum dy.
+    """
+    x, dy = (v.detach().double().numpy() for v in (x, dy))
+    sets = sets_per_channel(x.shape, np.arange(len(x)) // nbs)
+    mean, var = statistics(x, sets)
+    channel = np.arange(len(mean)) % x.shape[1]
+    buffers = layer.running_mean.double().numpy(), layer.running_var.double().numpy()
+    mu, sigma = buffers[0][channel], np.sqrt(buffers[1][channel] + layer.eps)
+    s = np.sqrt(var + layer.eps)
+    r = np.clip(s / sigma, 1 / r_limit, r_limit)
+    d = np.clip((mean - mu) / sigma, -d_limit, d_limit)
+    shape = (1, -1, *[1] * (x.ndim - 2))
+    w, b = (p.detach().double().numpy().reshape(shape) for p in (layer.weight, layer.bias))
+    others = tuple(axis for axis in range(x.ndim) if axis != 1)
+    z = (x - mean[sets]) / s[sets]
+    hat = z * r[sets] + d[sets]
+    g = dy * w * r[sets]
+    dx = (g - statistics(g, sets)[0][sets] - z * statistics(g * z, sets)[0][sets]) / s[sets]
+    return hat * w + b, dx, (dy * hat).sum(others), dy.sum(others)
+
+
+@pytest.mark.parametrize("limits", [OFF, PARTLY, FREE], ids=["off", "partly", "free"])
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("nbs", [None, 4])
+@pytest.mark.parametrize("shape", SHAPES)
+def test_formula(shape, nbs, dtype, layout, limits):
+    layer = BatchRenorm(6, nbs=nbs, eps=1e-2, **limits)
+    layer = moved(layer.double() if dtype == torch.float64 else layer)
+    random_affine(layer)
+    torch.manual_seed(3)
+    x = lay_out(torch.randn(shape, dtype=torch.float64).to(dtype), layout).requires_grad_()
+    dy = torch.randn(shape, dtype=torch.float64).to(dtype)
+    expected = definition(x, dy, layer, nbs or len(x), limits["r_max"], limits["d_max"])
+    y = layer(x)
+    y.backward(lay_out(dy, layout))
+    assert y.dtype == dtype
+    if layout == "channels_last" and len(shape) > 3:
+        assert y.movedim(1, -1).is_contiguous()
+    atol = {torch.float64: 1e-12, torch.float32: 3e-5, torch.bfloat16: 4e-2}[dtype]
+    actual = y, x.grad, layer.weight.grad, layer.bias.grad
+    for ours, values in zip(actual, expected, strict=True):
+        scale = max(1.0, np.abs(values).max())
+        np.testing.assert_allclose(
+            ours.detach().double().numpy(), values, rtol=0, atol=atol * scale
+        )
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("nbs", [None, 2, 4])
+def test_without_correction_it_is_batch_norm_over_the_chunks(nbs, layout):
+    torch.manual_seed(0)
+    renorm = moved(BatchRenorm(3, nbs=nbs, **OFF).double())
+    plain = BatchNorm(3) if nbs is None else GhostBatchNorm(3, nbs=nbs)
+    plain = plain.double()
+    plain.load_state_dict(renorm.state_dict(), strict=True)
+    for layer in (renorm, plain):
+        random_affine(layer)
+    for _ in range(3):
+        x, dy = torch.randn(2, 8, 3, 4, 4, dtype=torch.float64)
+        inputs = [lay_out(x, layout).requires_grad_() for _ in range(2)]
+        outputs = [layer(v) for layer, v in zip((renorm, plain), inputs, strict=True)]
+        for y in outputs:
+            y.backward(dy)
+        torch.testing.assert_close(*outputs, rtol=0, atol=1e-12)
+        torch.testing.assert_close(*(v.grad for v in inputs), rtol=0, atol=1e-12)
+    for ours, theirs in zip(renorm.parameters(), plain.parameters(), strict=True):
+        torch.testing.assert_close(ours.grad, theirs.grad, rtol=0, atol=1e-12)
+    for key, value in plain.state_dict().items():
+        torch.testing.assert_close(renorm.state_dict()[key], value, rtol=1e-12, atol=0)
+
+
+@settings(max_examples=40, deadline=None)
+@given(
+    chunks=st.integers(1, 4),
+    nbs=st.integers(2, 4),
+    spatial=st.sampled_from([(), (3,), (2, 2), (2, 1, 2)]),
+    layout=st.sampled_from(LAYOUTS),
+    affine=st.booleans(),
+    seed=st.integers(0, 1000),
+)
+def test_free_correction_is_population_forward_and_batch_backward(
+    chunks, nbs, spatial, layout, affine, seed
+):
+    """The output is eval's at the same statistics; dx is not, and sums to 0 per chunk."""
+    torch.manual_seed(seed)
+    layer = moved(BatchRenorm(3, nbs=nbs, affine=affine, eps=1e-2, **FREE).double(), seed)
+    random_affine(layer)
+    shape = (chunks * nbs, 3, *spatial)
+    x = lay_out(torch.randn(shape, dtype=torch.float64), layout).requires_grad_()
+    dy = torch.randn(shape, dtype=torch.float64)
+    with normalization(layer, statistics="population"):
+        population = layer(x)
+    (constant,) = torch.autograd.grad(population, x, dy)
+    y = layer(x)
+    torch.testing.assert_close(y, population, rtol=0, atol=1e-11)
+    y.backward(dy)
+    for chunk in x.grad.split(nbs):
+        sums = chunk.transpose(0, 1).flatten(1).sum(1)
+        torch.testing.assert_close(sums, torch.zeros_like(sums), rtol=0, atol=1e-10)
+    assert (x.grad - constant).abs().max() > 1e-3
+
+
+def test_correction_acts_before_weight_and_bias():
+    """P52: r and d are no part of the affine."""
+    x = torch.randn(8, 3, 4, 4, dtype=torch.float64)
+    layer = moved(BatchRenorm(3, **PARTLY).double())
+    layer.update = False
+    plain = layer(x)
+    with torch.no_grad():
+        layer.weight.fill_(2)
+        layer.bias.fill_(3)
+    torch.testing.assert_close(layer(x), 2 * plain + 3, rtol=0, atol=1e-12)
+
+
+@pytest.mark.parametrize("nbs", [None, 2])
+def test_the_correction_uses_the_statistics_before_the_update(nbs):
+    """P53: others read the running statistics that this very batch had already moved."""
+    torch.manual_seed(0)
+    x = torch.randn(8, 3, 4, 4, dtype=torch.float64) + 1
+    layer = moved(BatchRenorm(3, nbs=nbs, decay=0.5, **FREE).double())
+    before = copy.deepcopy(layer).eval()
+    expected = before(x)
+    torch.testing.assert_close(layer(x), expected, rtol=0, atol=1e-12)
+    assert not torch.equal(layer.running_mean, before.running_mean)
+
+
+@pytest.mark.parametrize("nbs", [None, 2])
+def test_eps_does_not_reach_the_running_variance(nbs):
+    """P54: running_var follows the chunks' unbiased variances alone, for however large an eps."""
+    torch.manual_seed(0)
+    shape = (8, 3, 2, 2)
+    layer = moved(BatchRenorm(3, nbs=nbs, eps=10.0, decay=0.7).double())
+    mean, var = layer.running_mean.numpy().copy(), layer.running_var.numpy().copy()
+    size = nbs or 8
+    for step in range(3):
+        x = torch.randn(shape, dtype=torch.float64) + step
+        layer(x)
+        sets = sets_per_channel(shape, np.arange(8) // size)
+        means, biased = (v.reshape(-1, 3) for v in statistics(x.numpy(), sets))
+        unbiased = biased * (size * 4) / (size * 4 - 1)
+        mean, var = 0.7 * mean + 0.3 * means.mean(0), 0.7 * var + 0.3 * unbiased.mean(0)
+    np.testing.assert_allclose(layer.running_mean.numpy(), mean, rtol=1e-12)
+    np.testing.assert_allclose(layer.running_var.numpy(), var, rtol=1e-12)
+    assert layer.num_batches_tracked == 3
+
+
+def test_eval_uses_running_statistics_and_moves_nothing():
+    """P53: others update in eval. P55: the state_dict is BatchNorm2d's, whatever the variant."""
+    torch.manual_seed(0)
+    layer = moved(BatchRenorm(3, nbs=4))
+    random_affine(layer)
+    layer.eval()
+    before = copy.deepcopy(layer.state_dict())
+    plain = nn.BatchNorm2d(3).eval()
+    plain.load_state_dict(layer.state_dict(), strict=True)
+    for samples in (1, 3, 8):
+        x = torch.randn(samples, 3, 4, 4)
+        assert torch.equal(layer(x), plain(x))
+    assert all(torch.equal(v, layer.state_dict()[k]) for k, v in before.items())
+    trained = nn.BatchNorm2d(3)
+    trained(torch.randn(8, 3, 4, 4))
+    layer.load_state_dict(trained.state_dict(), strict=True)
+    assert layer.num_batches_tracked == 1
+
+
+class TestRamp:
+    def test_defaults_are_the_papers(self):
+        """Ioffe 2017: batch norm for 5k steps, r_max 3 at 40k, d_max 5 at 25k."""
+        layer = BatchRenorm(3)
+        expected = {
+            0: (1, 0), 5_000: (1, 0), 15_000: (1 + 2 * 10 / 35, 2.5), 25_000: (1 + 2 * 20 / 35, 5),
+            40_000: (3, 5), 100_000: (3, 5),
+        }  # fmt: skip
+        for n, limits in expected.items():
+            assert layer.limits(n) == pytest.approx(limits)
+
+    @pytest.mark.parametrize("options", [{}, NOW, FREE, {"r_max": math.inf, "d_end": 0.04}])
+    def test_numbers_and_tensors_agree(self, options):
+        """A GPU computes the limits without being waited for."""
+        layer = BatchRenorm(3, forwards=100, **options)
+        for n in (0, 3, 4, 5, 17, 20, 21, 32, 33, 1000):
+            on_device = [float(v) for v in layer.limits(torch.tensor(n))]
+            assert on_device == pytest.approx(layer.limits(n))
+
+    def test_counts_the_forwards_that_update(self):
+        """Every micro-batch counts; evaluations and forwards without update do not."""
+        x = torch.randn(8, 3, 4, 4) * 2 + 1
+        layer = moved(BatchRenorm(3, forwards=4, start=0.5, r_end=0.75, d_end=0.75))
+        plain = BatchNorm(3)
+        layer.eval()(x)
+        layer.train()
+        with normalization(layer, update=False):
+            layer(x)
+        for corrected in (False, False, False, True):
+            assert torch.allclose(layer(x), plain(x), atol=1e-5) is not corrected
+        assert layer.num_batches_tracked == 4
+
+    def test_goes_on_from_a_checkpoint(self):
+        torch.manual_seed(0)
+        steps = torch.randn(10, 8, 3, 4, 4)
+        options = {"forwards": 10, "start": 0.2, "r_end": 0.8, "d_end": 0.6, "nbs": 4}
+        whole, first, second = (BatchRenorm(3, **options) for _ in range(3))
+        expected = [whole(x) for x in steps]
+        for x in steps[:5]:
+            first(x)
+        second.load_state_dict(first.state_dict())
+        for x, y in zip(steps[5:], expected[5:], strict=True):
+            assert torch.equal(second(x), y)
+
+
+@pytest.mark.parametrize("reentrant", [True, False])
+@pytest.mark.parametrize("nbs", [None, 4])
+def test_checkpointed_forwards_repeat_the_correction(nbs, reentrant):
+    """P53, P18: the recomputation has the statistics that its forward had, and updates nothing."""
+    torch.manual_seed(0)
+    layer = moved(BatchRenorm(3, nbs=nbs, decay=0.5, **PARTLY).double())
+    twin = copy.deepcopy(layer)
+    inputs = torch.randn(2, 8, 3, 4, 4, dtype=torch.float64)
+    ours, theirs = (inputs.clone().requires_grad_() for _ in range(2))
+    # Two forwards before one backward: two recomputations, with other statistics each.
+    loss = sum(checkpoint(layer, x, use_reentrant=reentrant).pow(3).sum() for x in ours)
+    loss.backward()
+    sum(twin(x).pow(3).sum() for x in theirs).backward()
+    torch.testing.assert_close(ours.grad, theirs.grad, rtol=0, atol=1e-12)
+    for p, q in zip(layer.parameters(), twin.parameters(), strict=True):
+        torch.testing.assert_close(p.grad, q.grad, rtol=0, atol=1e-11)
+    assert all(torch.equal(v, twin.state_dict()[k]) for k, v in layer.state_dict().items())
+
+
+def test_two_forwards_before_one_backward():
+    """P28: an update moves nothing that an earlier forward's gradient needs."""
+    layer = moved(BatchRenorm(3, **PARTLY))
+    x = torch.randn(2, 8, 3, 4, 4, requires_grad=True)
+    (layer(x[0]).square().sum() + layer(x[1]).square().sum()).backward()
+    assert x.grad.isfinite().all()
+
+
+@pytest.mark.parametrize("nbs", [None, 2])
+def test_estimates_and_observers_get_the_batchs_own_statistics(nbs):
+    torch.manual_seed(0)
+    x = torch.randn(12, 3, 4, 4)
+    layer = moved(BatchRenorm(3, nbs=nbs, **PARTLY))
+    before = copy.deepcopy(layer.state_dict())
+    (values,) = estimate(layer, x.split(4), estimator="pooled").values()
+    torch.testing.assert_close(values.mean, x.double().mean((0, 2, 3)), rtol=0, atol=1e-6)
+    expected = x.double().var((0, 2, 3), correction=0)
+    torch.testing.assert_close(values.var, expected, rtol=1e-6, atol=0)
+    assert all(torch.equal(v, layer.state_dict()[k]) for k, v in before.items())
+
+
+def test_an_ema_bank_follows_the_buffers():
+    layer = BatchRenorm(3, nbs=4, decay=0.8)
+    bank = EmaBank(layer, [0.8])
+    for step in range(4):
+        layer(torch.randn(8, 3, 4, 4) + step)
+    (values,) = bank.population(0.8).values()
+    torch.testing.assert_close(values.mean.float(), layer.running_mean, rtol=1e-5, atol=1e-6)
+    torch.testing.assert_close(values.var.float(), layer.running_var, rtol=1e-5, atol=1e-6)
+
+
+def test_group_size_replaces_the_chunks():
+    torch.manual_seed(0)
+    x = torch.randn(12, 3, 2, 2, dtype=torch.float64)
+    layer = moved(BatchRenorm(3, nbs=4, **PARTLY).double())
+    other = moved(BatchRenorm(3, nbs=6, **PARTLY).double())
+    with normalization(layer, group_size=6):
+        assert torch.equal(layer(x), other(x))
+
+
+@pytest.mark.parametrize("nbs", [None, 4])
+@pytest.mark.parametrize("statistics", ["batch", "population"])
+@pytest.mark.parametrize("update", [True, False])
+@pytest.mark.parametrize("training", [True, False])
+def test_every_combination_of_choices_runs_or_is_refused(nbs, statistics, update, training):
+    """P50: chunks, correction, source and update compose, or say that they do not."""
+    layer = moved(BatchRenorm(3, nbs=nbs, **PARTLY)).train(training)
+    before = layer.running_mean.clone()
+    layer.statistics, layer.update = statistics, update
+    x = torch.randn(8, 3, 4, 4, requires_grad=True)
+    if update and statistics == "population":
+        with pytest.raises(ValueError, match="update=True"):
+            layer(x)
+    else:
+        layer(x).square().sum().backward()
+        assert x.grad.isfinite().all()
+        assert torch.equal(before, layer.running_mean) is not update
+
+
+@pytest.mark.parametrize("layout", ["contiguous", "channels_last"])
+@pytest.mark.parametrize("nbs", [None, 4])
+@pytest.mark.parametrize("offset", [1e4, 1e6])
+def test_large_means_keep_precision(offset, nbs, layout):
+    """P64: the variance is taken of centered values, to the rounding of the input itself."""
+    torch.manual_seed(0)
+    x = lay_out(torch.randn(8, 3, 8, 8) + offset, layout)
+    layer = BatchRenorm(3, nbs=nbs, decay=0.5)
+    layer(x)
+    chunks = x.double().split(nbs or 8)
+    expected = torch.stack([c.var((0, 2, 3)) for c in chunks]).mean(0)
+    error = (layer.running_var.double() - (0.5 + 0.5 * expected)).abs().max()
+    assert error < 1e-6 * offset + 1e-5
+
+
+@pytest.mark.parametrize("layout", ["contiguous", "channels_last"])
+@pytest.mark.parametrize("nbs", [None, 4])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_half_inputs_have_float32_statistics(dtype, nbs, layout):
+    torch.manual_seed(0)
+    x = lay_out((torch.randn(8, 3, 9, 9) * 300).to(dtype), layout).requires_grad_()
+    for affine in (True, False):
+        layer = BatchRenorm(3, nbs=nbs, affine=affine)
+        seen = []
+        layer.observers.append(seen.append)
+        y = layer(x)
+        y.sum().backward()
+        assert y.dtype == dtype
+        assert y.isfinite().all()
+        assert seen[0].var.dtype == layer.running_var.dtype == torch.float32
+        expected = x.detach().double().view(-1, nbs or 8, 3, 81).var((1, 3), correction=0)
+        torch.testing.assert_close(seen[0].var.double(), expected, rtol=1e-5, atol=0)
+
+
+@pytest.mark.parametrize("nbs", [None, 2])
+def test_gradients_agree_with_numerical_ones(nbs):
+    """With r and d at their limits, where they are constant; also gradients of gradients."""
+    torch.manual_seed(0)
+    layer = BatchRenorm(2, nbs=nbs, r_max=1.1, d_max=0.1, **NOW).double()
+    layer.running_mean.fill_(5)
+    layer.running_var.fill_(50)
+    layer.update = False
+    x = torch.randn(4, 2, 3, dtype=torch.float64, requires_grad=True)
+
+    def call(x, weight, bias):
+        return torch.func.functional_call(layer, {"weight": weight, "bias": bias}, x)
+
+    values = x, layer.weight, layer.bias
+    assert torch.autograd.gradcheck(call, values)
+    assert torch.autograd.gradgradcheck(lambda x: call(x, *values[1:]), x)
+
+
+@pytest.mark.parametrize("nbs", [None, 4])
+def test_compiles_without_graph_breaks(nbs):
+    """P73: the compiled layer is the eager one."""
+    torch.manual_seed(0)
+    layer = moved(BatchRenorm(3, nbs=nbs, forwards=4, start=0, r_end=0.5, d_end=0.5))
+    twin = copy.deepcopy(layer)
+    torch._dynamo.reset()
+    compiled = torch.compile(layer, backend="aot_eager", fullgraph=True)
+    for _ in range(3):
+        x = torch.randn(8, 3, 4, 4)
+        torch.testing.assert_close(compiled(x), twin(x))
+    torch.testing.assert_close(layer.running_var, twin.running_var)
+    assert layer.num_batches_tracked == 3
+
+
+def test_copies_start_afresh_and_behave_alike():
+    layer = BatchRenorm(3, nbs=4, **PARTLY)
+    layer(torch.randn(8, 3, 4, 4))
+    twin = copy.deepcopy(layer)
+    x = torch.randn(8, 3, 4, 4)
+    assert torch.equal(layer(x), twin(x))
+    assert torch.equal(layer.running_var, twin.running_var)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"nbs": 1}, "nbs=1 is instance norm"),
+        ({"nbs": 0}, "nbs must be"),
+        ({"nbs": 2.0}, "nbs must be"),
+        ({"nbs": True}, "nbs"),
+        ({"r_max": 0.9}, "r_max must be at least 1"),
+        ({"r_max": math.nan}, "r_max must be at least 1"),
+        ({"d_max": -0.1}, "d_max must be at least 0"),
+        ({"start": -0.1}, "start must be at least 0"),
+        ({"start": 0.3}, "d_end must be at least start=0.3"),
+        ({"r_end": 0.01}, "r_end must be at least start=0.04"),
+        ({"d_end": math.inf}, "d_end must be at least start=0.04 and finite"),
+        ({"forwards": 0}, "forwards must be"),
+        ({"forwards": 1.5}, "forwards must be"),
+        ({"decay": 1.0}, "decay must be in"),
+    ],
+)
+def test_bad_arguments_are_refused(arguments, message):
+    with pytest.raises(ValueError, match=message):
+        BatchRenorm(3, **arguments)
+
+
+@pytest.mark.parametrize("samples", [10, 0, 1])
+def test_a_bad_batch_is_refused_before_anything_changes(samples):
+    """P8: also one element per channel, where there is nothing to normalize."""
+    layer = BatchRenorm(3, nbs=4 if samples == 10 else None)
+    before = copy.deepcopy(layer.state_dict())
+    with pytest.raises(ValueError, match=r"batch of 10|empty batch|more than one element"):
+        layer(torch.randn(samples, 3))
+    assert all(torch.equal(v, layer.state_dict()[k]) for k, v in before.items())
+
+
+def test_a_run_fills_in_its_own_number_of_forwards():
+    """Accumulated micro-batches count each: the ramp is a share of the whole training."""
+    sizes = ["norm=renorm", "data=digits", "model=tiny", "batch_size=64", "nbs=8", "epochs=3"]
+    config = compose([*sizes, "micro_batch=16"])
+    dataset = build.data(config)
+    layers = population_layers(build.model(config, dataset)).values()
+    assert {layer.forwards for layer in layers} == {3 * (dataset.size("train") // 64) * 4}
+    with pytest.raises(ValueError, match=r"norm\.forwards: norm=renorm has no such option"):
+        build.norm(compose([*sizes, "+norm.forwards=7"]), dataset)

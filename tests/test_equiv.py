@@ -1,0 +1,91 @@
+"""Three ways to form one batch, to 1e-12 in float64 (E21), and a command that can say no."""
+
+from functools import partial
+
+import pytest
+import torch
+from torch import nn
+
+from normlab import cli, equiv
+from normlab.models.cifar_resnet import build
+from normlab.norms import BatchNorm, GhostBatchNorm
+
+
+def network() -> nn.Module:
+    torch.manual_seed(0)
+    return build(BatchNorm, num_classes=10, shape=(3, 16, 16), depth=8)
+
+
+@pytest.mark.parametrize(("samples", "nbs"), [(8, 4), (8, 2)])
+def test_every_route_gives_the_same_step(samples, nbs):
+    """P35: accumulated gradients are ghost's, and those of as many processes."""
+    x, y = torch.randn(samples, 3, 16, 16), torch.arange(samples) % 10
+    model = network()
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+    rows = equiv.compare(model, x, y, nbs=nbs)
+    named = {(row.routes.split(",")[0], row.quantity) for row in rows}
+    assert ("ghost = accumulation", "outputs") in named
+    assert ("ghost = ranks", "gradients") in named
+    assert len(rows) == 8
+    for row in rows:
+        assert row.holds, row
+        assert row.difference <= 1e-12 or not row.equal
+    assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
+
+
+def test_accumulation_and_ghost_forget_by_their_own_rule():
+    """E21: after k micro-batches decay**k of the old buffers is left, after k chunks decay."""
+    x = torch.randn(12, 4, 3, 3, dtype=torch.float64)
+    plain, ghost = BatchNorm(4).double(), GhostBatchNorm(4, nbs=4).double()
+    for layer in (plain, ghost):
+        layer.running_mean.fill_(100)
+    ghost(x)
+    for part in x.split(4):
+        plain(part)
+    means = [part.mean((0, 2, 3)) for part in x.split(4)]
+    torch.testing.assert_close(ghost.running_mean, 90 + 0.1 * sum(means) / 3, rtol=1e-13, atol=0)
+    expected = 72.9 + 0.1 * (0.81 * means[0] + 0.9 * means[1] + means[2])
+    torch.testing.assert_close(plain.running_mean, expected, rtol=1e-13, atol=0)
+
+
+def test_a_wrong_route_is_seen(monkeypatch):
+    """The comparison fails for a ghost norm whose chunks interleave: other samples, other batch."""
+    monkeypatch.setattr(equiv, "GhostBatchNorm", partial(GhostBatchNorm, grouping="interleaved"))
+    x, y = torch.randn(8, 3, 16, 16), torch.arange(8)
+    rows = equiv.compare(network(), x, y, nbs=4)
+    assert not any(row.holds for row in rows if row.quantity in ("outputs", "gradients"))
+
+
+@pytest.mark.parametrize(
+    ("model", "nbs", "said"),
+    [
+        (network(), 3, "does not divide 8 samples"),
+        (network(), 8, "two chunks"),
+        (nn.Linear(2, 2), 4, "no layer with population statistics"),
+    ],
+)
+def test_refusals(model, nbs, said):
+    with pytest.raises(ValueError, match=said):
+        equiv.compare(model, torch.randn(8, 3, 16, 16), torch.arange(8), nbs=nbs)
+
+
+def test_the_command_prints_the_table(capsys):
+    assert cli.main(["equiv", "batch_size=32", "nbs=16"]) == 0
+    said = capsys.readouterr().out
+    assert "tiny, 32 samples, nbs 16" in said
+    assert said.count(" equal") == 7
+    assert said.count("differ, as they must") == 1
+
+
+@pytest.mark.parametrize(
+    ("argument", "said"),
+    [
+        ("norm=bn", "norm=bn"),
+        ("batch_size=16", "one chunk"),
+        ("nsb=4", "did you mean 'nbs'"),
+        ("nbs=24", "does not divide batch_size"),
+    ],
+)
+def test_the_command_refuses_in_one_line(argument, said, capsys):
+    assert cli.main(["equiv", argument]) == 2
+    assert said in capsys.readouterr().err

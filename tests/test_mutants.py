@@ -1,0 +1,69 @@
+"""One-line mistakes in the layers and estimators, each of which a named test must notice.
+
+`mutants.yaml` lists them. `make test` checks that each still names a line that exists once; the
+slow case makes each mistake in a copy of the package and runs its test, which has to fail.
+"""
+
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import yaml
+
+import normlab
+
+PACKAGE = Path(normlab.__file__).parent
+TESTS = Path(__file__).parent
+MUTANTS = yaml.safe_load((TESTS / "mutants.yaml").read_text(encoding="utf-8"))
+FAILED = 1  # pytest's exit code for tests that ran and failed: not 2 to 5, which are no verdict
+
+
+def identity(mutant: dict[str, str]) -> str:
+    return f"{mutant['file']}: {mutant['mistake']}"
+
+
+def test_there_are_enough_and_none_twice():
+    assert len(MUTANTS) >= 40
+    assert len({(m["file"], m["line"], m["becomes"]) for m in MUTANTS}) == len(MUTANTS)
+
+
+@pytest.mark.parametrize("mutant", MUTANTS, ids=identity)
+def test_names_one_line(mutant):
+    source = (PACKAGE / mutant["file"]).read_text(encoding="utf-8")
+    assert source.count(mutant["line"]) == 1
+    assert "\n" not in mutant["line"]
+    path, *_, function = mutant["test"].split("::")
+    assert f"def {function}(" in (TESTS / path).read_text(encoding="utf-8")
+
+
+def run(test: str, package: Path) -> subprocess.CompletedProcess[str]:
+    """One test in a process of its own, with the package that lies in `package`.
+
+    -P: the checkout, where the tests are, would come before it.
+    """
+    return subprocess.run(
+        [sys.executable, "-P", "-m", "pytest", "-xq", "-p", "no:cacheprovider", "-m", "", test],
+        cwd=TESTS.parent,
+        env={**os.environ, "PYTHONPATH": str(package), "PYTHONDONTWRITEBYTECODE": "1"},
+        capture_output=True,
+        text=True,
+        timeout=300,
+        check=False,
+    )
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("mutant", MUTANTS, ids=identity)
+def test_is_noticed(mutant, tmp_path):
+    shutil.copytree(PACKAGE, tmp_path / "normlab", ignore=shutil.ignore_patterns("__pycache__"))
+    for kind in ("conf", "experiments"):
+        if not (PACKAGE / kind).exists():  # in a checkout they lie beside the package
+            shutil.copytree(PACKAGE.parent / kind, tmp_path / kind)
+    path = tmp_path / "normlab" / mutant["file"]
+    source = path.read_text(encoding="utf-8")
+    path.write_text(source.replace(mutant["line"], mutant["becomes"]), encoding="utf-8")
+    done = run(f"tests/{mutant['test']}", tmp_path)
+    assert done.returncode == FAILED, done.stdout[-2000:] + done.stderr[-2000:]
