@@ -159,6 +159,19 @@ def test_the_real_experiments_compose_into_distinct_cells():
             assert len(found.points) == len(grid.first_cells(loaded, scale))
 
 
+@pytest.mark.parametrize("scale", ["demo", "desk", "gpu"])
+def test_experiments_that_share_a_run_evaluate_the_same_epochs(scale):
+    """Whichever made the run first, the other needs epochs whose weights are gone by then."""
+    epochs: dict[str, dict[int, str]] = {}
+    for name in experiment.names():
+        loaded = experiment.load(name)
+        for point, overrides in grid.first_cells(loaded, scale).items():
+            composed = config.compose(overrides)
+            shared = epochs.setdefault(config.cell_key(composed), {})
+            shared.setdefault(composed["eval_last"], f"{name} {point}")
+    assert not [wanted for wanted in epochs.values() if len(wanted) > 1]
+
+
 def test_the_seed_is_no_part_of_a_cell():
     loaded = experiment.load("nbs")
     first, second = loaded.cells("demo")[:2]
