@@ -12,11 +12,11 @@ import multiprocessing
 import sys
 import tempfile
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from datetime import timedelta
-from functools import partial
 from pathlib import Path
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -24,9 +24,9 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from normlab import build, config
-from normlab.norms import BatchNorm, GhostBatchNorm
 from normlab.norms.base import PopulationNorm, population_layers
 from normlab.norms.ghost import Population
+from normlab.surgery import convert
 
 __all__ = ["Row", "compare", "main"]
 
@@ -98,10 +98,10 @@ def compare(network: nn.Module, x: Tensor, y: Tensor, *, nbs: int, decay: float 
     x = x.double()
 
     def ghost(population: Population, kept: float = decay) -> Outcome:
-        layer = partial(GhostBatchNorm, nbs=nbs, population=population, decay=kept)
-        return _step(_formed(network, layer), [x], [y])
+        formed = _formed(network, "ghost", nbs=nbs, population=population, decay=kept)
+        return _step(formed, [x], [y])
 
-    plain = _formed(network, partial(BatchNorm, decay=decay))
+    plain = _formed(network, "bn", decay=decay)
     accumulated = _step(copy.deepcopy(plain), list(x.split(nbs)), list(y.split(nbs)))
     ranks = _over_ranks(plain, x, y, chunks)
     first, mean = ghost("first"), ghost("mean")
@@ -136,15 +136,14 @@ def compare(network: nn.Module, x: Tensor, y: Tensor, *, nbs: int, decay: float 
     return rows
 
 
-def _formed(network: nn.Module, layer: Callable[..., PopulationNorm]) -> nn.Module:
-    """A copy in float64 whose layers with population statistics are made by `layer`."""
-    formed = copy.deepcopy(network).double()
-    for name, old in population_layers(formed).items():
-        new = layer(old.num_features, eps=old.eps, affine=old.weight is not None).double()
-        new.load_state_dict(old.state_dict())
-        parent, _, attribute = name.rpartition(".")
-        setattr(formed.get_submodule(parent), attribute, new)
-    return formed
+def _formed(network: nn.Module, norm: str, **options: Any) -> nn.Module:
+    """A copy in float64 whose layers with population statistics are `norm`s."""
+    return convert(
+        copy.deepcopy(network).double(),
+        norm,
+        only=lambda _, layer: isinstance(layer, PopulationNorm),
+        **options,
+    )
 
 
 def _step(network: nn.Module, xs: list[Tensor], ys: list[Tensor]) -> Outcome:

@@ -1,7 +1,5 @@
 """Three ways to form one batch, to 1e-12 in float64 (E21), and a command that can say no."""
 
-from functools import partial
-
 import pytest
 import torch
 from torch import nn
@@ -9,6 +7,7 @@ from torch import nn
 from normlab import cli, equiv
 from normlab.models.cifar_resnet import build
 from normlab.norms import BatchNorm, GhostBatchNorm
+from normlab.surgery import convert
 
 
 def network() -> nn.Module:
@@ -50,7 +49,12 @@ def test_accumulation_and_ghost_forget_by_their_own_rule():
 
 def test_a_wrong_route_is_seen(monkeypatch):
     """The comparison fails for a ghost norm whose chunks interleave: other samples, other batch."""
-    monkeypatch.setattr(equiv, "GhostBatchNorm", partial(GhostBatchNorm, grouping="interleaved"))
+
+    def wrong(model, norm, **options):
+        other = {"grouping": "interleaved"} if norm == "ghost" else {}
+        return convert(model, norm, **options, **other)
+
+    monkeypatch.setattr(equiv, "convert", wrong)
     x, y = torch.randn(8, 3, 16, 16), torch.arange(8)
     rows = equiv.compare(network(), x, y, nbs=4)
     assert not any(row.holds for row in rows if row.quantity in ("outputs", "gradients"))

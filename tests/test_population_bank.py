@@ -8,7 +8,7 @@ import torch
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
-from normlab.norms import BatchNorm, GhostBatchNorm
+from normlab.norms import BatchNorm, GhostBatchNorm, population_layers
 from normlab.population import EmaBank, estimate
 
 
@@ -171,7 +171,10 @@ class TestEmaBank:
     def test_a_copied_model_is_not_followed(self):
         model = network()
         bank = EmaBank(model, [0.9])
-        train(copy.deepcopy(model), torch.randn(2, 8, 2, 9, 9))
+        copied = copy.deepcopy(model)
+        assert all(layer.observers == [] for layer in population_layers(copied).values())
+        train(copied, torch.randn(2, 8, 2, 9, 9))
+        copy.copy(next(iter(population_layers(model).values()))).train()(torch.randn(8, 4, 9, 9))
         assert bank.population(0.9) == {}
 
     @pytest.mark.parametrize("decays", [[1.0], [0.9, -0.1], [1.5], [float("nan")], [0.9, 0.9]])
