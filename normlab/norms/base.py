@@ -25,6 +25,7 @@ __all__ = [
     "PopulationNorm",
     "SampleNorm",
     "Source",
+    "check_nbs",
     "move_towards",
     "normalization",
     "population_layers",
@@ -57,6 +58,14 @@ def _check_common(num_features: int, eps: float) -> None:
         raise ValueError(f"num_features must be at least 1, not {num_features}")
     if not eps > 0:
         raise ValueError(f"eps must be above 0, not {eps}")
+
+
+def check_nbs(nbs: object, layer: str) -> None:
+    """Refuse chunks of other than a whole number of samples from 2 on."""
+    if nbs == 1 and not isinstance(nbs, bool):
+        raise ValueError(f"nbs=1 is instance norm (norm=in); {layer} needs nbs >= 2")
+    if isinstance(nbs, bool) or not isinstance(nbs, int) or nbs < 2:
+        raise ValueError(f"nbs must be a whole number of at least 2, not {nbs!r}")
 
 
 def _check_input(x: Tensor, num_features: int, layer: str) -> None:

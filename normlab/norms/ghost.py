@@ -5,7 +5,7 @@ from typing import ClassVar, Literal, get_args
 import torch
 from torch import Tensor
 
-from normlab.norms.base import BatchStatistics, PopulationNorm, move_towards
+from normlab.norms.base import BatchStatistics, PopulationNorm, check_nbs, move_towards
 
 __all__ = ["GhostBatchNorm"]
 
@@ -68,10 +68,7 @@ class GhostBatchNorm(PopulationNorm):
         affine: bool = True,
     ) -> None:
         super().__init__(num_features, eps=eps, decay=decay, affine=affine)
-        if nbs == 1:
-            raise ValueError("nbs=1 is instance norm (norm=in); ghost batch norm needs nbs >= 2")
-        if isinstance(nbs, bool) or not isinstance(nbs, int) or nbs < 2:
-            raise ValueError(f"nbs must be a whole number of at least 2, not {nbs!r}")
+        check_nbs(nbs, "ghost batch norm")
         if grouping not in get_args(Grouping):
             raise ValueError(f"grouping is one of {get_args(Grouping)}, not {grouping!r}")
         if population not in get_args(Population):

@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from normlab.norms._grouped import grouped_batch_norm
-from normlab.norms.base import BatchStatistics, PopulationNorm, recomputing
+from normlab.norms.base import BatchStatistics, PopulationNorm, check_nbs, recomputing
 
 __all__ = ["BatchRenorm"]
 
@@ -79,10 +79,8 @@ class BatchRenorm(PopulationNorm):
         affine: bool = True,
     ) -> None:
         super().__init__(num_features, eps=eps, decay=decay, affine=affine)
-        if nbs == 1:
-            raise ValueError("nbs=1 is instance norm (norm=in); batch renorm needs nbs >= 2")
-        if nbs is not None and (isinstance(nbs, bool) or not isinstance(nbs, int) or nbs < 2):
-            raise ValueError(f"nbs must be a whole number of at least 2, not {nbs!r}")
+        if nbs is not None:
+            check_nbs(nbs, "batch renorm")
         if not r_max >= 1:
             raise ValueError(f"r_max must be at least 1 (no rescaling), not {r_max}")
         if not d_max >= 0:
