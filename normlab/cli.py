@@ -50,7 +50,9 @@ def sweep(argv: list[str]) -> int:
 
 def report(argv: list[str]) -> int:
     parser = _parser("report", "Tables, figures, verdicts and one page over all experiments.")
-    parser.add_argument("experiment", nargs="*", help="whose report to print (default: all)")
+    parser.add_argument(
+        "experiment", nargs="*", help="whose report to print, and to take runs into (default: all)"
+    )
     _add_runs(parser)
     parser.add_argument(
         "--results", default="results", help="where to write, and what is committed"
