@@ -68,6 +68,7 @@ def evaluator(job: Job, stop: Stop) -> Evaluator:
         job.model,
         job.data,
         nbs=job.plan.nbs,
+        batch_size=job.plan.batch_size,
         seed=job.config["seed"],
         device=build.device(job.config),
         channels_last=job.config["channels_last"],

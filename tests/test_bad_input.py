@@ -154,6 +154,8 @@ CASES = [
     case("evaluation", "train evals=[val:ema/decay:0.9]", "decay:0.9", "ema_bank"),
     case("evaluation", "train evals=[val:batch/order:1000]", "order:1000", "0..999"),
     case("evaluation", "train batch_size=512", "val:batch", "512", "300"),
+    case("evaluation", "train evals=[val:batch/pattern:4b2]", "pattern:4b2", "16x2"),
+    case("evaluation", "train evals=[val:batch/pattern:3x2]", "groups of 6", "batches of 128"),
     case("evaluation", "eval RUN val:emma", "val:emma", "precise"),
     case("evaluation", "eval RUN tset:ema", "tset:ema", "test"),
     case("run", "eval nosuchrun val:ema", "nosuchrun", "runs"),

@@ -154,6 +154,8 @@ class Dataset(ABC):
         samples: int | None = None,
         augment: bool = False,
         drop_last: bool = False,
+        pattern: Order = SHUFFLED,
+        within: int = 0,
         device: torch.device | str = "cpu",
         channels_last: bool = False,
     ) -> Iterator[Batch]:
@@ -162,10 +164,17 @@ class Dataset(ABC):
         order    None: stored order (many data sets are stored by class: never for mini-batch
                  statistics); a number: a permutation seeded with it, from a stream of its own
         samples  only the first that many of the order
+        pattern  an order of training, drawn for SGD batches of `within` samples and seeded with
+                 `order`: only the images that it can use
         Without `drop_last` the last batch may be smaller. Raises ValueError at the call for an
         unknown split, more samples than there are, or settings that leave no batch.
         """
         n = self.size(split)
+        patterned: Indices | None = None
+        if pattern != SHUFFLED:
+            rng = generator(Stream.EVAL_ORDER, order or 0)
+            patterned = arranged(self.labels(split), pattern, within, rng).ravel()
+            n = len(patterned)
         if samples is not None and not 1 <= samples <= n:
             raise ValueError(f"samples={samples}: {split} of {self.name} has {n} images")
         wanted = n if samples is None else samples
@@ -174,7 +183,9 @@ class Dataset(ABC):
             raise ValueError(
                 f"batch_size={batch_size}: {split} of {self.name} offers {wanted} images"
             )
-        if order is None:
+        if patterned is not None:
+            positions = patterned
+        elif order is None:
             positions = np.arange(n, dtype=np.int64)
         else:
             positions = generator(Stream.EVAL_ORDER, order).permutation(n)
