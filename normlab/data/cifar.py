@@ -137,8 +137,9 @@ def _from_torchvision(kind: Kind, parent: Path) -> Source:
                 " download it again"
             ) from e
 
+    files = (f for f in (parent / kind.folder).iterdir() if f.is_file())
     return Source(
-        sorted(f for f in (parent / kind.folder).iterdir() if f.is_file()),
+        sorted(f for f in files if not f.name.startswith(".")),  # a file manager's notes
         "",
         lambda split: np.asarray(read(split).data, dtype=np.uint8),
         lambda split: np.asarray(read(split).targets, dtype=np.int64),

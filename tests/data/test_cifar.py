@@ -251,6 +251,7 @@ def test_the_original_is_preferred_wherever_it_lies(
     write_cifar(tmp_path / "a")
     write_original(tmp_path / "a" / "cifar10" / "cifar-10-batches-py")
     write_original(tmp_path / "b" / "cifar-10-batches-py")
+    (tmp_path / "b" / "cifar-10-batches-py" / ".DS_Store").write_text("not part of the data")
     one, other = load(tmp_path / "a"), load(tmp_path / "b")
     assert one.note == ""
     assert one.digest == other.digest
