@@ -12,7 +12,7 @@ import torch
 from torch import nn
 
 from normlab import build, checkpoint
-from normlab.batchplan import BatchPlan, steps
+from normlab.batchplan import BatchPlan
 from normlab.checkpoint import Stop
 from normlab.data.base import Dataset
 from normlab.evaluate import Evaluator
@@ -42,7 +42,7 @@ def construct(config: dict[str, Any]) -> Job:
     """Build everything a run needs. Raises ValueError or OSError with one clear line."""
     plan = build.plan(config)
     data = build.data(config)
-    per_epoch, dropped = steps(data.size("train"), plan, config["remainder"])
+    per_epoch, dropped = build.steps(config, data)
     extra = plan.virtual_extra * plan.accumulation
     if extra > data.size("train"):
         raise ValueError(
@@ -68,6 +68,7 @@ def evaluator(job: Job, stop: Stop) -> Evaluator:
         job.model,
         job.data,
         nbs=job.plan.nbs,
+        batch_size=job.plan.batch_size,
         seed=job.config["seed"],
         device=build.device(job.config),
         channels_last=job.config["channels_last"],

@@ -18,6 +18,7 @@ LATER: dict[str, Any] = {
     "norm.cumulative": False,
     "conv": {"name": "plain"},
     "init": "default",
+    "order": "shuffled",
 }
 """Dotted keys introduced after version 1, each with the default of its introduction."""
 
@@ -94,7 +95,7 @@ def run_id(config: dict[str, Any], *, device: str, data_digest: str, kernels: bo
 
     device: the kind (cpu, cuda). data_digest: of the underlying data. kernels: whether the fused
     kernels are on. Norms that look at no other sample have no ``nbs`` part; ``conv`` and ``init``
-    follow the norm where they are not the default (``tiny-gn-ws-s0-...``).
+    follow the norm, and ``order`` the NBS, where they are not the default (``tiny-gn-ws-s0-...``).
     """
     kept = training_config(config)
     digest = _digest(
@@ -111,6 +112,7 @@ def run_id(config: dict[str, Any], *, device: str, data_digest: str, kernels: bo
     parts += [config["init"]] if "init" in kept else []
     if "nbs" in kept:
         parts.append(f"nbs{kept['nbs']}")
+    parts += [config["order"]] if "order" in kept else []
     return "-".join([*parts, f"s{config['seed']}", digest])
 
 
