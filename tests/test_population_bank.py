@@ -5,30 +5,12 @@ import copy
 import numpy as np
 import pytest
 import torch
+from populations import assert_statistics, network
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
 from normlab.norms import BatchNorm, GhostBatchNorm, population_layers
 from normlab.population import EmaBank, estimate
-
-
-def network():
-    torch.manual_seed(0)
-    return nn.Sequential(
-        nn.Conv2d(2, 4, 3),
-        BatchNorm(4),
-        nn.ReLU(),
-        nn.Dropout(0.5),
-        nn.Conv2d(4, 3, 3),
-        GhostBatchNorm(3, nbs=2),
-        nn.Flatten(),
-    )
-
-
-def assert_statistics(statistics, mean, var, rtol, atol=1e-12):
-    assert statistics.mean.dtype == statistics.var.dtype == torch.float64
-    np.testing.assert_allclose(statistics.mean.numpy(), mean, rtol=rtol, atol=atol)
-    np.testing.assert_allclose(statistics.var.numpy(), var, rtol=rtol, atol=atol)
 
 
 def train(model, batches, optimizer=None):
