@@ -99,6 +99,15 @@ class TestEmaBank:
         model(torch.randn(8, 2, 9, 9))
         assert bank.population(0.9) == {}
 
+    def test_a_layer_that_is_frozen_keeps_its_constants(self):
+        """P44: an evaluation with the averages must not put others in their place."""
+        model = network()
+        bank = EmaBank(model, [0.9])
+        train(model, torch.randn(2, 8, 2, 9, 9))
+        assert list(bank.population(0.9)) == ["1", "5"]
+        model[1].statistics = "population"
+        assert list(bank.population(0.9)) == ["5"]
+
     def test_resumed_equals_uninterrupted(self, tmp_path):
         batches = torch.randn(6, 8, 2, 9, 9)
         model = network()
@@ -174,5 +183,8 @@ class TestEmaBank:
         bank = EmaBank(network(), [0.9])
         with pytest.raises(ValueError, match="decays"):
             bank.load_state_dict(EmaBank(network(), [0.8]).state_dict())
-        with pytest.raises(ValueError, match="other layers"):
-            bank.load_state_dict(EmaBank(BatchNorm(4), [0.9]).state_dict())
+        wider = network()
+        wider[5] = BatchNorm(4)
+        for other in (BatchNorm(4), wider):
+            with pytest.raises(ValueError, match="other layers"):
+                bank.load_state_dict(EmaBank(other, [0.9]).state_dict())

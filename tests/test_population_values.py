@@ -27,6 +27,15 @@ class TestUsing:
             raise KeyError
         assert_unchanged(model, before)
 
+    def test_restores_a_model_that_was_moved_meanwhile(self):
+        """Moving a model gives it other tensors than those that were filled."""
+        model = network()
+        before = everything(model)
+        with using(model, self.population(model)):
+            model.double().float()
+            assert not torch.equal(model[1].running_mean, before[3]["1.running_mean"])
+        assert_unchanged(model, before)
+
     def test_layers_that_are_not_named_stay(self):
         model = network()
         before = copy.deepcopy(model[5].state_dict())
