@@ -300,7 +300,7 @@ def test_average_buffers_refuses_on_every_rank(ranks, mistake):
     [
         ({"how": "mean"}, "'average' or 'broadcast'"),
         ({"count": -1}, "count must be at least 0 and finite, not -1"),
-        ({"count": math.nan}, "count must be at least 0 and finite, not nan"),
+        ({"count": math.inf}, "count must be at least 0 and finite, not inf"),
     ],
 )
 def test_average_buffers_refuses_alone(arguments, message):
