@@ -68,43 +68,54 @@ def assert_equal(found, expected, close=1e-12):
             torch.testing.assert_close(statistics.var, expected[name].var, **near)
 
 
-def together(rank, of_ranks, wrapped):
+def together(rank, of_ranks):
     model = network()
-    model[1].running_mean += rank  # what the buffers hold, and on which rank, plays no role
     model[6].statistics = "population"
-    if wrapped == "ddp":
-        model = DistributedDataParallel(model)
-    elif wrapped == "inside":
-        model = nn.Sequential(DistributedDataParallel(model), nn.Flatten())
     for buffer in model.buffers():
-        buffer += rank
+        buffer += rank  # what the buffers hold, and on which rank, plays no role
     before = kept(model)
     found = {name: estimate(model, of_ranks[rank], estimator=name) for name in ESTIMATORS}
     assert kept(model) == before
     return found
 
 
-@pytest.mark.parametrize(
-    ("sizes", "wrapped"),
-    [
-        (UNEQUAL, ""),
-        ([[], [], [4, 2], []], ""),
-        ([[2], [2], [4], [2]], ""),
-        (UNEQUAL, "ddp"),
-        (UNEQUAL, "inside"),
-    ],
-)
-def test_unequal_loaders_are_one_process_on_the_union(ranks, sizes, wrapped):
-    """P36, P28: also in a DistributedDataParallel, whose broadcasts some ranks would not join."""
+@pytest.mark.parametrize("sizes", [UNEQUAL, [[], [], [4, 2], []], [[2], [2], [4], [2]]])
+def test_unequal_loaders_are_one_process_on_the_union(ranks, sizes):
+    """P36"""
     of_ranks = batches(sizes)
-    results = ranks.run(together, of_ranks, wrapped)
+    results = ranks.run(together, of_ranks)
     model = network()
     model[6].statistics = "population"
-    prefix = {"": "", "ddp": "module.", "inside": "0.module."}[wrapped]
     for name in ESTIMATORS:
-        one = estimate(model, union(of_ranks), estimator=name)
-        expected = {prefix + layer: values for layer, values in one.items()}
+        expected = estimate(model, union(of_ranks), estimator=name)
         assert_equal([result[name] for result in results], expected)
+
+
+def wrapped(rank, of_ranks, inside):
+    """In two ranks only: to load what the wrapper needs takes a second each."""
+    pair = distributed.new_group([0, 1])
+    if rank > 1:
+        return None
+    model = DistributedDataParallel(network(), process_group=pair)
+    if inside:
+        model = nn.Sequential(model, nn.Flatten())
+    for buffer in model.buffers():
+        buffer += rank
+    before = kept(model)
+    found = [estimate(model, of_ranks[rank], estimator=e, group=pair) for e in ESTIMATORS]
+    assert kept(model) == before
+    return found
+
+
+@pytest.mark.parametrize("inside", [False, True])
+def test_a_distributed_data_parallel_broadcasts_nothing(ranks, inside):
+    """P36, P28: not every rank would join, and ranks' buffers would be overwritten."""
+    of_ranks = batches([[4, 2, 6], []])
+    results = ranks.run(wrapped, of_ranks, inside)[:2]
+    for number, name in enumerate(ESTIMATORS):
+        one = estimate(network(), of_ranks[0], estimator=name)
+        expected = {("0." if inside else "") + f"module.{layer}": v for layer, v in one.items()}
+        assert_equal([result[number] for result in results], expected)
 
 
 def in_groups(rank, of_ranks):
