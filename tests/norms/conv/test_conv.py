@@ -138,6 +138,21 @@ def test_standardized_filters_have_mean_0_and_variance_1(kind):
     assert quotient == pytest.approx(math.sqrt(27 / 26))  # 1.9 %
 
 
+@pytest.mark.parametrize("kind", ["wn", "cwn"])
+def test_new_parameters_have_their_own_lengths(kind):
+    """reset_parameters draws v anew: g stays the parameter it is, and becomes the new |v|."""
+    layer = make(kind, 3, 5, 3)
+    g = layer.weight_g
+    with torch.no_grad():
+        g.mul_(7)
+    torch.manual_seed(3)
+    layer.reset_parameters()
+    torch.manual_seed(3)
+    fresh = make(kind, 3, 5, 3)
+    assert layer.weight_g is g
+    assert all(map(torch.equal, layer.parameters(), fresh.parameters()))
+
+
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("value", [0.0, 0.1, -300.0])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
