@@ -51,6 +51,20 @@ def test_bitwise_torch(shape, dtype, layout, affine, observed):
     assert torch.equal(ours.eval()(x), theirs.eval()(x))
 
 
+@pytest.mark.parametrize(("learning", "update"), [(True, False), (False, True), (False, False)])
+@pytest.mark.parametrize("layout", ["contiguous", "channels_last"])
+def test_which_forwards_are_torch_s_to_the_bit(layout, learning, update):
+    """All that update or compute gradients; the others in the layouts that have one route."""
+    torch.manual_seed(0)
+    x = lay_out(torch.randn(8, 6, 9, 9), layout)
+    ours, theirs = BatchNorm(6), nn.BatchNorm2d(6)
+    ours.update = update
+    with torch.set_grad_enabled(learning):
+        y, expected = ours(x), theirs(x)
+    torch.testing.assert_close(y, expected, rtol=1e-6, atol=1e-6)
+    assert torch.equal(y, expected) or not (learning or update or layout == "channels_last")
+
+
 def assert_same_state(one, other):
     assert list(one) == list(other)
     for name, value in one.items():

@@ -305,12 +305,15 @@ def test_a_wrong_number_of_labels_is_refused(switches, training):
     layer = separate(3, 3, switches).train(training)
     used = not (training and switches[0] and switches[2] and switches[1])
     used = used and not (not training and switches[1] and switches[2])
-    before = state(layer)
+    before, x = state(layer), torch.randn(8, 3, 2)
+    unlabelled = None if used else copy.deepcopy(layer)(x)
     with domains(layer, [0, 1, 2]):
         if used:
             with pytest.raises(ValueError, match="8 samples came with 3 domain labels"):
-                layer(torch.randn(8, 3, 2))
+                layer(x)
             assert same(state(layer), before)
+        else:  # what uses nothing specific does not look at labels
+            assert torch.equal(layer(x), unlabelled)
 
 
 @pytest.mark.parametrize("training", [True, False])
@@ -625,6 +628,42 @@ def test_half_precision_keeps_float32_statistics(switches):
     torch.testing.assert_close(y.double(), expected, rtol=0, atol=1e-2)
     assert layer.running_mean.dtype == layer.running_var.dtype == torch.float32
     torch.testing.assert_close(layer.running_var.double(), exact.running_var, rtol=1e-3, atol=0)
+
+
+@pytest.mark.parametrize("switches", SWITCHES)
+def test_a_layer_in_half_precision_runs(switches):
+    """Parameters and buffers in half too: forward, backward, update and evaluation."""
+    layer = separate(3, 3, switches).bfloat16()
+    exact = copy.deepcopy(layer).double()
+    x = torch.randn(8, 3, 6, 6).bfloat16().requires_grad_()
+    with domains(layer, LABELS), domains(exact, LABELS):
+        for training in (True, False):
+            y, expected = layer.train(training)(x), exact.train(training)(x.detach().double())
+            assert y.dtype == torch.bfloat16
+            torch.testing.assert_close(y.double(), expected, rtol=0.05, atol=0.05)
+            y.square().sum().backward()
+            assert x.grad.isfinite().all()
+    assert all(v.dtype in (torch.bfloat16, torch.int64) for v in layer.state_dict().values())
+
+
+@pytest.mark.parametrize("update", [True, False])
+def test_observers_get_what_a_batch_norm_s_would(update):
+    """To the bit, by the route that updates and the one that does not; variances small beside eps."""
+    torch.manual_seed(0)
+    layer, plain, x = separate(3), BatchNorm(3), torch.randn(8, 3, 4, 4) * 1e-4
+    seen = {}
+    for norm in (layer, plain):
+        norm.update, seen[norm] = update, []
+        norm.observers.append(seen[norm].append)
+    with domains(layer, LABELS):
+        layer(x)
+    for d in (0, 2):
+        plain(x[torch.tensor(LABELS) == d])
+    assert [batch.population for batch in seen[layer]] == ["[0]", "[2]"]
+    for one, other in zip(seen[layer], seen[plain], strict=True):
+        assert torch.equal(one.mean, other.mean)
+        assert torch.equal(one.var, other.var)
+        assert one.count == other.count
 
 
 @pytest.mark.parametrize("switches", SWITCHES)
