@@ -3,6 +3,8 @@
 The reference is the layer itself in float64, contiguous, which its own tests hold to the formula.
 """
 
+from itertools import product
+
 import pytest
 import torch
 
@@ -38,7 +40,7 @@ def test_half_inputs_have_float32_statistics(variant, dtype, training, layout):
 
 
 @pytest.mark.parametrize("layout", ["contiguous", "channels_last"])
-@pytest.mark.parametrize("offset", [1e4, 1e5, 1e6])
+@pytest.mark.parametrize("offset", [1e4, 1e6])
 @pytest.mark.parametrize("training", [True, False])
 @pytest.mark.parametrize("variant", LAYERS)
 def test_offsets_cost_what_float32_rounds_off_a_mean(variant, training, offset, layout):
@@ -64,20 +66,18 @@ def test_offsets_cost_what_float32_rounds_off_a_mean(variant, training, offset, 
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
-@pytest.mark.parametrize("benchmark", [False, True])
-@pytest.mark.parametrize("layout", ["contiguous", "channels_last"])
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
 @pytest.mark.parametrize("variant", FAMILY)
-def test_whatever_cudnn_chooses_is_accurate(variant, dtype, layout, benchmark, monkeypatch):
+def test_whatever_cudnn_chooses_is_accurate(variant, monkeypatch):
     """P66: its persistent mode was not, and overflowed; with and without its own choosing."""
-    monkeypatch.setattr(torch.backends.cudnn, "benchmark", benchmark)
-    layer = make(variant).train()
-    x, dy = (data(1) * 300).to(dtype), data(2).to(dtype)
-    expected = run(in_float64(layer), x.double(), dy.double())
-    found = run(layer.cuda(), lay_out(x.cuda(), layout), lay_out(dy.cuda(), layout))
-    close(
-        {name: value.cpu() for name, value in found.items()}, expected, 8 * torch.finfo(dtype).eps
-    )
+    dtypes, layouts = (torch.float32, torch.float16), ("contiguous", "channels_last")
+    for dtype, layout, benchmark in product(dtypes, layouts, (False, True)):
+        monkeypatch.setattr(torch.backends.cudnn, "benchmark", benchmark)
+        layer = make(variant).train()
+        x, dy = (data(1) * 300).to(dtype), data(2).to(dtype)
+        expected = run(in_float64(layer), x.double(), dy.double())
+        found = run(layer.cuda(), lay_out(x.cuda(), layout), lay_out(dy.cuda(), layout))
+        found = {name: value.cpu() for name, value in found.items()}
+        close(found, expected, 8 * torch.finfo(dtype).eps)
 
 
 @pytest.mark.parametrize("gpu", [False, True])

@@ -9,23 +9,45 @@ from torch.func import functional_call, grad, vmap
 from torch.utils.checkpoint import checkpoint
 
 from .formulas import lay_out
-from .zoo import LAYERS, close, data, make, run, uses_batch
+from .zoo import LAYERS, close, data, make, uses_batch
 
 
-def _compiled(variant, training, layout, backend):
+class Every(nn.Module):
+    """The layers beside each other, each for an input of its own: one graph to form for all."""
+
+    def __init__(self, variants):
+        super().__init__()
+        self.layers = nn.ModuleDict({"-".join(map(str, v)): make(v) for v in variants})
+
+    def forward(self, inputs):
+        return {name: layer(inputs[name]) for name, layer in self.layers.items()}
+
+
+def leaves(layers, x):
+    return {name: x.detach().clone().requires_grad_() for name in layers.layers}
+
+
+def _compiled(variants, training, layout, backend):
     torch._dynamo.reset()
-    layer = make(variant).train(training)
-    twin = copy.deepcopy(layer)
-    compiled = torch.compile(twin, backend=backend, fullgraph=True)
+    layers = Every(variants).train(training)
+    twins = copy.deepcopy(layers)
+    compiled = torch.compile(twins, backend=backend, fullgraph=True)
     for seed in (1, 2):
         x, dy = (lay_out(data(s).float(), layout) for s in (seed, seed + 9))
-        expected = run(layer, x, dy)
-        leaf = x.detach().requires_grad_()
-        y = compiled(leaf)
-        y.backward(dy)
-        found = {"y": y.detach(), "dx": leaf.grad}
-        found |= {f"d{k}": v.grad for k, v in twin.named_parameters() if v.requires_grad}
-        close(found | dict(twin.named_buffers()), expected, 1e-5)
+        results = []
+        for call in (compiled, layers):
+            inputs = leaves(layers, x)
+            outputs = call(inputs)
+            torch.autograd.backward(list(outputs.values()), [dy] * len(outputs))
+            results.append({f"{k} y": y.detach() for k, y in outputs.items()})
+            results[-1] |= {f"{k} dx": leaf.grad for k, leaf in inputs.items()}
+        for result, module in zip(results, (twins, layers), strict=True):
+            named = [(k, v) for k, v in module.named_parameters() if v.requires_grad]
+            result |= {f"d {k}": v.grad.clone() for k, v in named} | dict(module.named_buffers())
+        close(*results, 1e-5)
+
+
+FAMILIAR = [parameter.values[0] for parameter in LAYERS]
 
 
 @pytest.mark.parametrize(
@@ -36,30 +58,30 @@ def _compiled(variant, training, layout, backend):
         ("contiguous", "eager", False),
     ],
 )
-@pytest.mark.parametrize("variant", LAYERS)
-def test_compiled_without_a_break(variant, layout, backend, training):
-    """P73: one graph; outputs, gradients and buffers are eager's."""
-    _compiled(variant, training, layout, backend)
+def test_compiled_without_a_break(layout, backend, training):
+    """P73, P5: one graph; outputs, gradients and buffers are eager's, of every layer."""
+    _compiled(FAMILIAR, training, layout, backend)
 
 
-@pytest.mark.parametrize("name", ["bn", "ghost"])
-def test_a_checkpoint_inside_what_is_compiled_updates_once(name):
+def test_a_checkpoint_inside_what_is_compiled_updates_once():
     """P18: and has the gradient without either."""
     torch._dynamo.reset()
-    layer = make((name, 0)).train()
-    twin = copy.deepcopy(layer)
+    layers = Every([("bn", 0), ("ghost", 0)]).train()
+    twins = copy.deepcopy(layers)
     x = data(1).float()
-    expected = run(nn.Sequential(layer, nn.Tanh()), x, torch.ones_like(x))
 
-    def step(leaf: torch.Tensor) -> torch.Tensor:
-        return checkpoint(nn.Sequential(twin, nn.Tanh()), leaf, use_reentrant=False)
+    def step(inputs):
+        outputs = checkpoint(twins, inputs, use_reentrant=False)
+        return sum(y.tanh().sum() for y in outputs.values())
 
-    leaf = x.clone().requires_grad_()
-    torch.compile(step, backend="aot_eager")(leaf).sum().backward()
-    torch.testing.assert_close(leaf.grad, expected["dx"], rtol=1e-4, atol=1e-5)
-    torch.testing.assert_close(twin.running_mean, layer.running_mean)
-    torch.testing.assert_close(twin.running_var, layer.running_var)
-    assert twin.num_batches_tracked == 1
+    ours, theirs = leaves(layers, x), leaves(layers, x)
+    torch.compile(step, backend="aot_eager")(ours).backward()
+    sum(y.tanh().sum() for y in layers(theirs).values()).backward()
+    for name, twin in twins.layers.items():
+        torch.testing.assert_close(ours[name].grad, theirs[name].grad, rtol=1e-4, atol=1e-5)
+        torch.testing.assert_close(twin.running_mean, layers.layers[name].running_mean)
+        torch.testing.assert_close(twin.running_var, layers.layers[name].running_var)
+        assert twin.num_batches_tracked == 1
 
 
 @pytest.mark.slow
@@ -68,17 +90,19 @@ def test_a_checkpoint_inside_what_is_compiled_updates_once(name):
 @pytest.mark.parametrize("name", ["bn", "ghost", "renorm", "gn"])
 def test_compiled_by_inductor(name, layout, training):
     """P73: generated code too."""
-    _compiled((name, 0), training, layout, "inductor")
+    _compiled([(name, 0)], training, layout, "inductor")
 
 
-@pytest.mark.parametrize("variant", LAYERS)
-def test_export_of_an_evaluation(variant):
-    layer = make(variant).eval()
+def test_export_of_an_evaluation():
+    layers = Every(FAMILIAR).eval()
     x = data(1).float()
     samples = torch.export.Dim("samples", min=2, max=64)
-    program = torch.export.export(layer, (x,), dynamic_shapes=({0: samples},))
+    inputs = leaves(layers, x)
+    dynamic = ({name: {0: samples} for name in inputs},)
+    program = torch.export.export(layers, (inputs,), dynamic_shapes=dynamic).module()
     for n in (8, 3):
-        torch.testing.assert_close(program.module()(x[:n]), layer(x[:n]))
+        given = dict.fromkeys(inputs, x[:n])
+        torch.testing.assert_close(program(given), layers(given))
 
 
 @pytest.mark.parametrize("training", [True, False])

@@ -648,7 +648,7 @@ def test_a_layer_in_half_precision_runs(switches):
 
 @pytest.mark.parametrize("update", [True, False])
 def test_observers_get_what_a_batch_norm_s_would(update):
-    """To the bit, by the route that updates and the one that does not; variances small beside eps."""
+    """To the bit, by the route that updates and the one that does not; variances below eps."""
     torch.manual_seed(0)
     layer, plain, x = separate(3), BatchNorm(3), torch.randn(8, 3, 4, 4) * 1e-4
     seen = {}
