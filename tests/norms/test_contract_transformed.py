@@ -48,19 +48,23 @@ def _compiled(variants, training, layout, backend):
 
 
 FAMILIAR = [parameter.values[0] for parameter in LAYERS]
+OWN = [("bn", 1), ("ghost", 1), ("gn", 0), ("l1", 0), ("renorm", 1), ("virtual", 1)]
+"""One of each kind of route through torch's operators; BatchNorm's own is in virtual's."""
 
 
 @pytest.mark.parametrize(
-    ("layout", "backend", "training"),
+    ("variants", "layout", "backend", "training"),
     [
-        ("contiguous", "aot_eager", True),
-        ("channels_last", "eager", True),
-        ("contiguous", "eager", False),
+        (OWN, "contiguous", "aot_eager", True),
+        (FAMILIAR, "channels_last", "eager", True),
+        (FAMILIAR, "contiguous", "eager", False),
+        pytest.param(FAMILIAR, "contiguous", "aot_eager", True, marks=pytest.mark.slow),
     ],
+    ids=["train", "train-channels_last", "eval", "train-all"],
 )
-def test_compiled_without_a_break(layout, backend, training):
+def test_compiled_without_a_break(variants, layout, backend, training):
     """P73, P5: one graph; outputs, gradients and buffers are eager's, of every layer."""
-    _compiled(FAMILIAR, training, layout, backend)
+    _compiled(variants, training, layout, backend)
 
 
 def test_a_checkpoint_inside_what_is_compiled_updates_once():
