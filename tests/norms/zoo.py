@@ -33,7 +33,7 @@ ARGUMENTS: dict[str, list[Arguments]] = {
     "lrn": [{}],
     "none": [{}],
     "renorm": [{}, {"nbs": 4, "start": 0.0, "r_end": 0.0, "d_end": 0.0}],
-    # With specific statistics it wants labels: tests/norms/test_separate.py.
+    # With specific statistics it wants labels: tests/norms/test_separate*.py.
     "separate": [
         {"num_domains": 1},
         {"num_domains": 2, "share_statistics": True, "share_population": True},
