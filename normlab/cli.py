@@ -25,7 +25,7 @@ usage: normlab <command> [arguments]
   equiv   [key=value ...]       ghost, accumulation and ranks form the same batch: in numbers
   show    [WHAT]                norms, convs, models, data, recipes, scales, experiments, ...
   show    norm NAME             the card of a layer: formula, variance, population, limits, errors
-  bench   [--quick]             the speed of training, data and statistics
+  bench   [TOPIC] [--quick]     the speed of training, data and statistics; of every layer
 
 normlab <command> --help tells more; normlab --version.
 Shell completion: eval "$(normlab -sc install=bash)"
@@ -118,12 +118,15 @@ def show(argv: list[str]) -> int:
 
 
 def bench(argv: list[str]) -> int:
-    parser = _parser("bench", "The speed of training, data and statistics; fills results/bench.")
-    parser.add_argument("--quick", action="store_true", help="fewer rounds: under two minutes")
+    parser = _parser("bench", "Speed against the stock ways of the same; fills results/bench.")
+    parser.add_argument(
+        "topic", nargs="?", choices=["runs", "layers"], help="runs: training, data, statistics"
+    )
+    parser.add_argument("--quick", action="store_true", help="fewer rounds: four minutes for all")
     given = parser.parse_args(argv)
     from normlab.bench import main as measure
 
-    return measure(["--quick"] if given.quick else [])
+    return measure([*filter(None, [given.topic]), *["--quick"] * given.quick])
 
 
 COMMANDS = {
