@@ -1,7 +1,8 @@
 """`normlab <command> ...`: each command in one line, imported only when it is the one.
 
-Exit codes: 0 done, 1 a run failed or diverged, or cells of a sweep were refused while others ran,
-2 refused (one to five lines say why, and nothing was written), 130 Ctrl-C, 143 SIGTERM.
+Exit codes: 0 done, 1 a run failed or diverged, or some of what was asked for could not be made and
+the rest was, 2 refused (one to five lines say why, and nothing was written), 130 Ctrl-C, 143
+SIGTERM.
 NORMLAB_TRACEBACK=1 shows where a refusal comes from.
 """
 

@@ -152,6 +152,8 @@ CASES = [
     case("run", "show runs --runs nonsense", "--runs", "nonsense", "not a directory"),
     # The weights of its first epoch are gone, and what was not tracked cannot be read.
     case("run", f"train {SMALL} eval_last=2", "eval_last=2", "epoch 1", "delete", "runs="),
+    case("run", f"train {SMALL} ema_bank=[0.5]", "ema_bank=[0.5]", "tracked []", "delete", "runs="),
+    case("run", f"train -m seed=0,0 {SMALL} eval_last=2", "epoch 1", "(2 cells)"),
     case(
         "run",
         f"train {SMALL} ema_bank=[0.5] evals=[val:ema/decay:0.5]",
