@@ -83,7 +83,9 @@ def evaluate(argv: list[str]) -> int:
 
 def plan(argv: list[str]) -> int:
     parser = _parser("plan", "How the batch of one SGD step is formed.")
-    parser.add_argument("override", nargs="*", help="batch_size=1024 nbs=32 ...")
+    parser.add_argument(
+        "override", nargs="*", help="batch_size=1024 nbs=32 ..., experiment=renorm arm=br-4"
+    )
     from normlab import show
 
     return show.plan(parser.parse_args(argv).override)

@@ -87,6 +87,23 @@ def test_plan_prints_the_batch_plan(capfd: pytest.CaptureFixture[str]) -> None:
     }
 
 
+def test_plan_tells_of_each_arm(capfd: pytest.CaptureFixture[str]) -> None:
+    code, out, _ = run("plan", "experiment=renorm", "arm=br-4,gn", "lr=1", capture=capfd)
+    assert code == 0
+    blocks = [dict(line.split()[:2] for line in b.splitlines()) for b in out.split("\n\n")]
+    assert [(b["arm"], b["norm"], b["nbs"]) for b in blocks] == [
+        ("br-4", "renorm", "4"),
+        ("gn", "gn", "-"),
+    ]
+    code, out, _ = run("plan", "experiment=nbs_forms", "nbs=8", capture=capfd)
+    assert code == 0
+    told = [line.split()[1] for line in out.splitlines() if line.startswith("arm ")]
+    assert told == list(experiment.load("nbs_forms").scale("demo").arms)
+    code, out, _ = run("plan", "experiment=nbs", "nbs=8", capture=capfd)
+    assert code == 0
+    assert not out.startswith("arm")
+
+
 # -- Hydra ----------------------------------------------------------------------------------------
 
 
