@@ -264,13 +264,21 @@ def test_an_ema_bank_is_tracked_from_the_start_or_not_at_all():
         start("epochs=2", "ema_bank=[0.5]")
 
 
-def test_a_run_keeps_its_ema_bank_when_continued_without_asking_for_it():
-    first = start("ema_bank=[0.5,0.75]")
-    (first.path / "status.json").unlink()
-    start()
-    later = start("ema_bank=[0.75]", "evals=[val:ema/decay:0.75]")
+def test_a_run_keeps_its_ema_bank_when_continued_without_asking_for_it(monkeypatch):
+    twice = ["epochs=2", "eval_last=2"]
+    original = worker.Trainer.train_epoch
+    with monkeypatch.context() as patch:
+        patch.setattr(
+            worker.Trainer, "train_epoch", lambda t: original(t) if t.epoch == 0 else 1 / 0
+        )
+        with pytest.raises(launch.JobError):
+            start(*twice, "ema_bank=[0.5,0.75]")
+    start(*twice)
+    wanted = [*twice, "ema_bank=[0.75]", "evals=[val:ema/decay:0.75]"]
+    later = start(*wanted)
     assert later.lacking == ""
-    at_once = start("ema_bank=[0.75]", "evals=[val:ema/decay:0.75]", "runs=at_once")
+    at_once = start(*wanted, "runs=at_once")
+    assert evaluated(later) > evaluated(at_once)
     assert later.summary["val:ema/decay:0.75"] == at_once.summary["val:ema/decay:0.75"]
 
 
