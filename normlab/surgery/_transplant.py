@@ -1,7 +1,6 @@
 """Moving everything that makes up a layer into another of a different class."""
 
 import copy
-import weakref
 from dataclasses import dataclass, fields, replace
 from typing import Any
 
@@ -18,7 +17,6 @@ __all__ = [
     "WithActivation",
     "group_of",
     "hand_over",
-    "move_hooks",
     "origin_of",
     "save_as",
     "shell",
@@ -32,7 +30,6 @@ STATISTICS = ("running_mean", "running_var", "num_batches_tracked")
 _NAMES = ("weight", "bias", *STATISTICS)
 _ONES = {"weight", "running_var"}
 _BARE = frozenset(vars(nn.Module()))
-_HOOKS = sorted(name for name in _BARE if name.endswith(("_hooks", "_with_kwargs", "_called")))
 
 
 def tensors(module: nn.Module) -> dict[str, Tensor | None]:
@@ -216,18 +213,6 @@ def _move_parametrization(old: nn.Module, new: nn.Module, name: str) -> None:
         raise ValueError(f"{name} is parametrized, and {type(new).__name__} has it as a buffer")
     parametrize.register_parametrization(new, name, nn.Identity())
     _parametrizations(new)[name] = _parametrizations(old)[name]
-
-
-def move_hooks(old: nn.Module, new: nn.Module) -> None:
-    """The dictionaries themselves go over: a handle removes its hook from the one it knows."""
-    for name in _HOOKS:
-        hooks = getattr(old, name)
-        hooks.update(getattr(new, name))
-        vars(new)[name] = hooks
-        for hook in hooks.values():
-            if getattr(hook, "with_module", False):  # it is called with the module it belongs to
-                hook.module = weakref.ref(new)
-    vars(new)["_is_full_backward_hook"] = old._is_full_backward_hook
 
 
 class WithActivation(nn.Module):

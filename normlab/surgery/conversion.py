@@ -8,6 +8,7 @@ import torch
 from torch import nn
 
 from normlab.norms import find
+from normlab.norms._hooks import move_hooks
 from normlab.norms.base import PopulationNorm, SampleNorm
 from normlab.norms.frozen import FrozenBatchNorm
 from normlab.norms.none import NoNorm
@@ -26,7 +27,6 @@ from normlab.surgery._transplant import (
     Origin,
     group_of,
     hand_over,
-    move_hooks,
     origin_of,
     save_as,
     shell,
@@ -346,7 +346,9 @@ def _refuse_loss(old: nn.Module, new: nn.Module, lossy: bool) -> None:
     untracked = "running_mean" in old._buffers and old._buffers["running_mean"] is None
     counted = {*STATISTICS, "weight", "bias"} - {"num_batches_tracked"}
     lost, fresh = counted & (has - gets), counted & (gets - has)
-    kept = hasattr(new, "group") or hasattr(new, "process_group") or origin_of(old) or origin_of(new)
+    kept = (
+        hasattr(new, "group") or hasattr(new, "process_group") or origin_of(old) or origin_of(new)
+    )
     if group_of(old) is not None and not kept:
         lost.add("group")
     if isinstance(old, PopulationNorm) and getattr(new, "running_mean", 0) is None:
