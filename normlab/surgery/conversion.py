@@ -61,12 +61,18 @@ def convert(
     the same values under the same state_dict keys, training, requires_grad, dtype, device, eps and
     decay (round(1 - momentum, 12)), the same hooks with working handles, the same parametrizations;
     a module at two places stays one. Buffers are copied. A batch norm without running statistics
-    keeps to its batches (statistics="batch", update=False, no new state_dict key); torchvision's
-    frozen weights become parameters without gradient. norm="frozen" freezes the weights too, unless
-    affine="trainable"; what it froze thaws with the next conversion. A SyncBatchNorm's group of
-    ranks goes to a norm that takes one, and waits where a norm has no place for it for one that
-    has. References outside the module tree (a Python list of layers) are not
-    followed.
+    keeps to its batches (statistics="batch", update=False, no new state_dict key), and is equal up
+    to rounding, not to the bit; torchvision's frozen weights become parameters without gradient.
+    norm="frozen" freezes the weights too, unless affine="trainable"; what it froze thaws with the
+    next conversion. A SyncBatchNorm's group of ranks goes to a norm that takes one, and waits where
+    a norm has no place for it for one that has. References outside the module tree (a Python list
+    of layers) are not followed.
+
+    Code that asks isinstance(m, nn.BatchNorm2d) does not see the new layers: a train() that freezes
+    batch norms so stops freezing them (norm="frozen" does that), and
+    torch.optim.swa_utils.update_bn does nothing (`normlab.population.estimate` and `apply` do).
+    What they are is `normlab.norms.PopulationNorm`, or SampleNorm. torch.fx cannot trace into them;
+    its tracers take them as leaves (`leaf_modules` in torchvision's create_feature_extractor).
 
     Args:
         model: changed in place; all of it is checked before anything is.

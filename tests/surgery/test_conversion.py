@@ -20,6 +20,7 @@ from normlab.norms import (
     SyncBatchNorm,
     names,
 )
+from normlab.population import apply, estimate
 from normlab.surgery import convert, revert
 
 TORCHVISION = ["resnet50", "mobilenet_v3_small", "densenet121", "efficientnet_b0"]
@@ -614,6 +615,19 @@ def test_the_group_of_ranks_is_kept(group):
     assert revert(convert(nn.SyncBatchNorm(4), "sync", group=group)).process_group is group
     assert type(revert(convert(nn.BatchNorm2d(4), "sync", group=group))) is nn.BatchNorm2d
     assert type(revert(SyncBatchNorm(4))) is nn.SyncBatchNorm
+
+
+def test_what_stands_in_for_torchs_update_bn():
+    """P45: torch's own passes over normlab's layers; `estimate` and `apply` do what it would."""
+    theirs = stack()
+    ours, batches = convert(copy.deepcopy(theirs), "bn"), [randn(), 2 * randn() + 1]
+    before = snapshot(ours)
+    for model in (theirs, ours):
+        torch.optim.swa_utils.update_bn(batches, model)
+    assert_same(before, ours.state_dict())
+    apply(ours, estimate(ours, batches, estimator="mean"))
+    torch.testing.assert_close(ours[0].running_mean, theirs[0].running_mean)
+    torch.testing.assert_close(ours[0].running_var, theirs[0].running_var)
 
 
 def test_a_refusal_leaves_everything_alone():
