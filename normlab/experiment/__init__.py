@@ -219,15 +219,23 @@ def _figure(where: str, value: Any, scales: dict[str, Scale], known: Collection[
     kinds = sorted(path.stem for path in FIGURES.glob("[!_]*.py"))
     if raw["kind"] not in kinds:
         refuse(f"{where}.kind", f"no figure kind '{raw['kind']}' (kinds: {', '.join(kinds)})")
-    for key in ("x", "by"):
-        given = raw.get(key, [])
-        for axis in given if isinstance(given, list) else [given]:
-            for scale, grid in scales.items():
-                if axis not in (*grid.places, "epoch"):
-                    refuse(f"{where}.{key}", f"'{axis}' is no axis of scale {scale}")
+    for axis in _listed(raw["x"]):
+        for scale, grid in scales.items():
+            if axis not in (*grid.places, "epoch"):
+                refuse(f"{where}.x", f"'{axis}' is no axis of scale {scale}")
+    somewhere = {axis for grid in scales.values() for axis in grid.places}
+    for key in ("by", "only"):  # arms of one scale may be told apart by what others lack
+        for axis in _listed(raw.get(key, [])):
+            if axis not in somewhere:
+                refuse(f"{where}.{key}", f"'{axis}' is an axis of no scale")
     for label in raw["xlabel"] if isinstance(raw["xlabel"], list) else [raw["xlabel"]]:
         text(f"{where}.xlabel", label)
     named(f"{where}.series", raw["series"], known)
+
+
+def _listed(value: Any) -> list[str]:
+    """An axis, a list of them or a mapping from them, as a list."""
+    return [value] if isinstance(value, str) else list(value)
 
 
 def _published(where: str, value: Any, known: Collection[str]) -> Published:

@@ -103,6 +103,12 @@ class Results:
         return list(first_cells(self.experiment, self.scale))
 
     @property
+    def drawn(self) -> list[Point]:
+        """The points that the figure shows: all, or those that stand where its `only` says."""
+        only = self.experiment.figure.get("only", {}).items()
+        return [point for point in self.points if only <= dict(point).items()]
+
+    @property
     def complete(self) -> bool:
         return not any(self.missing.values()) and not self.lacking
 
@@ -126,10 +132,16 @@ class Results:
         return contrast([(1.0, here), (-1.0, there)])
 
     def contrast(self, wanted: Contrast) -> Sample:
-        """A claim's contrast. Raises ValueError when a term names no single point of the grid."""
+        """A claim's contrast. Raises ValueError when a term names no single point of the grid.
+
+        A term names the point that stands exactly there, or else the only one that does so on the
+        axes it mentions.
+        """
         terms = []
         for factor, protocol, cell in wanted.terms:
-            matches = [p for p in self.points if cell.items() <= dict(p).items()]
+            matches = [p for p in self.points if cell == dict(p)] or [
+                p for p in self.points if cell.items() <= dict(p).items()
+            ]
             if len(matches) != 1:
                 raise ValueError(f"{cell} names {len(matches)} cells of this scale's grid, not one")
             terms.append((factor, self.values.get((matches[0], protocol), {})))

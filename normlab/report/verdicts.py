@@ -128,7 +128,7 @@ def judge(claim: Claim, results: Results) -> Verdict:
         CONTRADICTED: min(1.0, len(contrasts) * decides.p_against),
         NEGLIGIBLE: p_inside(decides.sample, claim.margin, sides=2),
     }.get(verdict, min(1.0, decides.p_for, len(contrasts) * decides.p_against))
-    if claim.kind == "shape":
+    if len(contrasts) > 1:
         held = sum(one.verdict == REPRODUCED for one in contrasts)
         notes.append(f"{held} of {len(contrasts)} contrasts hold; shown: {decides.label}")
     fewest = min(one.sample.n for one in contrasts)

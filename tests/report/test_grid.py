@@ -5,6 +5,7 @@ import math
 import pytest
 
 from normlab import config, experiment
+from normlab.experiment import Contrast
 from normlab.report import grid, provenance
 from normlab.report.grid import run_number
 
@@ -186,7 +187,7 @@ def test_the_real_experiments_compose_into_distinct_cells():
             assert len(found.points) == len(grid.first_cells(loaded, scale))
 
 
-@pytest.mark.parametrize("scale", ["demo", "desk", "gpu"])
+@pytest.mark.parametrize("scale", ["demo", "desk", "gpu", "paper"])
 def test_experiments_that_share_a_run_evaluate_the_same_epochs(scale):
     """Whichever made the run first, the other needs epochs whose weights are gone by then."""
     epochs: dict[str, dict[int, str]] = {}
@@ -210,3 +211,24 @@ def test_the_seed_is_no_part_of_a_cell():
 def test_chance_without_a_record_is_nan(make_run):
     run = make_run("desk", 2, 100, {}, status="diverged", chance="")
     assert math.isnan(run_number(run, "test:precise", "desk"))
+
+
+def test_a_term_names_the_cell_that_stands_exactly_there_or_the_only_one():
+    norms = experiment.load("norms")
+    found = grid.results(norms, "demo", grid.compose(norms, "demo"), [])
+
+    def read(**cell: str):
+        return found.contrast(Contrast("", [(1.0, "test", cell)]))
+
+    assert read(norm="BN", lr="shared").n == 0  # and not the one on another network
+    assert read(network="ResNet-8", norm="Fixup").n == 0
+    with pytest.raises(ValueError, match="names 3 cells"):
+        read(norm="BN")
+
+
+def test_a_figure_draws_only_what_it_says():
+    norms = experiment.load("norms")
+    found = grid.results(norms, "demo", grid.compose(norms, "demo"), [])
+    assert {dict(point)["lr"] for point in found.points} == {"shared", "tuned"}
+    assert {dict(point)["lr"] for point in found.drawn} == {"shared"}
+    assert len(found.drawn) < len(found.points)

@@ -1,6 +1,7 @@
 """The rules of a verdict: by hand, and by how often they are wrong."""
 
 import random
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -112,6 +113,24 @@ def test_a_shape_shows_the_contrast_that_decides(make_runs, results_of):
     assert one.effect == pytest.approx(one.contrasts[-1].sample.mean)  # 3 points, the smallest step
     assert one.p == max(c.p_for for c in one.contrasts)
     assert "3 of 3 contrasts hold" in one.notes[-1]
+
+
+@pytest.mark.parametrize(
+    ("pairs", "verdict", "note"),
+    [
+        ([(128, 32), (32, 128)], "reproduced", "2 of 2"),
+        ([(128, 32), (2, 32)], "contradicted", "1 of 2"),
+    ],
+)
+def test_an_equivalence_asks_it_of_each_contrast(make_runs, results_of, pairs, verdict, note):
+    found = results_of(make_runs("desk"))
+    contrasts = [
+        [[1, "test_precise", {"nbs": a}], [-1, "test_precise", {"nbs": b}]] for a, b in pairs
+    ]
+    claim = replace(found.experiment.claims["bottom_is_flat"], spec={"contrasts": contrasts})
+    one = verdicts.judge(claim, found)
+    assert one.verdict == verdict
+    assert note in one.notes[-1]
 
 
 def test_the_seeds_shown_are_those_of_the_contrast_that_decides(make_runs, results_of):

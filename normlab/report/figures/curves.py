@@ -62,7 +62,7 @@ def draw(results: Results, subtitle: str) -> Figure:
     right.set_ylabel("change (percentage points)")
     left.set_title(f"Ours: {what}" if options.get("by") else "Ours", loc="left")
     right.set_title(f"Change from own {baseline_name(experiment)}", loc="left")
-    ours_xs = [float(dict(point)[x]) for point in results.points if x in dict(point)]
+    ours_xs = [float(dict(point)[x]) for point in results.drawn if x in dict(point)]
     dress(left, options["xlabel"], ours_xs, log2=bool(options.get("log2")))
     dress(right, options["xlabel"], ours_xs + paper_xs, log2=bool(options.get("log2")))
     legend(figure, handles, cited)
@@ -70,9 +70,9 @@ def draw(results: Results, subtitle: str) -> Figure:
 
 
 def lines(results: Results, by: list[str]) -> list[tuple[dict[str, Any], list[Point]]]:
-    """The grid's points by what tells the lines apart, in the grid's order."""
+    """The points to draw by what tells the lines apart, in the grid's order."""
     found: dict[str, tuple[dict[str, Any], list[Point]]] = {}
-    for point in results.points:
+    for point in results.drawn:
         which = {axis: value for axis, value in point if axis in by}
         found.setdefault(repr(which), (which, []))[1].append(point)
     return list(found.values())
