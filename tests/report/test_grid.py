@@ -1,6 +1,8 @@
 """A run's number, what may be pooled, and what is missing."""
 
 import math
+from functools import cache
+from typing import Any
 
 import pytest
 
@@ -178,7 +180,17 @@ def test_a_grid_that_cannot_be_composed_says_why(small, monkeypatch):
     assert found.problem == "its cells cannot be composed: nbs=2: no such thing"
 
 
-def test_the_real_experiments_compose_into_distinct_cells():
+compose = config.compose
+
+
+@cache
+def composed(*overrides: str) -> dict[str, Any]:
+    """Composing a cell takes a tenth of a second, and two tests ask for those of one scale."""
+    return compose(list(overrides))
+
+
+def test_the_real_experiments_compose_into_distinct_cells(monkeypatch):
+    monkeypatch.setattr(grid.config, "compose", lambda overrides: composed(*overrides))
     for name in experiment.names():
         loaded = experiment.load(name)
         for scale in ("demo", "paper"):
@@ -194,9 +206,9 @@ def test_experiments_that_share_a_run_evaluate_the_same_epochs(scale):
     for name in experiment.names():
         loaded = experiment.load(name)
         for point, overrides in grid.first_cells(loaded, scale).items():
-            composed = config.compose(overrides)
-            shared = epochs.setdefault(config.cell_key(composed), {})
-            shared.setdefault(composed["eval_last"], f"{name} {point}")
+            cell = composed(*overrides)
+            shared = epochs.setdefault(config.cell_key(cell), {})
+            shared.setdefault(cell["eval_last"], f"{name} {point}")
     assert not [wanted for wanted in epochs.values() if len(wanted) > 1]
 
 
