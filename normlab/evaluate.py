@@ -15,7 +15,7 @@ from torch.nn import functional as F
 from tqdm import tqdm
 
 from normlab.data.base import Dataset
-from normlab.norms.base import normalization, population_layers
+from normlab.norms.base import normalization, population_layers, refuse_strangers
 from normlab.population import (
     EmaBank,
     Estimator,
@@ -100,7 +100,7 @@ class Evaluator:
             protocol.split, batch_size=_BLOCK, order=None,
             device=self.device, channels_last=self.channels_last,
         )  # fmt: skip
-        with statistics:
+        with statistics, self._on_population():
             return row | self._score(batches, protocol)
 
     def check(self, protocol: Protocol) -> None:
@@ -126,16 +126,23 @@ class Evaluator:
                 f"evals: '{protocol}' takes batches of {self._batch(protocol)}, and {split} "
                 f"offers {available}: write /batch:<n>, or choose a smaller nbs"
             )
-        if protocol.statistics == "precise_layerwise":
-            try:
+        try:
+            refuse_strangers(self.model, "chosen")
+            if protocol.statistics == "precise_layerwise":
                 check_layerwise(self.model)
-            except ValueError as error:
-                raise ValueError(f"evals: '{protocol}': {error}") from None
+        except ValueError as error:
+            raise ValueError(f"evals: '{protocol}': {error}") from None
+
+    def _on_population(self) -> AbstractContextManager[None]:
+        """Population statistics, where layers that were made for others would not take them."""
+        layers = population_layers(self.model).values()
+        if any(layer.own.statistics == "batch" or layer.own.update for layer in layers):
+            return normalization(self.model, statistics="population", update=False)
+        return nullcontext()
 
     def _has_population(self) -> bool:
         """Whether any layer has statistics to choose; those of a frozen one are constants."""
-        layers = population_layers(self.model).values()
-        return any(layer.statistics != "population" for layer in layers)
+        return any(not layer.frozen for layer in population_layers(self.model).values())
 
     def _batch(self, protocol: Protocol) -> int:
         """Samples that share one set of statistics in an evaluation: the run's NBS unless given."""
