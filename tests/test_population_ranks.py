@@ -258,7 +258,9 @@ def mistaken(rank, of_ranks, estimator, mistake):
         model, given = Choosing(), [torch.randn(2 if odd else 4, 2).double()]
     elif mistake == "decay":
         options = {"decay": 0.9}
-    elif odd and mistake == "loader":
+    if mistake == "step":
+        model = network(SyncBatchNorm(4))
+    if odd and mistake in ("loader", "step"):
         given = failing(given)
     elif odd and mistake == "batch":
         given = [given[0], given[0][:3]]  # not a multiple of the ghost's chunks
@@ -290,6 +292,7 @@ def mistaken(rank, of_ranks, estimator, mistake):
     [
         *((name, "nothing", ValueError, "need at least one batch") for name in ESTIMATORS),
         ("pooled", "loader", KeyError, "broken"),
+        ("pooled", "step", KeyError, "broken"),
         ("cheap", "batch", ValueError, "not a multiple of nbs=2"),
         ("pooled", "estimator", ValueError, "their estimators or layers differ"),
         ("mean", "layers", ValueError, "their estimators or layers differ"),

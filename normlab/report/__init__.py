@@ -22,7 +22,10 @@ __all__ = ["main"]
 
 
 def main(names: Sequence[str], *, runs: str, results: str, refresh: bool) -> int:
-    """Write the report of every experiment under `results` and print that of `names` (none: all).
+    """Write the reports under `results`, and print those of `names` (none: all).
+
+    Runs are taken into the reports of `names` alone: into another experiment's, which may share
+    some of them, only when it is asked for. What is committed is written anew for all.
 
     runs: directory of run directories; may be absent. refresh: a local run replaces the committed
     one of the same id and torch version. Returns 0, also with nothing run.
@@ -36,7 +39,8 @@ def main(names: Sequence[str], *, runs: str, results: str, refresh: bool) -> int
     reports: list[ExperimentReport] = []
     written: dict[str, list[Path]] = {}
     for name in experiments.names():
-        report, paths = report_experiment(experiments.load(name), local, root, refresh=refresh)
+        taken = local if not names or name in names else []
+        report, paths = report_experiment(experiments.load(name), taken, root, refresh=refresh)
         reports.append(report)
         written[name] = paths
     reports = judged(reports)

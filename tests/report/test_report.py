@@ -249,6 +249,26 @@ def test_all_experiments_of_a_scale_share_the_correction(recorded: Path, make_ru
 
 
 @pytest.mark.usefixtures("no_figures")
+def test_shared_runs_enter_only_the_reports_that_were_asked_for(
+    make_run, tmp_path: Path, monkeypatch
+):
+    small = HERE / "fixture" / "small.yaml"
+    monkeypatch.setattr(experiments, "files", lambda: {"small": small, "twin": small})
+    results = tmp_path / "results"
+    rows = make_run("desk", 2, 100, {"test_precise": 40.0})
+    local_run(tmp_path / "runs", rows[0], rows)
+    named = {"runs": str(tmp_path / "runs"), "results": str(results), "refresh": False}
+    report.main(["twin"], **named)
+    assert [path.name for path in results.iterdir() if path.is_dir()] == ["twin"]
+    # What another experiment has committed stays in the report, written anew.
+    report.main(["small"], **named)
+    assert (results / "twin" / "table-desk.md").is_file()
+    (results / "twin" / "table-desk.md").unlink()
+    report.main(["small"], **named)
+    assert (results / "twin" / "table-desk.md").is_file()
+
+
+@pytest.mark.usefixtures("no_figures")
 def test_one_broken_run_hides_no_other(make_run, tmp_path: Path, caplog):
     for seed in (100, 101):
         rows = make_run("desk", 2, seed, {"test_precise": 40.0})
