@@ -110,8 +110,8 @@ class Evaluator:
     def check(self, protocol: Protocol) -> None:
         """Refuse what cannot be evaluated, before anything is trained for it.
 
-        Raises ValueError for a batch larger than what it is taken from, for an untracked decay, and
-        for layers that cannot be measured layer by layer.
+        Raises ValueError for a batch larger than what it is taken from, for an untracked decay, for
+        batch norms of torch's, and for layers that cannot be measured layer by layer.
         """
         decays = self.bank.decays if self.bank else ()
         if protocol.decay is not None and protocol.decay not in decays:
@@ -139,13 +139,6 @@ class Evaluator:
         except ValueError as error:
             raise ValueError(f"evals: '{protocol}': {error}") from None
 
-    def _on_population(self) -> AbstractContextManager[None]:
-        """Population statistics, where layers that were made for others would not take them."""
-        layers = population_layers(self.model).values()
-        if any(layer.own.statistics == "batch" or layer.own.update for layer in layers):
-            return normalization(self.model, statistics="population", update=False)
-        return nullcontext()
-
     def _check_pattern(self, protocol: Protocol) -> None:
         """Refuse a pattern that its batches would cut in pieces, or that the labels do not allow.
 
@@ -167,6 +160,13 @@ class Evaluator:
             )  # fmt: skip
         except ValueError as error:
             raise ValueError(f"evals: '{protocol}': {error}") from None
+
+    def _on_population(self) -> AbstractContextManager[None]:
+        """Population statistics, where layers that were made for others would not take them."""
+        layers = population_layers(self.model).values()
+        if any(layer.own.statistics == "batch" or layer.own.update for layer in layers):
+            return normalization(self.model, statistics="population", update=False)
+        return nullcontext()
 
     def _has_population(self) -> bool:
         """Whether any layer has statistics to choose; those of a frozen one are constants."""
