@@ -29,9 +29,11 @@ class BatchRenorm(PopulationNorm):
     - mu and sigma = sqrt(running_var + eps): the running statistics *before* this forward's update.
 
     r and d are constants to the gradient, so that dx sums to 0 per channel and chunk as in batch
-    norm, and they act before weight and bias. The buffers then move as GhostBatchNorm's: one step
-    towards the averages of the chunks' means and *unbiased* variances; eps is in no buffer. With
-    population statistics (eval) it is BatchNorm.
+    norm, and they act before weight and bias.
+
+    Population: the buffers then move as GhostBatchNorm's, one step towards the averages of the
+    chunks' means and *unbiased* variances; eps is in no buffer. With population statistics (eval)
+    it is BatchNorm.
 
     The limits grow linearly with n, the forwards so far that updated: R from 1 at n = start *
     forwards to r_max at r_end * forwards, D from 0 at the same start to d_max at d_end * forwards.
@@ -42,7 +44,8 @@ class BatchRenorm(PopulationNorm):
 
     Limits: r_max=1, d_max=0, or any n up to start * forwards, is GhostBatchNorm, and BatchNorm for
     a single chunk. With both infinite the output is that of population statistics, whatever the
-    batch, and only the gradient is batch norm's.
+    batch, and only the gradient is batch norm's. Second derivatives exist for contiguous inputs
+    only, where there are several chunks.
 
     Args:
         num_features: channels C of the input (N, C), (N, C, L), (N, C, H, W) or (N, C, D, H, W).
@@ -62,10 +65,11 @@ class BatchRenorm(PopulationNorm):
     forwards; of equal batches, the latest that was repeated least often. RuntimeError where none
     of them had the batch, as after a ninth forward.
 
+    Errors: ValueError for the arguments above; in forward see PopulationNorm.
+
     Source: Ioffe 2017, Algorithm 1. The paper's running sigma averages s, where this one is the
-    root of the averaged variance: then the state_dict is BatchNorm2d's. Keras keeps a second pair
-    of statistics for r and d; tensorpack takes one, as here. Errors: ValueError for the arguments
-    above; in forward see PopulationNorm.
+    root of the averaged variance: then the state_dict is BatchNorm2d's. Peers: Keras keeps a second
+    pair of statistics for r and d; tensorpack takes one, as here.
     """
 
     batch: ClassVar[str] = "ghost"

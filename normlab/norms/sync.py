@@ -20,10 +20,12 @@ class SyncBatchNorm(PopulationNorm):
     """Batch norm of the batches of all ranks of a group, as if they were one.
 
     y = weight * (x - mean) / sqrt(var + eps) + bias with mean and *biased* variance over the
-    samples and positions of all ranks, per channel; the running variance follows the *unbiased*
-    variance, of the number of elements of all ranks. Ranks may have different numbers of samples,
+    samples and positions of all ranks, per channel. Ranks may have different numbers of samples,
     different positions, one sample, or none: a rank without samples takes part, with an empty
-    output. With one process, or a group of one rank, it is BatchNorm to the bit.
+    output.
+
+    Population: as BatchNorm's, with the mean and the *unbiased* variance of the elements of all
+    ranks; the buffers are the same on all of them.
 
     Each rank sends the count, mean and variance of its part, taken around its own mean; they are
     merged in float64 by the law of total variance (`normlab.dist.pool`), so that all ranks get
@@ -69,9 +71,9 @@ class SyncBatchNorm(PopulationNorm):
     update; RuntimeError, on all ranks, where they differ in the ways above, or another one has such
     a ValueError; else see PopulationNorm.
 
-    Source: Peng et al. 2018 (MegDet); Zhang et al. 2018 (EncNet). Peers: torch's layer
-    needs a GPU once there is a process group; detectron2's NaiveSyncBatchNorm by default and
-    tensorpack weigh ranks alike whatever they hold, and store the biased variance.
+    Source: Peng et al. 2018 (MegDet); Zhang et al. 2018 (EncNet). Peers: torch's layer needs a GPU
+    once there is a process group; detectron2's NaiveSyncBatchNorm by default and tensorpack weigh
+    ranks alike whatever they hold, and store the biased variance.
     """
 
     batch: ClassVar[str] = "sync"
