@@ -1,7 +1,8 @@
 """`normlab <command> ...`: each command in one line, imported only when it is the one.
 
-Exit codes: 0 done, 1 a run failed or diverged, or cells of a sweep were refused while others ran,
-2 refused (one to five lines say why, and nothing was written), 130 Ctrl-C, 143 SIGTERM.
+Exit codes: 0 done, 1 a run failed or diverged, or some of what was asked for could not be made and
+the rest was, 2 refused (one to five lines say why, and nothing was written), 130 Ctrl-C, 143
+SIGTERM.
 NORMLAB_TRACEBACK=1 shows where a refusal comes from.
 """
 
@@ -82,7 +83,9 @@ def evaluate(argv: list[str]) -> int:
 
 def plan(argv: list[str]) -> int:
     parser = _parser("plan", "How the batch of one SGD step is formed.")
-    parser.add_argument("override", nargs="*", help="batch_size=1024 nbs=32 ...")
+    parser.add_argument(
+        "override", nargs="*", help="batch_size=1024 nbs=32 ..., experiment=renorm arm=br-4"
+    )
     from normlab import show
 
     return show.plan(parser.parse_args(argv).override)

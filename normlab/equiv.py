@@ -8,6 +8,7 @@ that reproduce each route are shown with it.
 """
 
 import copy
+import math
 import multiprocessing
 import sys
 import tempfile
@@ -34,6 +35,18 @@ TOLERANCE = 1e-12
 """What counts as equal, relative to the largest value of the quantity, 1 at least."""
 
 
+_FORMS: dict[str, tuple[object, str]] = {
+    "norm.grouping": (
+        "contiguous",
+        "chunks of consecutive samples, as ranks have them",
+    ),
+    "norm.population": ("mean", "the population rules with the routes they reproduce, all at once"),
+    "micro_batch": (None, "micro-batches of one chunk with a forward of all chunks"),
+    "world_size": (1, "as many ranks as there are chunks"),
+}
+"""What forms a batch in a run and is given here, with what that is."""
+
+
 @dataclass(frozen=True)
 class Outcome:
     """What one step computes, on the CPU: outputs, gradients and buffers by name."""
@@ -46,7 +59,7 @@ class Outcome:
 @dataclass(frozen=True)
 class Row:
     """The largest relative difference of one quantity between two routes, and whether it should be
-    nothing but rounding."""
+    nothing but rounding. One that is not finite is wrong in any case."""
 
     routes: str
     quantity: str
@@ -55,17 +68,24 @@ class Row:
 
     @property
     def holds(self) -> bool:
-        return (self.difference <= TOLERANCE) == self.equal
+        return math.isfinite(self.difference) and (self.difference <= TOLERANCE) == self.equal
 
 
 def main(overrides: Sequence[str]) -> int:
-    """Compare the routes for a run's model, data, batch_size and nbs; 1 if one is not as stated.
+    """Compare the routes for a run's step; 1 if one is not as stated.
 
-    Raises ConfigError and ValueError for what no run could have, and for a batch of one chunk.
+    The step has the run's model, conv, init, data, seed, batch_size, nbs, decay, norm.eps and
+    norm.affine; its images are not augmented. The rest of a run (recipe, precision, evaluations)
+    has no part in it. Raises ConfigError and ValueError for what no run could have, for a batch of
+    one chunk, and for other ways to form the batch than those compared.
     """
     given = config.compose(["norm=ghost", "nbs=16", *overrides])
     if given["norm"]["name"] != "ghost":
         raise ValueError(f"equiv compares ways to form ghost batches; norm={given['norm']['name']}")
+    for key, (value, compared) in _FORMS.items():
+        found = given["norm"][key.removeprefix("norm.")] if "." in key else given[key]
+        if found != value:
+            raise ValueError(f"{key}={found}: equiv compares {compared}; leave {key} out")
     nbs, samples = given["nbs"], given["batch_size"]
     if samples == nbs:
         raise ValueError(f"batch_size={samples} nbs={nbs}: one chunk can be formed in one way only")
@@ -87,8 +107,8 @@ def compare(network: nn.Module, x: Tensor, y: Tensor, *, nbs: int, decay: float 
 
     Every PopulationNorm of the network stands for the layer that each route has in its place, with
     its weights and buffers; the network itself is not changed. All in float64; the loss is the mean
-    cross-entropy over the N samples. Raises ValueError unless nbs >= 2 divides N into two chunks or
-    more, and without a layer to compare.
+    cross-entropy over the N samples; all other layers are in eval(). Raises ValueError unless
+    nbs >= 2 divides N into two chunks or more, and without a layer to compare.
     """
     chunks, rest = divmod(len(x), nbs)
     if rest or chunks < 2:
@@ -121,7 +141,7 @@ def compare(network: nn.Module, x: Tensor, y: Tensor, *, nbs: int, decay: float 
             f"ghost, population=mean, against accumulation ({1 - decay:.3g} of the old forgotten, "
             f"{1 - decay**chunks:.3g})",
             "buffers",
-            _buffers("", mean.buffers, accumulated.buffers).difference,
+            _largest(mean.buffers, accumulated.buffers),
             equal=False,
         )
     )
@@ -147,8 +167,13 @@ def _formed(network: nn.Module, norm: str, **options: Any) -> nn.Module:
 
 
 def _step(network: nn.Module, xs: list[Tensor], ys: list[Tensor]) -> Outcome:
-    """Forward and backward over the micro-batches, each weighted by its share of the samples."""
-    network.train()
+    """Forward and backward over the micro-batches, each weighted by its share of the samples.
+
+    Only the compared layers are in train(): dropout would draw other numbers on every route.
+    """
+    network.eval()
+    for layer in population_layers(network).values():
+        layer.training = True
     samples = sum(len(y) for y in ys)
     outputs, inputs = [], []
     for x, y in zip(xs, ys, strict=True):
@@ -228,18 +253,17 @@ def _differences(routes: str, ours: Outcome, theirs: Outcome) -> list[Row]:
     assert ours.gradients.keys() == theirs.gradients.keys()
     return [
         Row(routes, "outputs", _difference(ours.outputs, theirs.outputs)),
-        Row(
-            routes,
-            "gradients",
-            max(
-                _difference(ours.gradients[name], theirs.gradients[name]) for name in ours.gradients
-            ),
-        ),
+        Row(routes, "gradients", _largest(ours.gradients, theirs.gradients)),
     ]
 
 
 def _buffers(routes: str, ours: dict[str, Tensor], theirs: dict[str, Tensor]) -> Row:
-    return Row(routes, "buffers", max(_difference(ours[name], theirs[name]) for name in ours))
+    return Row(routes, "buffers", _largest(ours, theirs))
+
+
+def _largest(ours: dict[str, Tensor], theirs: dict[str, Tensor]) -> float:
+    # Python's max passes over a nan that is not the first.
+    return torch.tensor([_difference(ours[name], theirs[name]) for name in ours]).max().item()
 
 
 def _difference(ours: Tensor, theirs: Tensor) -> float:

@@ -94,6 +94,10 @@ CASES = [
     case("experiment", "sweep nbs scale=tiny", "tiny", "demo, desk, gpu, paper"),
     case("experiment", "train -m experiment=nbs,nbs", "nbs,nbs", "one experiment"),
     case("experiment", "report nsb", "nsb", "nbs"),
+    case("arms", "sweep renorm nbs=4 seed=100", "nbs=4: arms of renorm set nbs", "arm=bn-4,br-4 "),
+    case("arms", "train experiment=renorm norm=gn", "arms of renorm set norm", "type arm=gn for"),
+    case("arms", "sweep norms lr=0.1", "set lr themselves (bn-tuned", "arm=bn,ln,", "leave these"),
+    case("arms", "plan experiment=renorm nbs=4", "arms of renorm set nbs", "arm=bn-4,br-4 "),
     case("launcher", "train -m nbs=2 hydra/launcher=ray", "ray", "basic"),
     case("launcher", "train -m nbs=2 hydra/launcher=slurm", "slurm", "basic"),
     case("range", "train lr=-1", "lr", "above 0"),
@@ -166,6 +170,8 @@ CASES = [
     case("run", "show runs --runs nonsense", "--runs", "nonsense", "not a directory"),
     # The weights of its first epoch are gone, and what was not tracked cannot be read.
     case("run", f"train {SMALL} eval_last=2", "eval_last=2", "epoch 1", "delete", "runs="),
+    case("run", f"train {SMALL} ema_bank=[0.5]", "ema_bank=[0.5]", "tracked []", "delete", "runs="),
+    case("run", f"train -m seed=0,0 {SMALL} eval_last=2", "epoch 1", "(2 cells)"),
     case(
         "run",
         f"train {SMALL} ema_bank=[0.5] evals=[val:ema/decay:0.5]",

@@ -27,7 +27,7 @@ _OPEN = ("norm", "model", "data")  # groups whose keys are those of what is chos
 # What a run reads, writes, prints or is called; none of it reaches the weights. `remainder` decides
 # only whether to refuse. The number of threads changes the last bits of sums: it is recorded, and
 # restored on resuming.
-_NOT_TRAINING = {
+NOT_TRAINING = {
     "evals", "eval_last", "ema_bank", "runs", "data_root", "skip_done", "checkpoint_every", "scale",
     "experiment", "allocator", "device", "threads", "remainder",
 }  # fmt: skip
@@ -42,7 +42,7 @@ def training_config(config: dict[str, Any]) -> dict[str, Any]:
     ``decay``. Raises ``batchplan.PlanError``.
     """
     plan = plan_of(config)
-    kept = {key: value for key, value in config.items() if key not in _NOT_TRAINING}
+    kept = {key: value for key, value in config.items() if key not in NOT_TRAINING}
     for group in _OPEN:
         kept[group] = {k: v for k, v in config[group].items() if k not in ("name", "workers")}
         kept[group]["module"] = config[group].get("module") or config[group]["name"]

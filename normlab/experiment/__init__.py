@@ -24,7 +24,7 @@ from normlab.experiment.claim import Claim, Contrast
 
 __all__ = [
     "AXIS", "Arm", "Cell", "Claim", "Contrast", "Experiment", "Protocol", "Published", "Scale",
-    "arms", "files", "load", "names", "overlay",
+    "arms", "files", "load", "names", "overlay", "spelled",
 ]  # fmt: skip
 
 GROUPS = ("model", "norm", "conv", "data", "recipe")
@@ -101,6 +101,11 @@ class Experiment:
         """Every run of the grid, in the order in which a sweep starts them."""
         fixed = {"scale": scale, **self.set}
         return list(self.scale(scale).cells(fixed))
+
+    def arms(self, scale: str) -> dict[str, dict[str, Any]]:
+        """What makes each arm of a scale, the fixed overrides included: arm -> key -> value."""
+        grid = self.scale(scale)
+        return {name: {**self.set, **grid.set, **arm.set} for name, arm in grid.arms.items()}
 
     def evals(self) -> list[str]:
         """The evaluation specs that every run of this experiment needs."""
@@ -214,15 +219,23 @@ def _figure(where: str, value: Any, scales: dict[str, Scale], known: Collection[
     kinds = sorted(path.stem for path in FIGURES.glob("[!_]*.py"))
     if raw["kind"] not in kinds:
         refuse(f"{where}.kind", f"no figure kind '{raw['kind']}' (kinds: {', '.join(kinds)})")
-    for key in ("x", "by"):
-        given = raw.get(key, [])
-        for axis in given if isinstance(given, list) else [given]:
-            for scale, grid in scales.items():
-                if axis not in (*grid.places, "epoch"):
-                    refuse(f"{where}.{key}", f"'{axis}' is no axis of scale {scale}")
+    for axis in _listed(raw["x"]):
+        for scale, grid in scales.items():
+            if axis not in (*grid.places, "epoch"):
+                refuse(f"{where}.x", f"'{axis}' is no axis of scale {scale}")
+    somewhere = {axis for grid in scales.values() for axis in grid.places}
+    for key in ("by", "only"):  # arms of one scale may be told apart by what others lack
+        for axis in _listed(raw.get(key, [])):
+            if axis not in somewhere:
+                refuse(f"{where}.{key}", f"'{axis}' is an axis of no scale")
     for label in raw["xlabel"] if isinstance(raw["xlabel"], list) else [raw["xlabel"]]:
         text(f"{where}.xlabel", label)
     named(f"{where}.series", raw["series"], known)
+
+
+def _listed(value: Any) -> list[str]:
+    """An axis, a list of them or a mapping from them, as a list."""
+    return [value] if isinstance(value, str) else list(value)
 
 
 def _published(where: str, value: Any, known: Collection[str]) -> Published:
@@ -263,11 +276,9 @@ def overlay(name: str, scale: str) -> dict[str, Any]:
 
 def arms(name: str, scale: str) -> dict[str, dict[str, Any]]:
     """The Hydra nodes behind ``arm=<name>`` of an experiment at a scale."""
-    experiment = load(name)
-    grid = experiment.scale(scale)
     nodes = {}
-    for key, arm in grid.arms.items():
-        defaults, node = _node({**experiment.set, **grid.set, **arm.set})
+    for key, overrides in load(name).arms(scale).items():
+        defaults, node = _node(overrides)
         nodes[key] = {"defaults": ["_self_", *defaults], **node}
     return nodes
 

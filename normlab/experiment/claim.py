@@ -95,8 +95,10 @@ def read(
         refuse(f"{where}.primary", f"must be true or false, is {raw['primary']!r}")
     if (margin := number(f"{where}.margin", raw["margin"])) < 0:
         refuse(f"{where}.margin", f"must not be below 0, is {margin:g}")
-    if raw["kind"] != "shape" and len(raw.get("contrasts") or ()) != 1:
-        refuse(where, f"kind {raw['kind']} takes exactly one contrast")
+    if raw["kind"] == "direction" and len(raw.get("contrasts") or ()) != 1:
+        refuse(where, "kind direction takes exactly one contrast")
+    if raw["kind"] == "equivalence" and "monotone" in raw:
+        refuse(where, "kind equivalence takes contrasts")
     if "monotone" in raw:
         _monotone(f"{where}.monotone", raw["monotone"], known, axes)
     else:

@@ -1,22 +1,22 @@
 """Moving everything that makes up a layer into another of a different class."""
 
-import weakref
-from dataclasses import dataclass, replace
+import copy
+from dataclasses import dataclass, fields, replace
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
-from normlab.surgery._kinds import base_type
+from normlab.surgery._kinds import base_type, is_own
 
 __all__ = [
     "ORIGIN",
     "STATISTICS",
     "Origin",
     "WithActivation",
+    "group_of",
     "hand_over",
-    "move_hooks",
     "origin_of",
     "save_as",
     "shell",
@@ -30,7 +30,6 @@ STATISTICS = ("running_mean", "running_var", "num_batches_tracked")
 _NAMES = ("weight", "bias", *STATISTICS)
 _ONES = {"weight", "running_var"}
 _BARE = frozenset(vars(nn.Module()))
-_HOOKS = sorted(name for name in _BARE if name.endswith(("_hooks", "_with_kwargs", "_called")))
 
 
 def tensors(module: nn.Module) -> dict[str, Tensor | None]:
@@ -63,7 +62,8 @@ class Origin:
     there, and the device. saved: the buffers in its state_dict. extras: what others had put on it,
     tensors and submodules, by name. rule, choices: the decay and whether cumulative, and the
     choices, that the converted layer was made with; rule is None where it was not the origin's.
-    froze: the parameters whose gradient the conversion took away.
+    froze: the parameters whose gradient the conversion took away. group: the ranks that share
+    statistics, through layers that have no place for it; copies have them in common.
     """
 
     layer: nn.Module
@@ -75,6 +75,7 @@ class Origin:
     rule: tuple[float | None, bool] | None = None
     choices: tuple[Any, ...] = ()
     froze: tuple[str, ...] = ()
+    group: Any = None
 
     @classmethod
     def of(cls, module: nn.Module) -> "Origin":
@@ -96,6 +97,7 @@ class Origin:
             frozenset(module._buffers) - module._non_persistent_buffers_set,
             places[0] if places else torch.device("cpu"),
             tuple(extras),
+            group=group_of(module),
         )
 
     @property
@@ -107,8 +109,14 @@ class Origin:
         rule: tuple[float | None, bool] | None,
         choices: tuple[Any, ...],
         froze: tuple[str, ...],
+        group: Any,
     ) -> "Origin":
-        return replace(self, rule=rule, choices=choices, froze=froze)
+        return replace(self, rule=rule, choices=choices, froze=froze, group=group)
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> "Origin":
+        for group in (self.group, group_of(self.layer)):  # processes have no copies
+            memo[id(group)] = group
+        return Origin(*(copy.deepcopy(getattr(self, field.name), memo) for field in fields(self)))
 
     def make_room(self, module: nn.Module) -> None:
         """The tensors of the origin, at their initial values, on its shell `module`."""
@@ -124,6 +132,11 @@ class Origin:
             module.register_parameter(name, None if value is None else nn.Parameter(value))
         for name, like in self.buffers.items():
             module.register_buffer(name, initial(name, like), persistent=name in self.saved)
+
+
+def group_of(module: nn.Module) -> Any:
+    """The process group of a synchronized layer, torch's or normlab's; None: all ranks, or none."""
+    return getattr(module, "group" if is_own(module) else "process_group", None)
 
 
 def origin_of(module: nn.Module) -> Origin | None:
@@ -200,18 +213,6 @@ def _move_parametrization(old: nn.Module, new: nn.Module, name: str) -> None:
         raise ValueError(f"{name} is parametrized, and {type(new).__name__} has it as a buffer")
     parametrize.register_parametrization(new, name, nn.Identity())
     _parametrizations(new)[name] = _parametrizations(old)[name]
-
-
-def move_hooks(old: nn.Module, new: nn.Module) -> None:
-    """The dictionaries themselves go over: a handle removes its hook from the one it knows."""
-    for name in _HOOKS:
-        hooks = getattr(old, name)
-        hooks.update(getattr(new, name))
-        vars(new)[name] = hooks
-        for hook in hooks.values():
-            if getattr(hook, "with_module", False):  # it is called with the module it belongs to
-                hook.module = weakref.ref(new)
-    vars(new)["_is_full_backward_hook"] = old._is_full_backward_hook
 
 
 class WithActivation(nn.Module):

@@ -18,6 +18,8 @@ Where TensorFlow's fused kernel trained a Keras layer, its variance is unbiased 
 `variance="unbiased"`. Caffe's blobs are, in their order, mean, variance and scale_factor of the
 BatchNorm layer, gamma and beta of the Scale layer; its EMA divides by the weights so far, and has
 no initial value to forget: m is its decay once that sum has reached 1 / (1 - m).
+A Keras layer may have gamma or beta alone (center=False, scale=False). torch's layers and Caffe's
+Scale have both or neither, so that for these `write` adds the missing one: ones, or zeros.
 Sources: the documentation of torch.nn.BatchNorm2d and keras.layers.BatchNormalization; Caffe's
 src/caffe/layers/batch_norm_layer.cpp.
 
@@ -173,6 +175,8 @@ def write(
         scale_factor: of Caffe's sums. None: 1 / (1 - decay), with which training goes on as an EMA
             with this decay does; with 1 the next batch would count as much as all before.
 
+    Of weight and bias, torch and Caffe get both or neither: an absent weight is written as ones, an
+    absent bias as zeros (torch.nn.BatchNorm2d(C, bias=False), of late, wants that left out again).
     The options are eps and the EMA constant under the framework's names: nothing is adapted to a
     default. For a layer with another eps see `with_eps`. Raises ValueError for a missing count and
     for a cumulative average, which torch alone has.
@@ -183,6 +187,11 @@ def write(
         raise ValueError(f"{framework} has no cumulative average; replace decay in the state")
     weight, bias, mean, var = convention.names
     found = {weight: state.weight, bias: state.bias, mean: state.mean, var: state.var}
+    if framework != "keras" and (state.weight is None) != (state.bias is None):
+        given = state.bias if state.weight is None else state.weight
+        assert given is not None
+        found[weight] = torch.ones_like(given) if state.weight is None else given
+        found[bias] = torch.zeros_like(given) if state.bias is None else given
     tensors = {name: v.detach().clone() for name, v in found.items() if v is not None}
     if framework == "torch":
         tensors["num_batches_tracked"] = torch.tensor(state.batches)

@@ -8,6 +8,7 @@ import torch
 from torch import nn
 
 from normlab.norms import find
+from normlab.norms._hooks import move_hooks
 from normlab.norms.base import PopulationNorm, SampleNorm
 from normlab.norms.frozen import FrozenBatchNorm
 from normlab.norms.none import NoNorm
@@ -24,8 +25,8 @@ from normlab.surgery._transplant import (
     ORIGIN,
     STATISTICS,
     Origin,
+    group_of,
     hand_over,
-    move_hooks,
     origin_of,
     save_as,
     shell,
@@ -60,11 +61,18 @@ def convert(
     the same values under the same state_dict keys, training, requires_grad, dtype, device, eps and
     decay (round(1 - momentum, 12)), the same hooks with working handles, the same parametrizations;
     a module at two places stays one. Buffers are copied. A batch norm without running statistics
-    keeps to its batches (statistics="batch", update=False, no new state_dict key); torchvision's
-    frozen weights become parameters without gradient. norm="frozen" freezes the weights too, unless
-    affine="trainable"; what it froze thaws with the next conversion. A SyncBatchNorm's group goes
-    to a norm that takes one. References outside the module tree (a Python list of layers) are not
-    followed.
+    keeps to its batches (statistics="batch", update=False, no new state_dict key), and is equal up
+    to rounding, not to the bit; torchvision's frozen weights become parameters without gradient.
+    norm="frozen" freezes the weights too, unless affine="trainable"; what it froze thaws with the
+    next conversion. A SyncBatchNorm's group of ranks goes to a norm that takes one, and waits where
+    a norm has no place for it for one that has. References outside the module tree (a Python list
+    of layers) are not followed.
+
+    Code that asks isinstance(m, nn.BatchNorm2d) does not see the new layers: a train() that freezes
+    batch norms so stops freezing them (norm="frozen" does that), and
+    torch.optim.swa_utils.update_bn does nothing (`normlab.population.estimate` and `apply` do).
+    What they are is `normlab.norms.PopulationNorm`, or SampleNorm. torch.fx cannot trace into them;
+    its tracers take them as leaves (`leaf_modules` in torchvision's create_feature_extractor).
 
     Args:
         model: changed in place; all of it is checked before anything is.
@@ -150,7 +158,9 @@ def _is_suspect(module: nn.Module) -> bool:
     if isinstance(module, nn.modules.instancenorm._InstanceNorm):
         return False
     kinds = (nn.modules.batchnorm._BatchNorm, nn.GroupNorm, PopulationNorm)
-    return isinstance(module, kinds) or {"running_mean", "running_var"} <= set(module._buffers)
+    running = {"running_mean", "running_var"} & set(module._buffers)
+    # One of the two is enough in a layer, as timm's EvoNorm has it; what holds layers may be more.
+    return isinstance(module, kinds) or len(running) > bool(module._modules)
 
 
 def _norms(
@@ -172,7 +182,7 @@ def _norms(
             yield name, module
         elif _is_suspect(module):
             if unknown == "keep":
-                kept += (f"{name}.",)
+                kept += (f"{name}." if name else "",)
                 continue
             raise ValueError(
                 f"{name or 'the model'} is a {path(module)}, which may do more than normalize; "
@@ -212,8 +222,9 @@ def _successor(
     if "groups" in accepted and not {"groups", "channels_per_group"} & set(options):
         groups = getattr(old, "num_groups", None)
         given |= {} if groups is None else {"groups": groups}
-    if "group" in accepted and getattr(old, "process_group", None) is not None:
-        given["group"] = old.process_group
+    group = group_of(old) or (origin.group if origin else None)
+    if "group" in accepted:
+        given["group"] = group
     given |= options
     missing = [n for n, p in accepted.items() if p.default is p.empty and n not in given]
     if missing:
@@ -229,7 +240,8 @@ def _successor(
     if origin is not None:
         given_anew = {"decay", "cumulative"} & set(options)
         rule = None if given_anew else _update_rule(new)
-        vars(new)[ORIGIN] = origin.now(rule, _chosen(new), froze)
+        now = given["group"] if "group" in accepted else group
+        vars(new)[ORIGIN] = origin.now(rule, _chosen(new), froze, now)
     return new, froze
 
 
@@ -303,6 +315,8 @@ def _torch_layer(old: nn.Module, dims: int | None, lossy: bool) -> nn.Module:
             new.eps = old.eps
         if _update_rule(old) != origin.rule:
             vars(new)["momentum"] = _momentum(old)
+        if hasattr(new, "process_group"):
+            new.process_group = origin.group
         origin.make_room(new)
         hand_over(old, new, extras=origin.extras)
         return new
@@ -338,6 +352,11 @@ def _refuse_loss(old: nn.Module, new: nn.Module, lossy: bool) -> None:
     untracked = "running_mean" in old._buffers and old._buffers["running_mean"] is None
     counted = {*STATISTICS, "weight", "bias"} - {"num_batches_tracked"}
     lost, fresh = counted & (has - gets), counted & (gets - has)
+    kept = (
+        hasattr(new, "group") or hasattr(new, "process_group") or origin_of(old) or origin_of(new)
+    )
+    if group_of(old) is not None and not kept:
+        lost.add("group")
     if isinstance(old, PopulationNorm) and getattr(new, "running_mean", 0) is None:
         lost -= set(STATISTICS)  # never used, never saved: the layer keeps to its batches
     if untracked:

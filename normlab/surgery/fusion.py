@@ -1,6 +1,5 @@
 """A norm folded into the layer before it, and split off again: `fuse` and `unfuse`."""
 
-import inspect
 from collections import Counter
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
@@ -14,6 +13,7 @@ from torch.nn.utils import parametrize
 from normlab.norms.base import PopulationNorm
 from normlab.norms.l1 import L1BatchNorm
 from normlab.surgery._kinds import BATCH, FROZEN, WITH_ACTIVATION, features, path
+from normlab.surgery._tracing import trace
 from normlab.surgery._transplant import WithActivation, tensors
 
 __all__ = ["FoldedNorm", "Pair", "fold", "fuse", "fusible", "neighbours", "split", "unfuse"]
@@ -84,7 +84,8 @@ def fuse(
     gradient steps.
 
     Folded is what torch.fx proves from the model's forward, called with its default arguments and
-    in its present mode: see `fusible`. A norm that does not directly follow such a layer stays.
+    in its present mode: see `fusible` for the uses of a layer's output that this shows, and those
+    that it does not. A norm that does not directly follow such a layer stays.
 
     Args:
         model: changed in place. Build its optimizer afterwards: there may be new biases.
@@ -94,17 +95,10 @@ def fuse(
 
     Raises ValueError for pairs with an obstacle, naming it: a norm that would use batch statistics
     (call model.eval()) or has no population statistics, hooks, parametrizations, further users of
-    the layer's output, layers or parameters in two places, subclasses that may compute otherwise;
-    and where the model cannot be traced.
+    the layer's output, layers or parameters in two places or two pairs, subclasses that may compute
+    otherwise; and where the model cannot be traced.
     """
-    if pairs is None:
-        found = fusible(model)
-    else:
-        uses = _uses(model)
-        found = [
-            Pair(*pair, _obstacle(*map(model.get_submodule, pair)) or _shared(model, pair, uses))
-            for pair in pairs
-        ]
+    found = fusible(model) if pairs is None else _given(model, list(pairs))
     stuck = [pair for pair in found if pair.obstacle]
     if stuck and not partial:
         more = f" (and {len(stuck) - 3} more)" if len(stuck) > 3 else ""
@@ -207,18 +201,25 @@ def split(layer: nn.Module, norm: nn.Module, *, bias: Tensor | None = None) -> N
 def fusible(model: nn.Module) -> list[Pair]:
     """The norms of `model` that take the output of a convolution or linear layer, in order of use.
 
-    Found by tracing with torch.fx, in the model's present mode and with default arguments; each
-    with what speaks against folding, if anything does. Raises ValueError if it cannot be traced.
+    Each comes with what speaks against folding, if anything does. Found by tracing the forward with
+    torch.fx, which calls no layer and leaves the model, its attributes too, as it was.
+
+    Seen is every use of a layer's output in `model(x)`, in the present mode and with the default
+    values of forward's other arguments: by other layers and operations, in what it returns, in
+    hooks (of the two, or of a module around one of them), and what forward leaves in the model's
+    attributes and in dictionaries, lists, tuples and sets there. Not seen are uses that only other
+    arguments, the other mode or other methods bring about, what forward leaves elsewhere (global
+    variables, objects of other kinds), and hooks that are put on later.
+
+    Raises ValueError if the model cannot be traced.
     """
     opened = {
         module
         for module in model.modules()
         if any(_is_norm(inner) for inner in module.modules() if inner is not module)
     }
-    parameters = inspect.signature(model.forward).parameters.values()
-    defaults = {p.name: p.default for p in parameters if p.default is not p.empty}
     try:
-        graph = _Tracer(opened).trace(model, defaults)
+        traced = trace(model, opened)
     except Exception as error:
         reason = (str(error).splitlines() or [""])[0]
         raise ValueError(
@@ -226,9 +227,9 @@ def fusible(model: nn.Module) -> list[Pair]:
             "give pairs"
         ) from error
     modules = dict(model.named_modules(remove_duplicate=False))
-    calls = [node for node in graph.nodes if node.op == "call_module"]
+    calls = [node for node in traced.graph.nodes if node.op == "call_module"]
     times = Counter(modules[str(node.target)] for node in calls)
-    read = {str(node.target) for node in graph.nodes if node.op == "get_attr"}
+    read = {str(node.target) for node in traced.graph.nodes if node.op == "get_attr"}
     uses = _uses(model)
     found = []
     for node in calls:
@@ -244,6 +245,10 @@ def fusible(model: nn.Module) -> list[Pair]:
         obstacle = _obstacle(layer, norm) or _shared(model, pair, uses)
         if len(before.users) > 1:
             obstacle = f"the output of {pair[0]} has {len(before.users)} users"
+        elif before in traced.kept:
+            obstacle = f"the model keeps the output of {pair[0]}"
+        elif hooked := [n for n in traced.hooked if any(p.startswith(f"{n}.") for p in pair)]:
+            obstacle = f"{hooked[0]} has hooks"
         elif max(times[layer], times[norm]) > 1:
             obstacle = "one of the two is called more than once"
         elif any(name.rpartition(".")[0] in pair for name in read):
@@ -266,18 +271,6 @@ def neighbours(model: nn.Module) -> list[tuple[str, str]]:
                     prefix = f"{name}." if name else ""
                     found.append((prefix + first, prefix + second))
     return found
-
-
-class _Tracer(fx.Tracer):
-    """Goes into the modules that hold norms, and takes all others as they are."""
-
-    def __init__(self, opened: set[nn.Module]) -> None:
-        super().__init__()
-        self.opened = opened
-
-    def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
-        del module_qualified_name
-        return m not in self.opened
 
 
 # -- one pair -------------------------------------------------------------------------------------
@@ -354,6 +347,18 @@ def _obstacle(layer: nn.Module, norm: nn.Module) -> str | None:
     if outputs != features(norm):
         return f"the layer has {outputs} outputs, the norm {features(norm)} channels"
     return None
+
+
+def _given(model: nn.Module, pairs: list[tuple[str, str]]) -> list[Pair]:
+    uses = _uses(model)
+    times = Counter(model.get_submodule(name) for pair in pairs for name in pair)
+    found = []
+    for pair in pairs:
+        layer, norm = map(model.get_submodule, pair)
+        obstacle = _obstacle(layer, norm) or _shared(model, pair, uses)
+        twice = [name for name, m in zip(pair, (layer, norm), strict=True) if times[m] > 1]
+        found.append(Pair(*pair, f"{twice[0]} is in two pairs" if twice else obstacle))
+    return found
 
 
 def _uses(model: nn.Module) -> Counter[int]:

@@ -1,10 +1,13 @@
 """A run's number, what may be pooled, and what is missing."""
 
 import math
+from functools import cache
+from typing import Any
 
 import pytest
 
 from normlab import config, experiment
+from normlab.experiment import Contrast
 from normlab.report import grid, provenance
 from normlab.report.grid import run_number
 
@@ -79,6 +82,33 @@ def test_a_diverged_run_scores_chance(make_run, results_of):
     assert (found.diverged, found.lacking) == (1, {})
 
 
+def test_a_diverged_run_has_chance_error_where_the_others_of_its_arm_have_epochs(
+    make_run, results_of
+):
+    rows = make_run("desk", 2, 100, {"test_precise": [50.0, 45.0, 40.0]})
+    (first, *_) = make_run("desk", 2, 101, {"test_precise": [52.0, 1.0, 1.0]}, status="diverged")
+    found = results_of([*rows, first]).by_epoch[point(2), "test_precise"]
+    assert found == {
+        1: {100: 50.0, 101: 52.0},
+        2: {100: 45.0, 101: 90.0},
+        3: {100: 40.0, 101: 90.0},
+    }
+    alone = results_of([first, *make_run("desk", 8, 100, {"test_precise": [50.0, 45.0, 40.0]})])
+    assert alone.by_epoch[point(2), "test_precise"] == {
+        1: {101: 52.0},
+        2: {101: 90.0},
+        3: {101: 90.0},
+    }
+
+
+def test_a_curve_has_the_epochs_and_the_seeds_that_all_its_numbers_have(make_run, results_of):
+    rows = make_run("desk", 2, 100, {"test_precise": [50.0, 45.0, 40.0]})
+    rows += make_run("desk", 2, 101, {"test_precise": [46.0, 41.0]})
+    rows += make_run("desk", 2, 102, {"train_batch": [9.0, 8.0, 7.0]})
+    found = results_of(rows).by_epoch[point(2), "test_precise"]
+    assert found == {2: {100: 45.0, 101: 46.0}, 3: {100: 40.0, 101: 41.0}}
+
+
 def test_a_failed_run_is_missing_and_counted(make_run, results_of):
     rows = make_run("desk", 2, 100, {}, status="failed")
     rows += make_run("desk", 2, 101, {"test_precise": 40.0})
@@ -150,7 +180,17 @@ def test_a_grid_that_cannot_be_composed_says_why(small, monkeypatch):
     assert found.problem == "its cells cannot be composed: nbs=2: no such thing"
 
 
-def test_the_real_experiments_compose_into_distinct_cells():
+compose = config.compose
+
+
+@cache
+def composed(*overrides: str) -> dict[str, Any]:
+    """Composing a cell takes a tenth of a second, and two tests ask for those of one scale."""
+    return compose(list(overrides))
+
+
+def test_the_real_experiments_compose_into_distinct_cells(monkeypatch):
+    monkeypatch.setattr(grid.config, "compose", lambda overrides: composed(*overrides))
     for name in experiment.names():
         loaded = experiment.load(name)
         for scale in ("demo", "paper"):
@@ -159,16 +199,16 @@ def test_the_real_experiments_compose_into_distinct_cells():
             assert len(found.points) == len(grid.first_cells(loaded, scale))
 
 
-@pytest.mark.parametrize("scale", ["demo", "desk", "gpu"])
+@pytest.mark.parametrize("scale", ["demo", "desk", "gpu", "paper"])
 def test_experiments_that_share_a_run_evaluate_the_same_epochs(scale):
     """Whichever made the run first, the other needs epochs whose weights are gone by then."""
     epochs: dict[str, dict[int, str]] = {}
     for name in experiment.names():
         loaded = experiment.load(name)
         for point, overrides in grid.first_cells(loaded, scale).items():
-            composed = config.compose(overrides)
-            shared = epochs.setdefault(config.cell_key(composed), {})
-            shared.setdefault(composed["eval_last"], f"{name} {point}")
+            cell = composed(*overrides)
+            shared = epochs.setdefault(config.cell_key(cell), {})
+            shared.setdefault(cell["eval_last"], f"{name} {point}")
     assert not [wanted for wanted in epochs.values() if len(wanted) > 1]
 
 
@@ -183,3 +223,24 @@ def test_the_seed_is_no_part_of_a_cell():
 def test_chance_without_a_record_is_nan(make_run):
     run = make_run("desk", 2, 100, {}, status="diverged", chance="")
     assert math.isnan(run_number(run, "test:precise", "desk"))
+
+
+def test_a_term_names_the_cell_that_stands_exactly_there_or_the_only_one():
+    norms = experiment.load("norms")
+    found = grid.results(norms, "demo", grid.compose(norms, "demo"), [])
+
+    def read(**cell: str):
+        return found.contrast(Contrast("", [(1.0, "test", cell)]))
+
+    assert read(norm="BN", lr="shared").n == 0  # and not the one on another network
+    assert read(network="ResNet-8", norm="Fixup").n == 0
+    with pytest.raises(ValueError, match="names 3 cells"):
+        read(norm="BN")
+
+
+def test_a_figure_draws_only_what_it_says():
+    norms = experiment.load("norms")
+    found = grid.results(norms, "demo", grid.compose(norms, "demo"), [])
+    assert {dict(point)["lr"] for point in found.points} == {"shared", "tuned"}
+    assert {dict(point)["lr"] for point in found.drawn} == {"shared"}
+    assert len(found.drawn) < len(found.points)

@@ -1,6 +1,7 @@
 """The rules of a verdict: by hand, and by how often they are wrong."""
 
 import random
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -114,6 +115,24 @@ def test_a_shape_shows_the_contrast_that_decides(make_runs, results_of):
     assert "3 of 3 contrasts hold" in one.notes[-1]
 
 
+@pytest.mark.parametrize(
+    ("pairs", "verdict", "note"),
+    [
+        ([(128, 32), (32, 128)], "reproduced", "2 of 2"),
+        ([(128, 32), (2, 32)], "contradicted", "1 of 2"),
+    ],
+)
+def test_an_equivalence_asks_it_of_each_contrast(make_runs, results_of, pairs, verdict, note):
+    found = results_of(make_runs("desk"))
+    contrasts = [
+        [[1, "test_precise", {"nbs": a}], [-1, "test_precise", {"nbs": b}]] for a, b in pairs
+    ]
+    claim = replace(found.experiment.claims["bottom_is_flat"], spec={"contrasts": contrasts})
+    one = verdicts.judge(claim, found)
+    assert one.verdict == verdict
+    assert note in one.notes[-1]
+
+
 def test_the_seeds_shown_are_those_of_the_contrast_that_decides(make_runs, results_of):
     rows = [row for row in make_runs("desk") if (row["nbs"], row["seed"]) != ("2", "109")]
     one = by_name(judged(results_of(rows)))["train_error_falls"]
@@ -154,12 +173,15 @@ def test_holm_corrects_over_all_experiments_of_a_scale(make_run, results_of):
     for i, seed in enumerate(range(100, 110)):
         rows += make_run("desk", 2, seed, {"test_precise": 42.0 + i * 0.1})
         rows += make_run("desk", 32, seed, {"test_precise": 40.0})
-    found, started = results_of(rows), results_of(rows[:1])
+    found, shared = results_of(rows), results_of(rows[:1])
+    started = results_of(make_run("desk", 2, 100, {"test_batch": 41.0, "test_precise": 40.0}))
     alone = by_name(judged(found))["small_is_worse"]
     assert alone.p_holm == pytest.approx(4 * alone.p)
     beside = by_name(judged(found, started))["small_is_worse"]
     assert beside.p_holm == pytest.approx(8 * alone.p)
-    assert repr(judged(found, results_of([]))) == repr(judged(found))  # nan is no equal of itself
+    # Without runs, or with one that none of its primary claims can be judged by, it asks nothing.
+    for silent in (results_of([]), shared):
+        assert repr(judged(found, silent)) == repr(judged(found))  # nan is no equal of itself
 
 
 def test_shuffling_rows_changes_nothing(make_runs, results_of):

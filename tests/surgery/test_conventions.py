@@ -203,6 +203,24 @@ def test_names_and_defaults():
         read("keras", values, momentum="cumulative")
 
 
+@pytest.mark.parametrize("given", ["gamma", "beta"])
+def test_a_keras_layer_without_scale_or_center(given):
+    """torch's layer loads what Keras has as scale=False or center=False, and is that function."""
+    keras = Keras()
+    keras.train(batches()[0])
+    values = torch.linspace(0.5, 2, CHANNELS, dtype=torch.float64)
+    state = read("keras", {**keras.tensors(), given: values})
+    assert (state.weight is None) == (given == "beta")
+    x, per_channel = batches()[1], values.view(1, -1, 1, 1)
+    expected = keras(x) * per_channel if given == "gamma" else keras(x) + per_channel
+    ours = torch_layer(state, count=COUNT, variance="biased").eval()
+    torch.testing.assert_close(ours(x), expected, rtol=1e-12, atol=1e-12)
+    caffe, _ = write("caffe", state, count=COUNT)
+    assert caffe[given].tolist() == values.tolist()
+    assert caffe["beta" if given == "gamma" else "gamma"].unique().item() == (given == "beta")
+    assert write("keras", state)[0].keys() == {*keras.tensors(), given}
+
+
 def test_another_eps():
     """C29: eps goes with the layer; where it cannot, the variance takes the difference."""
     state = read("keras", {"moving_mean": torch.ones(2), "moving_variance": torch.ones(2) * 0.5})

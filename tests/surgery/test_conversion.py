@@ -6,7 +6,7 @@ import sys
 import pytest
 import torch
 import torchvision
-from torch import nn
+from torch import distributed, nn
 from torch.nn.utils import parametrize
 
 import normlab
@@ -17,9 +17,10 @@ from normlab.norms import (
     GroupNorm,
     InstanceNorm,
     NoNorm,
-    find,
+    SyncBatchNorm,
     names,
 )
+from normlab.population import apply, estimate
 from normlab.surgery import convert, revert
 
 TORCHVISION = ["resnet50", "mobilenet_v3_small", "densenet121", "efficientnet_b0"]
@@ -148,6 +149,9 @@ def test_round_trip(kind, options):
     convert(model, **options)
     new = model[0]
     assert (new.eps, new.momentum, new.decay) == (1e-3, 0.003, 0.997)
+    changed = copy.deepcopy(model)
+    changed[0].eps = 0.5
+    assert revert(changed)[0].eps == 0.5
     assert new.running_mean.data_ptr() != old.running_mean.data_ptr()
     assert new.weight is old.weight
     assert_same(before, model.state_dict())
@@ -438,7 +442,17 @@ class Lookalike(nn.Module):
         self.inner = nn.BatchNorm2d(4)
 
 
-@pytest.mark.parametrize("layer", [Special(4), Lookalike()], ids=lambda m: type(m).__name__)
+class OneOfTwo(nn.Module):
+    """As timm's EvoNorm2dB0: a running variance without a mean."""
+
+    def __init__(self):
+        super().__init__()
+        self.register_buffer("running_var", torch.ones(4))
+
+
+@pytest.mark.parametrize(
+    "layer", [Special(4), Lookalike(), OneOfTwo()], ids=lambda m: type(m).__name__
+)
 def test_unknown_norms_are_refused_by_name_or_kept(layer):
     """P24: a subclass may do more than normalize: it is never rebuilt as a bare norm."""
     model = nn.Sequential(nn.BatchNorm2d(4), layer)
@@ -448,6 +462,7 @@ def test_unknown_norms_are_refused_by_name_or_kept(layer):
     convert(model, "bn", unknown="keep")
     assert type(model[0]) is BatchNorm
     assert model[1] is layer
+    assert convert(layer, "bn", unknown="keep") is layer
     assert isinstance(getattr(layer, "inner", nn.BatchNorm2d(4)), nn.BatchNorm2d)
 
 
@@ -570,21 +585,49 @@ def test_every_norm_and_back(norm):
         assert_same(before, model.state_dict())
 
 
-def test_the_group_of_ranks_is_kept():
-    """P26: a SyncBatchNorm's process group."""
-    group = object()
-    layer = nn.SyncBatchNorm(4, process_group=group)
-    seen = []
+@pytest.fixture
+def group():
+    """A group of ranks that this process is in: of one rank, so that nothing is exchanged."""
+    distributed.init_process_group("gloo", store=distributed.HashStore(), rank=0, world_size=1)
+    yield distributed.new_group([0])
+    distributed.destroy_process_group()
 
-    class Asks(BatchNorm):
-        def __init__(self, num_features, *, group=None, eps=1e-5, decay=0.9, affine=True):
-            super().__init__(num_features, eps=eps, decay=decay, affine=affine)
-            seen.append(group)
 
-    assert revert(convert(layer, Asks)).process_group is group
-    assert seen == [group]
-    if "sync" in names():
-        assert type(revert(find("sync")(4))) is nn.SyncBatchNorm
+def test_the_group_of_ranks_is_kept(group):
+    """P26: through any conversions, copies of the model, and back; or it is refused by name."""
+    torchs = nn.SyncBatchNorm(4, process_group=group)
+    for steps in (
+        [("sync", {})],
+        [("sync", {}), ("sync", {"eps": 1e-3})],
+        [("sync", {}), ("ghost", {"nbs": 2}), ("frozen", {}), ("sync", {})],
+    ):
+        layer = nn.Sequential(torchs)
+        for norm, options in steps:
+            layer = copy.deepcopy(convert(layer, norm, **options))
+        assert layer[0].group is group
+        assert revert(copy.deepcopy(layer))[0].process_group is group
+    native = SyncBatchNorm(4, group=group)
+    assert convert(copy.deepcopy(native), "sync", eps=1e-3).group is group
+    assert convert(native, "sync", group=None).group is None
+    with pytest.raises(ValueError, match="GhostBatchNorm has no place for group; lossy=True"):
+        convert(native, "ghost", nbs=2)
+    assert convert(native, "ghost", nbs=2, lossy=True).nbs == 2
+    assert revert(convert(nn.SyncBatchNorm(4), "sync", group=group)).process_group is group
+    assert type(revert(convert(nn.BatchNorm2d(4), "sync", group=group))) is nn.BatchNorm2d
+    assert type(revert(SyncBatchNorm(4))) is nn.SyncBatchNorm
+
+
+def test_what_stands_in_for_torchs_update_bn():
+    """P45: torch's own passes over normlab's layers; `estimate` and `apply` do what it would."""
+    theirs = stack()
+    ours, batches = convert(copy.deepcopy(theirs), "bn"), [randn(), 2 * randn() + 1]
+    before = snapshot(ours)
+    for model in (theirs, ours):
+        torch.optim.swa_utils.update_bn(batches, model)
+    assert_same(before, ours.state_dict())
+    apply(ours, estimate(ours, batches, estimator="mean"))
+    torch.testing.assert_close(ours[0].running_mean, theirs[0].running_mean)
+    torch.testing.assert_close(ours[0].running_var, theirs[0].running_var)
 
 
 def test_a_refusal_leaves_everything_alone():

@@ -16,6 +16,7 @@ from normlab.norms import (
     VirtualBatchNorm,
 )
 from normlab.surgery import convert, fold, fuse, fusible, neighbours, split, unfuse
+from normlab.surgery._transplant import with_activation
 from normlab.surgery.fusion import FoldedNorm
 
 from .test_conversion import TIMM, TORCHVISION, Special, assert_same, build, disturb, snapshot
@@ -235,6 +236,15 @@ def test_split_takes_any_statistics():
         split(layer, norm)
 
 
+def test_the_activation_of_a_folded_norm_moves_with_the_model():
+    norm = with_activation(BatchNorm)(6)
+    norm.drop, norm.act = nn.Identity(), nn.PReLU()
+    model, x = pair(norm=norm, dtype=torch.float32)
+    fuse(model).double()
+    assert model(x.double()).dtype == torch.float64
+    assert unfuse(model)[1].act.weight.dtype == torch.float64
+
+
 def test_requires_grad_and_device_of_the_new_bias():
     model, _ = pair(bias=False, dtype=torch.float32)
     model[0].weight.requires_grad_(False)
@@ -347,6 +357,71 @@ def test_the_data_flow_decides(use, line):
         fuse(model)
     assert folded(model) == []
     assert folded(fuse(Residual("norm").eval())) == ["norm"]
+
+
+class Remembers(nn.Module):
+    """Leaves things behind in every way, without a word in the graph."""
+
+    def __init__(self, keep):
+        super().__init__()
+        self.conv, self.norm, self.keep = nn.Conv2d(4, 4, 1), nn.BatchNorm2d(4), keep
+        self.calls, self.last, self.seen = 0, None, {"inputs": [], "outputs": {}}
+        self.register_buffer("count", torch.zeros(1))
+
+    def forward(self, x):
+        y = self.conv(x)
+        self.calls += 1
+        self.last = x
+        self.count += 1
+        self.seen["inputs"].append(x)
+        if self.keep == "in a dictionary":
+            self.seen["outputs"]["conv"] = (y,)
+        elif self.keep == "as an attribute":
+            self.conv.output = y
+        return self.norm(y) * torch.rand(()) * torch.ones(1)
+
+
+@pytest.mark.parametrize("keep", ["not at all", "as an attribute", "in a dictionary"])
+def test_tracing_leaves_nothing_behind_and_sees_what_the_model_would(keep):
+    model, random = Remembers(keep).eval(), torch.get_rng_state()
+    attributes = {name: set(vars(module)) for name, module in model.named_modules()}
+    (found,) = fusible(model)
+    assert torch.equal(torch.get_rng_state(), random)
+    assert (model.calls, model.last, model.count.item()) == (0, None, 0)
+    assert model.seen == {"inputs": [], "outputs": {}}
+    assert {name: set(vars(module)) for name, module in model.named_modules()} == attributes
+    kept = None if keep == "not at all" else "the model keeps the output of conv"
+    assert found.obstacle == kept
+
+
+@pytest.mark.parametrize(("inside", "obstacle"), [(True, "0 has hooks"), (False, None)])
+def test_a_hook_around_the_layer_sees_its_output_and_is_not_called(inside, obstacle):
+    calls = []
+    model = nn.Sequential(nn.Sequential(*pair()[0]), nn.Sequential(*pair()[0]))
+    block = model[0] if inside else model
+    block.register_forward_hook(lambda *_: calls.append("called"))
+    assert [p.obstacle for p in fusible(model)] == [obstacle, None]
+    assert calls == []
+    assert len(block._forward_hooks) == 1
+
+
+@pytest.mark.parametrize(
+    ("pairs", "line"),
+    [
+        ([("c", "a"), ("c", "b")], "c and a: c is in two pairs; c and b: c is in two pairs"),
+        ([("c", "a"), ("d", "a")], "a is in two pairs"),
+        ([("c", "a"), ("c", "a")], "c is in two pairs"),
+    ],
+)
+def test_a_layer_is_folded_once(pairs, line):
+    conv, norm = nn.Conv2d(4, 4, 1), nn.BatchNorm2d(4)
+    layers = {"c": conv, "d": copy.deepcopy(conv), "a": norm, "b": copy.deepcopy(norm)}
+    model = nn.ModuleDict(layers).eval()
+    before = snapshot(model)
+    with pytest.raises(ValueError, match=line):
+        fuse(model, pairs)
+    assert folded(fuse(model, iter(pairs), partial=True)) == []
+    assert_same(before, model.state_dict())
 
 
 def test_what_cannot_be_traced_is_the_callers_knowledge():

@@ -4,6 +4,8 @@ from typing import Any, Self
 
 from torch import Tensor, nn
 
+from normlab.norms._hooks import move_hooks
+
 __all__ = ["ReparametrizedConv2d", "replace"]
 
 
@@ -44,14 +46,18 @@ class ReparametrizedConv2d(nn.Conv2d):
 def replace(model: nn.Module, kind: type[ReparametrizedConv2d], **options: Any) -> nn.Module:
     """`model` with every torch.nn.Conv2d as a `kind` with the same parameters, in place.
 
-    Subclasses of Conv2d are left alone; a convolution that is used in several places stays one.
-    Returns the new layer if `model` itself is a convolution.
+    Hooks stay, with working handles. Subclasses of Conv2d are left alone; a convolution that is
+    used in several places stays one. Returns the new layer if `model` itself is a convolution.
     """
-    made: dict[nn.Module, nn.Module] = {}
+    made: dict[nn.Module, nn.Module] = {
+        module: kind.from_conv(module, **options)
+        for module in model.modules()
+        if type(module) is nn.Conv2d
+    }
+    for conv, new in made.items():
+        move_hooks(conv, new)
     for parent in list(model.modules()):
         for name, child in list(parent._modules.items()):
-            if type(child) is nn.Conv2d:
-                if child not in made:
-                    made[child] = kind.from_conv(child, **options)
+            if child in made:
                 setattr(parent, name, made[child])
-    return kind.from_conv(model, **options) if type(model) is nn.Conv2d else model
+    return made.get(model, model)

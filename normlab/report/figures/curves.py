@@ -62,7 +62,7 @@ def draw(results: Results, subtitle: str) -> Figure:
     right.set_ylabel("change (percentage points)")
     left.set_title(f"Ours: {what}" if options.get("by") else "Ours", loc="left")
     right.set_title(f"Change from own {baseline_name(experiment)}", loc="left")
-    ours_xs = [float(dict(point)[x]) for point in results.points if x in dict(point)]
+    ours_xs = [float(dict(point)[x]) for point in results.drawn if x in dict(point)]
     dress(left, options["xlabel"], ours_xs, log2=bool(options.get("log2")))
     dress(right, options["xlabel"], ours_xs + paper_xs, log2=bool(options.get("log2")))
     legend(figure, handles, cited)
@@ -70,9 +70,9 @@ def draw(results: Results, subtitle: str) -> Figure:
 
 
 def lines(results: Results, by: list[str]) -> list[tuple[dict[str, Any], list[Point]]]:
-    """The grid's points by what tells the lines apart, in the grid's order."""
+    """The points to draw by what tells the lines apart, in the grid's order."""
     found: dict[str, tuple[dict[str, Any], list[Point]]] = {}
-    for point in results.points:
+    for point in results.drawn:
         which = {axis: value for axis, value in point if axis in by}
         found.setdefault(repr(which), (which, []))[1].append(point)
     return list(found.values())
@@ -97,9 +97,15 @@ def papers(
     drawn = []
     for source in results.experiment.published:
         base = paper_baseline(results.experiment, source, protocol)
-        if source.x != x or math.isnan(base) or not source.at.items() <= which.items():
+        numbers, at = source.values.get(protocol, {}), dict(source.at)
+        if source.x == x:
+            points = sorted(numbers.items())
+        elif x in at and which.get(source.x) in numbers:  # told over what the lines differ in
+            points = [(at.pop(x), numbers[which[source.x]])]
+        else:
             continue
-        points = sorted(source.values[protocol].items())
+        if math.isnan(base) or not at.items() <= which.items():
+            continue
         axes.plot(
             [at for at, _ in points], [error - base for _, error in points], color=look["color"],
             marker=look["marker"], markersize=3, markerfacecolor="white", zorder=2,

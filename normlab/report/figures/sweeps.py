@@ -20,7 +20,7 @@ def draw(results: Results, subtitle: str) -> Figure:
     figure.suptitle(f"{experiment.title}: {subtitle}", fontsize=8.5, x=0.01, ha="left")
     cited: list[str] = []
     for panel, x, xlabel in zip(panels, options["x"], options["xlabel"], strict=True):
-        points = [point for point in results.points if x in dict(point)]
+        points = [point for point in results.drawn if x in dict(point)]
         xs = [float(dict(point)[x]) for point in points]
         panel.axhline(0, color="#999999", linewidth=0.7, zorder=1)
         for i, protocol in enumerate(options["series"]):

@@ -330,6 +330,24 @@ def test_replace_keeps_parameters_and_draws_nothing(kind):
         assert (after - before).abs().max() > 1e-4
 
 
+def test_replace_keeps_hooks_and_their_handles():
+    calls = []
+    model = nn.Sequential(nn.Conv2d(3, 4, 1))
+    handles = [
+        model[0].register_forward_hook(lambda module, *_: calls.append(module)),
+        model[0].register_full_backward_hook(lambda module, *_: calls.append(module)),
+        model[0].register_load_state_dict_pre_hook(lambda module, *_: calls.append(module)),
+    ]
+    replace(model, WeightStandardizedConv2d)
+    for expected in ([model[0]] * 3, []):
+        calls.clear()
+        model(torch.randn(1, 3, 2, 2, requires_grad=True)).sum().backward()
+        model.load_state_dict(model.state_dict())
+        assert calls == expected
+        for handle in handles:
+            handle.remove()
+
+
 def test_replace_a_convolution_itself():
     plain = nn.Conv2d(2, 3, 3, padding="same")
     layer = replace(plain, WeightNormConv2d)
