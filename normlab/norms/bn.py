@@ -12,11 +12,11 @@ __all__ = ["BatchNorm"]
 class BatchNorm(PopulationNorm):
     """Batch norm whose group is the whole forward batch (the micro-batch of one rank).
 
-    y = weight * (x - mean) / sqrt(var + eps) + bias with mean and biased variance over samples and
-    positions, per channel. In train() the running variance follows the *unbiased* variance, as in
-    torch and cuDNN; detectron2's NaiveSyncBatchNorm and tensorpack's Sync and Ghost BN store the
-    biased one. Accumulating k micro-batches per optimizer step moves the running statistics k
-    times.
+    y = weight * (x - mean) / sqrt(var + eps) + bias with mean and *biased* variance over samples
+    and positions, per channel.
+
+    Population: r += (1 - decay) (b - r) at every forward in train(), for the mean and the
+    *unbiased* variance. Accumulating k micro-batches per optimizer step moves it k times.
 
     Args:
         num_features: channels C of the input (N, C), (N, C, L), (N, C, H, W) or (N, C, D, H, W).
@@ -35,7 +35,13 @@ class BatchNorm(PopulationNorm):
     no_grad, as in `population.estimate`) equal torch's up to rounding, for contiguous inputs on a
     CPU, where another route takes half the time; elsewhere they are bitwise torch's too. Compiled,
     a cumulative average equals the eager one up to rounding: a graph cannot read t as a number.
-    Errors: see PopulationNorm.
+
+    Limits: of one sample, InstanceNorm; with population statistics an affine map per channel, which
+    `normlab.surgery` folds into the convolution before it. Errors: see PopulationNorm.
+
+    Source: Ioffe & Szegedy 2015, Algorithms 1 and 2. Peers: torch and cuDNN keep the unbiased
+    variance too; detectron2's NaiveSyncBatchNorm and tensorpack's Sync and Ghost BN the biased one,
+    and Keras' `momentum` is what `decay` is here.
     """
 
     def __init__(

@@ -19,13 +19,15 @@ class FrozenBatchNorm(PopulationNorm):
     """Batch norm with constant mean and variance, in train() as in eval().
 
     y = weight * (x - running_mean) / sqrt(running_var + eps) + bias, per channel: no sample sees
-    another, dx = dy * weight / sqrt(running_var + eps), and no forward moves a buffer. The variance
-    is whatever a checkpoint holds, which is torch's unbiased one; running_var = 0 is finite.
+    another, and dx = dy * weight / sqrt(running_var + eps).
+
+    Population: what a checkpoint holds, torch's *unbiased* variance; no forward moves a buffer.
+    running_var = 0 is finite.
 
     It stays so through train(), `normalization` and `population.estimate`: `statistics` is
     "population", and anything else is refused. `population.using` and load_state_dict, which put
     statistics in, work as for the whole family. A new layer has mean 0 and variance 1: it divides
-    by sqrt(1 + eps), the identity up to eps / 2 (detectron2 begins with variance 1 - eps).
+    by sqrt(1 + eps), the identity up to eps / 2.
 
     Args:
         num_features: channels C of the input (N, C), (N, C, L), (N, C, H, W) or (N, C, D, H, W).
@@ -35,13 +37,16 @@ class FrozenBatchNorm(PopulationNorm):
         eps: added to the variance.
 
     The state_dict is BatchNorm2d's. Checkpoints of BatchNorm load, and those of detectron2's and
-    torchvision's frozen layers, which lack num_batches_tracked; no value is changed on loading
-    (detectron2 subtracts eps from the variance of old ones). Those two keep weight and bias as
-    buffers, here they are parameters as in BatchNorm.
+    torchvision's frozen layers, which lack num_batches_tracked; no value is changed on loading.
 
-    Unlike `requires_grad_(False)` and `eval()` on a batch norm, which train() undoes, there is no
-    mode to forget. Source: He et al. 2017 ("Mask R-CNN") and its code; Wu & Johnson 2021,
-    section 3.4. Errors: ValueError for an unknown `affine`; in forward see PopulationNorm.
+    Limits: BatchNorm in eval(); "none" with mean 0 and variance 1 - eps is the identity. Unlike
+    `requires_grad_(False)` and `eval()` on a batch norm, which train() undoes, there is no mode to
+    forget. Errors: ValueError for an unknown `affine`; in forward see PopulationNorm.
+
+    Source: He et al. 2017 ("Mask R-CNN") and its code; Wu & Johnson 2021, section 3.4. Peers:
+    detectron2's and torchvision's keep weight and bias as buffers, here they are parameters as in
+    BatchNorm; detectron2's begins with variance 1 - eps, and subtracts eps from the variance of old
+    checkpoints.
     """
 
     batch: ClassVar[str] = "none"

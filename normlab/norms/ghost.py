@@ -14,14 +14,14 @@ Population = Literal["mean", "pooled", "first", "sequential"]
 
 
 class GhostBatchNorm(PopulationNorm):
-    """Batch norm of chunks of `nbs` samples, each normalized with its own mean and biased variance.
+    """Batch norm of chunks of `nbs` samples, each normalized with its own mean and variance.
 
-    Outputs and gradients are those of G = N / nbs separate batch norms with shared weight and bias,
-    hence of G workers with per-worker BN, or of G accumulated micro-batches. With nbs == N it is
-    BatchNorm; with one sample per chunk it would be instance norm. At test, plain running
-    statistics and any batch size.
+    y = weight * (x - mean) / sqrt(var + eps) + bias with mean and *biased* variance over the
+    samples and positions of a chunk, per channel. Outputs and gradients are those of G = N / nbs
+    separate batch norms with shared weight and bias, hence of G workers with per-worker BN, or of G
+    accumulated micro-batches of nbs samples. At test, plain running statistics and any batch size.
 
-    Peers disagree about what the running statistics follow, so it is an argument. With a chunk's
+    Population: libraries disagree about what it follows, so it is an argument. With a chunk's
     mean m_k, biased variance v_k, unbiased variance u_k, M elements per chunk and channel, and
     a = 1 - decay, one forward does
 
@@ -50,9 +50,13 @@ class GhostBatchNorm(PopulationNorm):
         affine: learn a weight and a bias per channel, shared by all chunks.
         statistics, update: choices of a batch norm, see PopulationNorm.
 
-    Unlike composer, a batch that nbs does not divide is an error, never chunks of another size, and
-    the state_dict keys are BatchNorm2d's. Errors: ValueError for the arguments above; in forward
-    see PopulationNorm. Second derivatives exist for contiguous inputs only.
+    Limits: with nbs == N it is BatchNorm; with one sample per chunk it would be InstanceNorm, and
+    is refused. Errors: ValueError for the arguments above; in forward see PopulationNorm. Second
+    derivatives exist for contiguous inputs only.
+
+    Source: Hoffer, Hubara & Soudry 2017, Algorithm 1. Peers: the table above; in composer a batch
+    that nbs does not divide has chunks of another size, here it is an error, and the state_dict
+    keys are BatchNorm2d's.
     """
 
     batch: ClassVar[str] = "ghost"

@@ -18,16 +18,15 @@ NORMAL = math.sqrt(math.pi / 2)
 class L1BatchNorm(PopulationNorm):
     """Batch norm with s = sqrt(pi/2) * mean|x - mean| in place of the standard deviation.
 
-    y = weight * (x - mean) / (s + eps) + bias, mean and s over samples and positions, per channel
-    (Hoffer, Banner, Golan & Soudry 2018, "Norm matters"). sqrt(pi/2) makes s the standard deviation
+    y = weight * (x - mean) / (s + eps) + bias, mean and s over samples and positions, per channel.
+    sqrt(pi/2) makes s the standard deviation
     of normal values, and only of those: a bell with heavier tails has a smaller s. s scales as x
     does. eps is added to s, not to its square. Where x equals its mean, |.| has the derivative 0.
 
     Population: the buffers are BatchNorm2d's; `running_var` holds the square of the scale, so that
     a checkpoint means the same to either layer on normal data, and tests use sqrt(running_var). It
     follows s^2 n/(n-1) of n elements, where BatchNorm follows its unbiased variance: of n normal
-    values the mean of s is sigma sqrt((n-1)/n). Observers get s^2 as the biased variance. (The
-    authors' code averages 1/s, with a weight of 0.9 for the newest batch.)
+    values the mean of s is sigma sqrt((n-1)/n). Observers get s^2 as the biased variance.
 
     Estimated statistics (`normlab.population`), from the s_B and mean_B of batches B: "mean"
     averages s_B^2 n/(n-1), as the buffers do; "pooled" is E[s_B^2] + E[mean_B^2] - E[mean_B]^2: s^2
@@ -45,6 +44,9 @@ class L1BatchNorm(PopulationNorm):
 
     Limits: BatchNorm on normal data of many elements; values of +-a have s = sqrt(pi/2) a, where
     BatchNorm has a. Errors: see PopulationNorm.
+
+    Source: Hoffer, Banner, Golan & Soudry 2018 ("Norm matters"). Peers: the authors' code averages
+    1/s for the tests, and gives the newest batch the weight 0.9.
     """
 
     pools: ClassVar[bool] = False

@@ -12,11 +12,10 @@ __all__ = ["ChannelsLayerNorm"]
 class ChannelsLayerNorm(nn.Module):
     """Layer norm over C alone: every position of every sample has statistics of its own.
 
-    y = weight * (x - mean) / sqrt(var + eps) + bias with mean and biased variance over C per sample
-    and position, weight and bias per channel: timm's LayerNorm2d (eps 1e-6 there), ConvNeXt's and
-    detectron2's LayerNorm, torch.nn.LayerNorm(C) on channels-last data. What a transformer's layer
-    norm is to a token, at each pixel; positions do not see each other, unlike in `ln` and
-    `ln_elementwise` (there is a table of the three in ElementwiseLayerNorm).
+    y = weight * (x - mean) / sqrt(var + eps) + bias with mean and *biased* variance over C per
+    sample and position, weight and bias per channel. What a transformer's layer norm is to a token,
+    at each pixel; positions do not see each other, unlike in `ln` and `ln_elementwise` (there is a
+    table of the three in ElementwiseLayerNorm). There is no population: testing is as training.
 
     Args:
         num_features: channels C of the input (N, C), (N, C, L), (N, C, H, W) or (N, C, D, H, W).
@@ -24,8 +23,12 @@ class ChannelsLayerNorm(nn.Module):
         affine: learn a weight and a bias per channel.
 
     Limits: at one position, LayerNorm (`ln`). The statistics are float32 at least; the output has
-    the memory layout of the input. Raises ValueError for a single channel, whose variance is none,
+    the memory layout of the input. Errors: ValueError for a single channel, which has no spread,
     and in forward for a wrong shape.
+
+    Source: Liu et al. 2022 (ConvNeXt), with Ba, Kiros & Hinton 2016 at each position. Peers: timm's
+    LayerNorm2d (eps 1e-6 there), ConvNeXt's and detectron2's LayerNorm, torch.nn.LayerNorm(C) on
+    channels-last data.
     """
 
     weight: nn.Parameter | None

@@ -15,11 +15,10 @@ __all__ = ["ElementwiseLayerNorm"]
 class ElementwiseLayerNorm(nn.Module):
     """Layer norm over (C, H, W) whose weight and bias have a value per *element*.
 
-    y = weight * (x - mean) / sqrt(var + eps) + bias with mean and biased variance over (C, H, W)
-    per sample, as LayerNorm (`ln`), but weight and bias are (C, H, W): torch.nn.LayerNorm([C, H,
-    W]) and its state_dict. That fixes the size of the input and breaks the symmetry between
-    positions, which is seldom what is meant for images (ml-cvnets began so). One of three layers
-    called layer norm:
+    y = weight * (x - mean) / sqrt(var + eps) + bias with mean and *biased* variance over (C, H, W)
+    per sample, as LayerNorm (`ln`), but weight and bias are (C, H, W). That fixes the size of the
+    input and breaks the symmetry between positions, which is seldom what is meant for images. There
+    is no population: testing is as training. One of three layers called layer norm:
 
     ==================  ===============  ============  =========================================
     config name         statistics over  affine per    who
@@ -37,8 +36,11 @@ class ElementwiseLayerNorm(nn.Module):
         affine: learn a weight and a bias per element.
 
     Limits: LayerNorm where weight and bias are constant in a channel. The statistics are float32 at
-    least. Raises ValueError for a shape of sizes below 1 or of one element in all, and in forward
+    least. Errors: ValueError for a shape of sizes below 1 or of one element in all, and in forward
     for an input of another shape: nothing is reshaped or interpolated.
+
+    Source: Ba, Kiros & Hinton 2016, taken to feature maps element by element. Peers:
+    torch.nn.LayerNorm([C, H, W]) is this layer, state_dict included; ml-cvnets began with it.
     """
 
     weight: nn.Parameter | None

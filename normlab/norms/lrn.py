@@ -18,8 +18,9 @@ class LocalResponseNorm(nn.Module):
 
     y_c = x_c / (k + alpha * S_c)^beta, where S_c gathers x_j^2 at the same position over a window
     of `size` channels: size // 2 below c, c itself and (size - 1) // 2 above (torch's window: of 4,
-    two below and one above); channels that do not exist are zeros. No mean is subtracted, nothing
-    is learnt, and no other sample or position is looked at; the same in train() and eval().
+    two below and one above); channels that do not exist are zeros. There is no mean, no variance
+    and no population: squares are of x itself, nothing is learnt, and no other sample or position
+    is looked at; the same in train() and eval().
 
     Peers disagree about alpha, so it is an argument:
 
@@ -41,8 +42,11 @@ class LocalResponseNorm(nn.Module):
     identity, to the bit; alpha=0 is x / k^beta; size >= 2C, "sum", alpha=1, beta=1/2 and k near 0
     divides by the root of the sum of squares over all channels.
 
-    Raises ValueError for size below 1, alpha below 0, k not above 0 and an unknown `squares`, and
+    Errors: ValueError for size below 1, alpha below 0, k not above 0 and an unknown `squares`, and
     in forward for a wrong shape.
+
+    Source: Krizhevsky, Sutskever & Hinton 2012, section 3.3. Peers: the table above; torch's layer
+    is squares="mean" with k=1.
     """
 
     def __init__(

@@ -6,11 +6,21 @@ __all__ = ["NoNorm"]
 
 
 class NoNorm(nn.Module):
-    """No normalization: y = x, the input itself, in train() and eval(), for any shape.
+    """No normalization: the input itself, over no axes, in train() and eval().
 
-    No parameters, no statistics, no errors; `num_features` is there for the common signature. A
-    norm subtracts a convolution's bias again, which is why the models leave biases out: without one
-    they need them back (`model.conv_bias=true`).
+    y = x. There are no parameters, no mean, no variance and no population. A norm subtracts a
+    convolution's bias again, which is why the models leave biases out: without one they need them
+    back (`model.conv_bias=true`).
+
+    Args:
+        num_features: not used; there for the common signature. The input may have any shape.
+
+    Limits: every norm here where statistics are (0, 1), eps is 0 and weight and bias are 1 and 0.
+    Errors: none, in forward neither.
+
+    Source: networks without a norm as in Zhang, Dauphin & Ma 2019, whose initialization (Fixup,
+    `init=fixup`) deep ones need to train. Peers: torch.nn.Identity, which takes any
+    arguments.
     """
 
     def __init__(self, num_features: int) -> None:

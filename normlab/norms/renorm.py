@@ -15,6 +15,9 @@ from normlab.norms.base import BatchStatistics, PopulationNorm, Source, check_nb
 
 __all__ = ["BatchRenorm"]
 
+REMEMBERED = 8
+"""Forwards whose running statistics are kept for a recomputation."""
+
 
 class BatchRenorm(PopulationNorm):
     """Batch norm whose training output is moved to where the running statistics would put it.
@@ -26,9 +29,11 @@ class BatchRenorm(PopulationNorm):
     - mu and sigma = sqrt(running_var + eps): the running statistics *before* this forward's update.
 
     r and d are constants to the gradient, so that dx sums to 0 per channel and chunk as in batch
-    norm, and they act before weight and bias. The buffers then move as GhostBatchNorm's: one step
-    towards the averages of the chunks' means and *unbiased* variances; eps is in no buffer. With
-    population statistics (eval) it is BatchNorm.
+    norm, and they act before weight and bias.
+
+    Population: the buffers then move as GhostBatchNorm's, one step towards the averages of the
+    chunks' means and *unbiased* variances; eps is in no buffer. With population statistics (eval)
+    it is BatchNorm.
 
     The limits grow linearly with n, the forwards so far that updated: R from 1 at n = start *
     forwards to r_max at r_end * forwards, D from 0 at the same start to d_max at d_end * forwards.
@@ -39,7 +44,8 @@ class BatchRenorm(PopulationNorm):
 
     Limits: r_max=1, d_max=0, or any n up to start * forwards, is GhostBatchNorm, and BatchNorm for
     a single chunk. With both infinite the output is that of population statistics, whatever the
-    batch, and only the gradient is batch norm's.
+    batch, and only the gradient is batch norm's. Second derivatives exist for contiguous inputs
+    only, where there are several chunks.
 
     Args:
         num_features: channels C of the input (N, C), (N, C, L), (N, C, H, W) or (N, C, D, H, W).
@@ -57,12 +63,14 @@ class BatchRenorm(PopulationNorm):
     Batch statistics in eval() (`statistics="batch"`) are corrected as in training; observers and
     `population.estimate` get the chunk's own m and v. A recomputation (activation checkpointing)
     takes the running statistics that its forward had, found by its batch's m among the last 8
-    forwards; of equal batches, the latest that was repeated least often.
+    forwards; of equal batches, the latest that was repeated least often. RuntimeError where none
+    of them had the batch, as after a ninth forward.
+
+    Errors: ValueError for the arguments above; in forward see PopulationNorm.
 
     Source: Ioffe 2017, Algorithm 1. The paper's running sigma averages s, where this one is the
-    root of the averaged variance: then the state_dict is BatchNorm2d's. Keras keeps a second pair
-    of statistics for r and d; tensorpack takes one, as here. Errors: ValueError for the arguments
-    above; in forward see PopulationNorm.
+    root of the averaged variance: then the state_dict is BatchNorm2d's. Peers: Keras keeps a second
+    pair of statistics for r and d; tensorpack takes one, as here.
     """
 
     batch: ClassVar[str] = "ghost"
@@ -107,7 +115,7 @@ class BatchRenorm(PopulationNorm):
         self.r_end = r_end
         self.d_end = d_end
         self.forwards = forwards
-        self._recent: deque[_Recent] = deque(maxlen=8)
+        self._recent: deque[_Recent] = deque(maxlen=REMEMBERED)
 
     def limits(self, forwards: int | Tensor) -> tuple[Any, Any]:
         """R and D, as numbers or tensors of one, of the forward after `forwards` updating ones."""
@@ -155,12 +163,8 @@ class BatchRenorm(PopulationNorm):
         running_mean, running_var = self.running_mean, self.running_var
         forwards = self.num_batches_tracked
         if recomputing():
-            # The buffers have moved since. Backward repeats the last forward first, but may repeat
-            # one several times: min takes the first of equal ones.
-            if self._recent:
-                was = min(reversed(self._recent), key=lambda was: (was.distance(mean[0]), was.used))
-                was.used += 1
-                running_mean, running_var, forwards = was.buffers
+            # The buffers have moved since.
+            running_mean, running_var, forwards = self._repeated(mean[0], var[0]).buffers
         elif not (torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active()):
             copies = running_mean.clone(), running_var.clone(), forwards.clone()
             self._recent.append(_Recent(mean[0], copies))
@@ -172,13 +176,37 @@ class BatchRenorm(PopulationNorm):
         d = ((mean - running_mean.to(mean.dtype)) * rstd).clamp(-d_limit, d_limit)
         return r, d
 
+    def _repeated(self, mean: Tensor, var: Tensor) -> "_Recent":
+        """The forward that a recomputation repeats, whose first chunk had this mean (C,).
+
+        Equal up to the rounding that operators before the layer may vary in. Raises RuntimeError.
+        """
+        if self._recent and not torch._C._are_functorch_transforms_active():
+            rounding = 4 * torch.finfo(mean.dtype).eps * mean.abs()
+            allowed = (1e-4 * (var + self.eps).sqrt() + rounding).nan_to_num(math.inf)
+            # One tensor of all: reading a number from a GPU waits for it. NaN is equal to NaN.
+            means = torch.stack([was.mean for was in self._recent])
+            distances = ((means - mean).abs() / allowed).nan_to_num(0.0, math.inf).amax(1).tolist()
+            # Backward repeats the last forward first, but may repeat one several times: min takes
+            # the first of equal ones.
+            candidates = zip(reversed(distances), reversed(self._recent), strict=True)
+            distance, was = min(candidates, key=lambda each: (each[0], each[1].used))
+            if distance <= 1:
+                was.used += 1
+                return was
+        raise RuntimeError(
+            "BatchRenorm cannot repeat a forward for activation checkpointing: none of the "
+            f"{len(self._recent)} that it remembers had this batch. It remembers the last "
+            f"{REMEMBERED}, until it is cast or moved: call backward earlier"
+        )
+
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
         self._recent.clear()  # on another device or in another precision, nothing repeats them
         super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
         return self
 
     def __getstate__(self) -> dict[str, Any]:
-        return {**super().__getstate__(), "_recent": deque(maxlen=8)}
+        return {**super().__getstate__(), "_recent": deque(maxlen=REMEMBERED)}
 
     def extra_repr(self) -> str:
         return f"{super().extra_repr()}, nbs={self.nbs}, r_max={self.r_max}, d_max={self.d_max}"
@@ -192,9 +220,6 @@ class _Recent:
     buffers: tuple[Tensor, Tensor, Tensor]
     used: int = 0
     """By how many recomputations."""
-
-    def distance(self, mean: Tensor) -> float:
-        return float((self.mean - mean).abs().sum())
 
 
 @torch.no_grad()

@@ -19,7 +19,7 @@ __all__ = ["SeparateBatchNorm", "domains"]
 class SeparateBatchNorm(PopulationNorm):
     """Batch norm that knows which of D domains each sample comes from.
 
-    y = weight * (x - mean) / sqrt(var + eps) + bias with biased variance, as BatchNorm, and three
+    y = weight * (x - mean) / sqrt(var + eps) + bias with *biased* variance, as BatchNorm, and three
     switches: each of the following is one for all domains ("shared") or one per domain.
 
     ==================  ===========================================  ============================
@@ -33,7 +33,7 @@ class SeparateBatchNorm(PopulationNorm):
     They are the columns of table 5 in "Rethinking 'Batch' in BatchNorm": a network is good if its
     first two agree. Defaults: statistics and population specific, affine shared.
 
-    Running statistics, in a forward that updates, with a = 1 - decay and unbiased variances:
+    Population: in a forward that updates, with a = 1 - decay and *unbiased* variances,
 
     - statistics and population of one kind: r += a (b - r) with what normalized.
     - specific statistics, shared population: the one population takes a step per domain that is
@@ -72,8 +72,11 @@ class SeparateBatchNorm(PopulationNorm):
         affine: learn weights and biases.
         statistics, update: choices of a batch norm, see PopulationNorm.
 
-    Unlike wgchang/DSBN, which normalizes the whole batch by its first sample's domain, a batch may
-    mix domains; unlike detectron2's CycleBatchNormList, nothing depends on the order of the calls.
+    Limits: one domain, or everything shared, is BatchNorm; everything specific, that many
+    BatchNorms. Source: Wu & Johnson 2021, section 5 and table 5; Chang et al. 2019. Peers:
+    wgchang/DSBN normalizes the whole batch by its first sample's domain, here a batch may mix
+    domains; in detectron2's CycleBatchNormList the order of the calls says whose turn it is.
+
     Errors: ValueError for the arguments above; in forward also for unknown domains, another number
     of labels than samples, and one element per channel of a domain, before any state changes.
     """

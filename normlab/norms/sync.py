@@ -6,6 +6,7 @@ from weakref import WeakKeyDictionary
 import torch
 import torch.nn.functional as F
 from torch import Tensor, distributed
+from torch._compile import _disable_dynamo
 from torch.distributed import ProcessGroup
 
 from normlab import dist
@@ -19,10 +20,12 @@ class SyncBatchNorm(PopulationNorm):
     """Batch norm of the batches of all ranks of a group, as if they were one.
 
     y = weight * (x - mean) / sqrt(var + eps) + bias with mean and *biased* variance over the
-    samples and positions of all ranks, per channel; the running variance follows the *unbiased*
-    variance, of the number of elements of all ranks. Ranks may have different numbers of samples,
+    samples and positions of all ranks, per channel. Ranks may have different numbers of samples,
     different positions, one sample, or none: a rank without samples takes part, with an empty
-    output. With one process, or a group of one rank, it is BatchNorm to the bit.
+    output.
+
+    Population: as BatchNorm's, with the mean and the *unbiased* variance of the elements of all
+    ranks; the buffers are the same on all of them.
 
     Each rank sends the count, mean and variance of its part, taken around its own mean; they are
     merged in float64 by the law of total variance (`normlab.dist.pool`), so that all ranks get
@@ -46,21 +49,32 @@ class SyncBatchNorm(PopulationNorm):
         affine: learn a weight and a bias per channel.
         statistics, update: choices of a batch norm, see PopulationNorm.
 
-    All ranks must call the same layers in the same order, and use batch statistics, update and
-    compute gradients alike; a rank that is frozen ("population") exchanges nothing. Each exchange
-    carries the layer's number in the order of first use, so that ranks which meet in different
-    layers of the same width raise instead of mixing them.
+    All ranks must call the same layers in the same order, forward and backward, and use batch
+    statistics, update and compute gradients alike; a rank that is frozen ("population") exchanges
+    nothing. Each exchange of a forward carries the layer's number in the order of first use, which
+    call of it this is, and whether the rank refuses its input, so that ranks which meet in
+    different layers of one width, or of which one has a wrong shape, all raise. What nothing can
+    tell is a rank that does not come to an exchange: one that has fewer batches, is in eval() or
+    already in its backward pass. There the others wait until the process group's timeout; in
+    layers of different widths, it is the collective that fails.
 
     Observers get the statistics of the group, the same on every rank. `group_size` forms groups
     within a rank, without any exchange, and needs update=False, as in `population.estimate`.
 
-    Errors: ValueError for a group without this process, on all ranks if all of them together have
-    fewer than two elements per channel, and for group_size with update; RuntimeError, on all ranks,
-    where they differ in the ways above; else see PopulationNorm. There are no second derivatives
-    across ranks.
+    Compiled (torch.compile), the layer is a graph break once there are several ranks, equal to the
+    eager one, and fullgraph=True is refused; with one process it is part of the graph.
 
-    Peers: torch's layer needs a GPU once there is a process group; detectron2's NaiveSyncBatchNorm
-    by default and tensorpack weigh ranks alike whatever they hold, and store the biased variance.
+    Limits: BatchNorm with one rank, to the bit, and BatchNorm of the ranks' whole batch with
+    several, up to rounding. There are no second derivatives across ranks.
+
+    Errors: ValueError for a group without this process, on all ranks if all of them together have
+    fewer than two elements per channel, and where a rank has a wrong shape or group_size with
+    update; RuntimeError, on all ranks, where they differ in the ways above, or another one has such
+    a ValueError; else see PopulationNorm.
+
+    Source: Peng et al. 2018 (MegDet); Zhang et al. 2018 (EncNet). Peers: torch's layer needs a GPU
+    once there is a process group; detectron2's NaiveSyncBatchNorm by default and tensorpack weigh
+    ranks alike whatever they hold, and store the biased variance.
     """
 
     batch: ClassVar[str] = "sync"
@@ -82,6 +96,7 @@ class SyncBatchNorm(PopulationNorm):
         dist.place(group)
         self._shared = _Shared(group)
         self._number: int | None = None
+        self._calls = 0
 
     @property
     def group(self) -> ProcessGroup | None:
@@ -90,15 +105,15 @@ class SyncBatchNorm(PopulationNorm):
 
     def _forward(self, x: Tensor) -> Tensor:
         alone = dist.place(self.group)[1] == 1
-        if alone or self.source == "population" or self.group_size is not None:
-            if not alone and self.source == "batch" and self.updates:
-                raise ValueError(
-                    f"group_size={self.group_size} forms groups within a rank, whose statistics "
-                    "cannot update what the ranks share: it needs update=False"
-                )
+        within = self.group_size is not None and not self.updates
+        if alone or within or self.source == "population":
             return super()._forward(x)
-        _check_input(x, self.num_features, type(self).__name__)
-        statistics, backward = self._exchange(x)
+        return self._synchronize(x)
+
+    @_disable_dynamo
+    def _synchronize(self, x: Tensor) -> Tensor:
+        """Never compiled: what the ranks tell each other decides how to go on."""
+        statistics, backward = self._exchange(x, self._refusal(x))
         if backward and not x.requires_grad:
             x = dist.with_gradient(x)
         weight, bias = float32_affine(x, self.weight, self.bias)
@@ -112,43 +127,49 @@ class SyncBatchNorm(PopulationNorm):
             observe(statistics)
         return y
 
-    def _exchange(self, x: Tensor) -> tuple[BatchStatistics, bool]:
+    def _refusal(self, x: Tensor) -> ValueError | None:
+        """What is wrong here: not to be raised before the other ranks know."""
+        if self.group_size is not None:
+            return ValueError(
+                f"group_size={self.group_size} forms groups within a rank, whose statistics "
+                "cannot update what the ranks share: it needs update=False"
+            )
+        try:
+            _check_input(x, self.num_features, type(self).__name__)
+        except ValueError as error:
+            return error
+        return None
+
+    def _exchange(self, x: Tensor, refusal: ValueError | None) -> tuple[BatchStatistics, bool]:
         """The group's statistics, and whether any of its ranks needs the gradient of its x."""
         if self._number is None:
             group = dist.members(self.group)
             self._number = _used.get(group, 0)
             _used[group] = self._number + 1
+        self._calls += 1
         learns = torch.is_grad_enabled()
-        head = [self._number, self.updates, learns, learns and x.requires_grad]
+        head = [self._number, self._calls, refusal is not None, self.updates, learns]
         with torch.no_grad():
-            mean, var = _moments(x)
-            head.append(x.numel() // self.num_features)
+            part = x if refusal is None else x.new_empty(0, self.num_features)
+            mean, var = _moments(part)
+            head += [learns and x.requires_grad, part.numel() // self.num_features]
             parts = dist.stack(torch.cat([mean.new_tensor(head), mean, var]), self.group)
         heads, means, variances = parts.split([len(head), *[self.num_features] * 2], dim=1)
-        numbers, *modes = heads[:, :3].int().T.tolist()
-        if len(set(numbers)) > 1:
-            raise RuntimeError(
-                f"ranks are in different synchronized layers, in the order of first use: {numbers}"
-            )
-        for mode, of_ranks in zip(("update", "compute gradients"), modes, strict=True):
-            if len(set(of_ranks)) > 1:
-                raise RuntimeError(
-                    f"some ranks {mode} in a synchronized layer, some do not: "
-                    f"{[bool(value) for value in of_ranks]}"
-                )
-        count = int(heads[:, 4].sum())
+        _agree(heads[:, :5].int().tolist(), refusal)
+        counts = heads[:, 6]
+        count = int(counts.sum())
         if count < 2:
             raise ValueError(
                 f"SyncBatchNorm needs more than one element per channel over its {len(parts)} "
                 f"ranks, which have {count}"
             )
-        mean, var, _ = dist.pool(means, variances, heads[:, 4])
+        mean, var, _ = dist.pool(means, variances, counts)
         precision = torch.promote_types(x.dtype, torch.float32)
         statistics = BatchStatistics(mean.to(precision)[None], var.to(precision)[None], count)
-        return statistics, bool(heads[:, 3].any())
+        return statistics, bool(heads[:, 5].any())
 
     def __getstate__(self) -> dict[str, Any]:
-        return {**super().__getstate__(), "_number": None}  # a copy is another layer
+        return {**super().__getstate__(), "_number": None, "_calls": 0}  # a copy is another layer
 
 
 class _Shared:
@@ -163,6 +184,32 @@ class _Shared:
 
 _used: WeakKeyDictionary[ProcessGroup, int] = WeakKeyDictionary()
 """How many layers have been used in each group: correct programs have equal orders on all ranks."""
+
+
+def _agree(heads: list[list[int]], refusal: ValueError | None) -> None:
+    """Raise, on every rank, where ranks are in different calls or modes, or one has a refusal.
+
+    heads: per rank the number of its layer, which call of it this is, whether the rank refuses it,
+    whether it updates, and whether it computes gradients.
+    """
+    calls = [head[:2] for head in heads]
+    if any(call != calls[0] for call in calls):
+        told = [f"rank {rank}: call {n} of layer {which}" for rank, (which, n) in enumerate(calls)]
+        raise RuntimeError(
+            f"ranks are in different synchronized layers, or calls of one ({', '.join(told)}; "
+            "layers are numbered in the order of first use)"
+        )
+    if refusal is not None:
+        raise refusal
+    if refused := [rank for rank, head in enumerate(heads) if head[2]]:
+        raise RuntimeError(f"ranks {refused} refuse what a synchronized layer is called with there")
+    updates, learns = zip(*(head[3:] for head in heads), strict=True)
+    for mode, of_ranks in (("update", updates), ("compute gradients", learns)):
+        if len(set(of_ranks)) > 1:
+            raise RuntimeError(
+                f"some ranks {mode} in a synchronized layer, some do not: "
+                f"{[bool(value) for value in of_ranks]}"
+            )
 
 
 def _per_channel(x: Tensor) -> tuple[list[int], list[int]]:

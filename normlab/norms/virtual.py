@@ -21,8 +21,8 @@ Followed = Literal["all", "own"]
 class VirtualBatchNorm(PopulationNorm):
     """Batch norm of a batch [x; v] of N + V samples, of which the last V are forward-only.
 
-    y = weight * (z - mean) / sqrt(var + eps) + bias with biased variance. Two layers go by this
-    name; which option says V says which of them it is:
+    y = weight * (z - mean) / sqrt(var + eps) + bias with *biased* variance, per channel. Two layers
+    go by this name; which option says V says which of them it is:
 
     - `extra=V` (the talk "Devils in BatchNorm"): mean and var over all N + V samples, for all of
       them. The first N outputs are BatchNorm's on [x; v]; V = 0 is BatchNorm. NBS is N + V.
@@ -42,8 +42,9 @@ class VirtualBatchNorm(PopulationNorm):
     "all" has the whole derivative of the N outputs, through v's share too, where v depends on
     weights of earlier layers. (Memory is that of N + V samples either way.)
 
-    population: the running statistics follow the mean and unbiased variance of "all" N + V samples,
-    or of the "own" N: r += (1 - decay) (b - r). Observers are given what they follow.
+    Population: the running statistics follow the mean and *unbiased* variance of "all" N + V
+    samples, or of the "own" N, as the argument `population` says: r += (1 - decay) (b - r).
+    Observers are given what they follow.
 
     With population statistics, in eval(), v plays no role. `group_size`, where it is set, replaces
     all this by groups of consecutive samples.
@@ -59,8 +60,11 @@ class VirtualBatchNorm(PopulationNorm):
         affine: learn a weight and a bias per channel.
         statistics, update: choices of a batch norm, see PopulationNorm.
 
-    TensorFlow's `virtual_batch_size` is neither, but GhostBatchNorm. The state_dict is that of
-    BatchNorm2d. Errors: ValueError for the arguments above; in forward, before any state changes,
+    Limits: V = 0 is BatchNorm. The state_dict is that of BatchNorm2d. Source: the talk above;
+    Salimans et al. 2016, section 3.4. Peers: TensorFlow's `virtual_batch_size` is neither
+    of the two, but GhostBatchNorm.
+
+    Errors: ValueError for the arguments above; in forward, before any state changes,
     for a batch of no more than V samples, and where one element per channel would remain; see also
     PopulationNorm.
     """

@@ -98,3 +98,19 @@ def test_a_layer_in_half_precision_runs(variant, dtype, gpu, monkeypatch):
             close(found, expected, 8 * torch.finfo(dtype).eps)
             layer.zero_grad()
             twin.zero_grad()
+
+
+@pytest.mark.parametrize("variant", FAMILY)
+def test_float16_buffers_overflow_as_torchs_do(variant):
+    """The exception to P65 (docs/pains.md): who casts the buffers too has to have variances below
+    65,504. Cast inputs and autocast do not, whatever the layer."""
+    x = (data(1) * 1000).half()
+    layer, cast = make(variant).train(), make(variant).train().half()
+    torchs = torch.nn.BatchNorm2d(x.size(1)).train().half()
+    for each in (layer, cast, torchs):
+        each(x)
+    assert layer.running_var.isfinite().all()
+    assert torchs.running_var.isinf().all()
+    if layer.source == "batch":
+        assert layer.running_var.min() > 65504
+        assert cast.running_var.isinf().all()

@@ -5,7 +5,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
 
-from normlab.norms import GroupNorm, InstanceNorm, LayerNorm
+from normlab.norms import BatchRenorm, GroupNorm, InstanceNorm, LayerNorm
 
 from .formulas import LAYOUTS, cases, check_against_formula, lay_out, sets_per_sample
 
@@ -51,15 +51,22 @@ def test_one_group_is_layer_norm_and_c_groups_are_instance_norm(layout):
 def test_samples_are_independent(groups, width, layout, seed):
     """y_i and dx_i do not change with the other samples; permuting the batch permutes y."""
     generator = torch.Generator().manual_seed(seed)
-    x = torch.randn(5, groups * width, 3, 2, generator=generator, dtype=torch.float64)
+    drawn = torch.randn(2, 5, groups * width, 3, 2, generator=generator, dtype=torch.float64)
+    x, dy = drawn
     layer = GroupNorm(groups * width, groups=groups).double()
-    y = layer(lay_out(x, layout))
+
+    def both(x, dy):
+        leaf = lay_out(x, layout).detach().requires_grad_()
+        y = layer(leaf)
+        return torch.stack([y.detach(), *torch.autograd.grad(y, leaf, dy)])
+
+    found = both(x, dy)
     order = torch.randperm(5, generator=generator)
-    torch.testing.assert_close(layer(lay_out(x[order], layout)), y[order], rtol=0, atol=1e-14)
-    other = x.clone()
-    other[1:] = 100 * torch.randn(4, *x.shape[1:], generator=generator, dtype=torch.float64)
-    torch.testing.assert_close(layer(lay_out(other, layout))[0], y[0], rtol=0, atol=1e-14)
-    torch.testing.assert_close(layer(lay_out(x[:1], layout))[0], y[0], rtol=0, atol=1e-14)
+    torch.testing.assert_close(both(x[order], dy[order]), found[:, order], rtol=0, atol=1e-13)
+    other = drawn.clone()
+    other[:, 1:] = 100 * torch.randn(2, 4, *x.shape[1:], generator=generator, dtype=torch.float64)
+    torch.testing.assert_close(both(*other)[:, 0], found[:, 0], rtol=0, atol=1e-13)
+    torch.testing.assert_close(both(x[:1], dy[:1])[:, 0], found[:, 0], rtol=0, atol=1e-13)
 
 
 def test_permuting_channels_within_a_group_only():
@@ -127,6 +134,21 @@ def test_gradcheck_channels_last():
     layer = GroupNorm(4, groups=2).double()
     x = lay_out(torch.randn(2, 4, 3, 2, dtype=torch.float64), "channels_last").requires_grad_()
     assert torch.autograd.gradcheck(layer, x)
+
+
+@pytest.mark.parametrize(
+    "make", [lambda: GroupNorm(4, groups=2), lambda: InstanceNorm(4), lambda: BatchRenorm(4, nbs=2)]
+)
+def test_second_derivatives_of_contiguous_inputs_only(make):
+    """As the cards say: right, or an error; never a gradient that leaves the layer out."""
+    layer = make().double()
+    layer.update = False
+    x = torch.randn(4, 4, 3, 2, dtype=torch.float64, requires_grad=True)
+    assert torch.autograd.gradgradcheck(layer, x)
+    leaf = lay_out(x.detach(), "channels_last").requires_grad_()
+    (dx,) = torch.autograd.grad(layer(leaf).pow(3).sum(), leaf, create_graph=True)
+    with pytest.raises(RuntimeError):
+        dx.square().sum().backward()
 
 
 def test_autocast_keeps_the_input_dtype():

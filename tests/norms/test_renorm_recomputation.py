@@ -74,6 +74,42 @@ def test_a_graph_that_is_kept_is_repeated_as_often_as_one_likes():
     assert_equal(layer, twin, ours, theirs)
 
 
+@pytest.mark.parametrize("forwards", [8, 9, 12])
+def test_what_is_no_longer_remembered_is_refused(forwards):
+    """P53: never the nearest one's correction in place of the forgotten forward's own."""
+    layer, twin = made()
+    inputs = torch.randn(forwards, 8, 3, 4, 4, dtype=torch.float64)
+    ours, theirs = (inputs.clone().requires_grad_() for _ in range(2))
+    total = sum(repeated(layer, x) for x in ours)
+    if forwards > 8:
+        with pytest.raises(RuntimeError, match="It remembers the last 8,"):
+            total.backward()
+    else:
+        total.backward()
+        sum(twin(x).pow(3).sum() for x in theirs).backward()
+        assert_equal(layer, twin, ours, theirs)
+
+
+@pytest.mark.parametrize("how", ["moved", "nan", "nearly"])
+def test_what_a_repeated_batch_may_differ_in(how):
+    """Rounding, where operators before it vary, and NaN in a channel; not a layer that was cast."""
+    layer, twin = made()
+    x = torch.randn(8, 3, 4, 4, dtype=torch.float64)
+    x[:, 1] = float("nan") if how == "nan" else 1e4
+    ours, theirs = (x.clone().requires_grad_() for _ in range(2))
+    loss = repeated(layer, ours)
+    twin(theirs).pow(3).sum().backward()
+    layer(x.flip(0) + 0.1)
+    if how == "moved":
+        layer.double()
+        with pytest.raises(RuntimeError, match="none of the 0 that it remembers had"):
+            loss.backward()
+        return
+    ours.data.mul_(1 + 1e-12 * (how == "nearly"))
+    loss.backward()
+    torch.testing.assert_close(ours.grad, theirs.grad, rtol=1e-6, atol=1e-9, equal_nan=True)
+
+
 def test_transformed_forwards_and_moved_layers_are_not_remembered():
     """Their values end with the transformation, and lie in another precision or device."""
     layer, twin = made()

@@ -14,16 +14,20 @@ class WeightNormConv2d(ReparametrizedConv2d):
     v is `weight`, (O, I / groups, kh, kw), and g is `weight_g`, (O, 1, 1, 1): one length per
     filter, |.| the Euclidean norm over a filter. Taking the place of a convolution (`from_conv`),
     or made anew, g = |v|: the function is the plain one's, to rounding; the gradient of v is
-    orthogonal to v. Equal to torch.nn.utils.parametrizations.weight_norm, whose `original0` is g
-    and `original1` is v.
+    orthogonal to v.
 
-    A filter of zeros stays 0 and passes finite gradients (|v| counts as 1 there), where torch's
-    become nan. Where g is 0 as well nothing can move: not for zero-initialized filters.
+    A filter of zeros stays 0 and passes finite gradients (|v| counts as 1 there). Where g is 0 as
+    well nothing can move: not for zero-initialized filters.
+
+    Limits: the plain convolution where g = |v|.
 
     Args: those of torch.nn.Conv2d.
 
     State: `weight` (v), `weight_g`, and `bias`. The norm is float32 at least. Weight decay treats
-    `weight_g` as the gamma of a norm.
+    `weight_g` as the gamma of a norm. Errors: those of torch.nn.Conv2d.
+
+    Source: Salimans & Kingma 2016, equation 2. Peers: torch.nn.utils.parametrizations.weight_norm
+    is equal, its `original0` being g and its `original1` v; filters of zeros are nan there.
     """
 
     weight_g: nn.Parameter

@@ -35,16 +35,20 @@ class WeightStandardizedConv2d(ReparametrizedConv2d):
     activations grow from layer to layer. At test the filters are the same: what they are may be
     written into a plain convolution's weight.
 
-    A constant filter, and any filter with m = 1, becomes 0, with finite gradients. (The authors'
-    code divides 0 by 0 at m = 1, and its gradient is infinite at constant filters.) Small filters
+    A constant filter, and any filter with m = 1, becomes 0, with finite gradients. Small filters
     count against eps: var_b well above it is assumed.
+
+    Limits: CenteredWeightNormConv2d with g = sqrt(m), for eps -> 0.
 
     Args: those of torch.nn.Conv2d, and
         convention: "timm" or "official", see above.
         eps: None is the convention's own.
 
     State: `weight` (the unstandardized one) and `bias`, as Conv2d. Statistics are float32 at least.
-    Raises ValueError for an unknown convention and an eps not above 0.
+    Errors: ValueError for an unknown convention and an eps not above 0.
+
+    Source: Qiao, Wang, Liu, Shen & Yuille 2019. Peers: the table above; the authors' code divides 0
+    by 0 at m = 1, and its gradient is infinite at constant filters.
     """
 
     def __init__(
