@@ -35,8 +35,8 @@ _ONLY_SHOWS = {"-h", "--help", "--hydra-help", "-c", "--cfg", "-i", "--info"}
 def train(argv: list[str]) -> int:
     """Run what the overrides describe, once or as a sweep; returns the exit code.
 
-    0: all done. 1: a run failed or diverged, or some cells were refused while others ran. 2:
-    refused before anything was written.
+    0: all done. 1: a run failed or diverged, or some of what was asked for was refused, or can be
+    had of a finished run no more, while the rest was made. 2: the same, and nothing was written.
     Raises ConfigError where not even a job could be composed.
     """
     flags, overrides = _split(argv)
@@ -88,10 +88,12 @@ def task(cfg: DictConfig) -> None:
         note |= {"status": "refused", "message": in_words(error)}
     else:
         note |= {"status": outcome.status, "skipped": outcome.skipped}
+        note |= {"lacking": bool(outcome.lacking)}
         if outcome.status == "diverged":
-            note["message"] = (
-                f"{outcome.id} diverged: its last finite numbers are in {outcome.path}"
-            )
+            last = "" if outcome.recorded else "its last finite numbers are in "
+            note["message"] = f"{outcome.id} diverged: {last}{outcome.place}"
+        elif outcome.lacking:
+            note["message"] = outcome.lacking
         print(_line(outcome) if sweeping else _table(outcome), flush=True)
     with (Path(hydra.sweep.dir) / NOTES).open("a") as file:
         file.write(json.dumps(note) + "\n")  # one short write, whole beside those of other jobs
@@ -109,8 +111,11 @@ def evaluate(run: str, specs: list[str], *, root: str, data_root: str | None) ->
     except launch.JobError as error:
         print(f"normlab: {error}", file=sys.stderr)
         return 1
-    print(_table(outcome))
-    return 0
+    print(_table(outcome), flush=True)
+    if not outcome.lacking:
+        return 0
+    print(f"normlab: {outcome.lacking}", file=sys.stderr)
+    return 2 if outcome.skipped else 1
 
 
 def in_words(error: Exception) -> str:
@@ -130,7 +135,7 @@ def _table(outcome: "Outcome") -> str:
     """id, status, the error of each evaluation, and where the run lies."""
     rows = [("run", outcome.id), ("status", outcome.status + ", skipped" * outcome.skipped)]
     rows += [(spec, f"{error:.2f} % error") for spec, error in outcome.summary.items()]
-    rows.append(("directory", str(outcome.path)))
+    rows.append(("directory", outcome.place))
     width = max(len(key) for key, _ in rows)
     return "\n".join(f"{key:<{width}}  {value}" for key, value in rows)
 
@@ -145,10 +150,12 @@ def _close(notes: list[dict[str, Any]]) -> int:
     if any(note["sweep"] for note in notes):
         count = Counter(note["status"] for note in notes)
         skipped = sum(note["status"] == "done" and note["skipped"] for note in notes)
+        lacking = sum(note.get("lacking", False) for note in notes)
         print(
             f"{len(notes)} cells: {count['done']} done ({count['done'] - skipped} run, "
             f"{skipped} skipped), {count['diverged']} diverged, "
             f"{count['failed']} failed, {count['refused']} refused"
+            + (f"; {lacking} of the done without all that was asked for" if lacking else "")
         )
     messages = Counter(note["message"] for note in notes if "message" in note)
     said = [
@@ -162,7 +169,8 @@ def _close(notes: list[dict[str, Any]]) -> int:
         )
     print("\n".join(said), end="\n" if said else "", file=sys.stderr)
     statuses = {note["status"] for note in notes}
-    if "refused" in statuses:  # 2 promises that nothing was written
+    if "refused" in statuses or any(note.get("lacking") for note in notes):
+        # 2 promises that nothing was written.
         return 2 if all(n["status"] == "refused" or n.get("skipped") for n in notes) else 1
     return 1 if statuses & {"failed", "diverged"} else 0
 

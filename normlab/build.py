@@ -23,6 +23,7 @@ import normlab.norms.conv.base
 from normlab import batchplan, schedule
 from normlab.config import plan_of
 from normlab.data.base import Dataset
+from normlab.orders import Order
 from normlab.train import Settings
 
 Norm = Callable[..., nn.Module]
@@ -54,6 +55,28 @@ def plan(config: dict[str, Any]) -> batchplan.BatchPlan:
 def data(config: dict[str, Any]) -> Dataset:
     """The data set; runs of one process that read the same data share it."""
     return _load(config["data_root"], config["seed"], json.dumps(config["data"], sort_keys=True))
+
+
+def steps(config: dict[str, Any], dataset: Dataset) -> tuple[int, int]:
+    """(SGD steps, training samples left out) of an epoch. Raises ValueError for too few samples,
+    labels that do not allow the order, and a remainder that is to be an error."""
+    size, order, step = dataset.size("train"), Order.parse(config["order"]), plan(config)
+    if not order.patterned:
+        return batchplan.steps(size, step, config["remainder"])
+    used = dataset.train_size(order)
+    per_epoch = used // step.batch_size
+    dropped = size - per_epoch * step.batch_size
+    if per_epoch == 0:
+        raise ValueError(
+            f"batch_size={step.batch_size} is more than the {used} of {size} training samples that"
+            f" order={order} can use, which leaves no step"
+        )
+    if dropped and config["remainder"] == "error":
+        raise ValueError(
+            f"order={order} with batch_size={step.batch_size} leaves {dropped} of {size} training"
+            " samples over (remainder=error)"
+        )
+    return per_epoch, dropped
 
 
 @lru_cache(maxsize=1)
@@ -101,9 +124,8 @@ def norm(config: dict[str, Any], dataset: Dataset | None = None) -> Norm:
 
 def _forwards(config: dict[str, Any], dataset: Dataset) -> int:
     """How often each rank of the run calls its model in training."""
-    step = plan(config)
-    steps, _ = batchplan.steps(dataset.size("train"), step, config["remainder"])
-    return int(config["epochs"]) * steps * step.accumulation
+    per_epoch, _ = steps(config, dataset)
+    return int(config["epochs"]) * per_epoch * plan(config).accumulation
 
 
 def model(config: dict[str, Any], dataset: Dataset) -> nn.Module:
@@ -226,6 +248,7 @@ def settings(config: dict[str, Any]) -> Settings:
         lr=lr,
         seed=config["seed"],
         device=device(config),
+        order=Order.parse(config["order"]),
         schedule={key: recipe[key] for key in ("schedule", "warmup", "milestones", "gamma")},
         precision=config["precision"],
         channels_last=config["channels_last"],

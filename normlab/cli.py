@@ -1,7 +1,8 @@
 """`normlab <command> ...`: each command in one line, imported only when it is the one.
 
-Exit codes: 0 done, 1 a run failed or diverged, or cells of a sweep were refused while others ran,
-2 refused (one to five lines say why, and nothing was written), 130 Ctrl-C, 143 SIGTERM.
+Exit codes: 0 done, 1 a run failed or diverged, or some of what was asked for could not be made and
+the rest was, 2 refused (one to five lines say why, and nothing was written), 130 Ctrl-C, 143
+SIGTERM.
 NORMLAB_TRACEBACK=1 shows where a refusal comes from.
 """
 
@@ -25,7 +26,7 @@ usage: normlab <command> [arguments]
   equiv   [key=value ...]       ghost, accumulation and ranks form the same batch: in numbers
   show    [WHAT]                norms, convs, models, data, recipes, scales, experiments, ...
   show    norm NAME             the card of a layer: formula, variance, population, limits, errors
-  bench   [--quick]             the speed of training, data and statistics
+  bench   [TOPIC] [--quick]     the speed of training, data and statistics; of every layer
 
 normlab <command> --help tells more; normlab --version.
 Shell completion: eval "$(normlab -sc install=bash)"
@@ -82,7 +83,9 @@ def evaluate(argv: list[str]) -> int:
 
 def plan(argv: list[str]) -> int:
     parser = _parser("plan", "How the batch of one SGD step is formed.")
-    parser.add_argument("override", nargs="*", help="batch_size=1024 nbs=32 ...")
+    parser.add_argument(
+        "override", nargs="*", help="batch_size=1024 nbs=32 ..., experiment=renorm arm=br-4"
+    )
     from normlab import show
 
     return show.plan(parser.parse_args(argv).override)
@@ -118,12 +121,15 @@ def show(argv: list[str]) -> int:
 
 
 def bench(argv: list[str]) -> int:
-    parser = _parser("bench", "The speed of training, data and statistics; fills results/bench.")
-    parser.add_argument("--quick", action="store_true", help="fewer rounds: under two minutes")
+    parser = _parser("bench", "Speed against the stock ways of the same; fills results/bench.")
+    parser.add_argument(
+        "topic", nargs="?", choices=["runs", "layers"], help="runs: training, data, statistics"
+    )
+    parser.add_argument("--quick", action="store_true", help="fewer rounds: four minutes for all")
     given = parser.parse_args(argv)
     from normlab.bench import main as measure
 
-    return measure(["--quick"] if given.quick else [])
+    return measure([*filter(None, [given.topic]), *["--quick"] * given.quick])
 
 
 COMMANDS = {

@@ -6,8 +6,10 @@ that is alone: without a process group, or in a group of one. A process outside 
 ValueError. Gradients are those of the *sum* of the ranks' losses.
 """
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
+from itertools import chain
 from typing import Any, Literal, get_args
 
 import torch
@@ -19,6 +21,7 @@ __all__ = [
     "all_gather",
     "all_reduce",
     "average_buffers",
+    "home",
     "members",
     "merge",
     "place",
@@ -50,6 +53,15 @@ def members(group: ProcessGroup | None) -> ProcessGroup:
     found = world if group is None else group
     assert found is not None
     return found
+
+
+def home(model: nn.Module, group: ProcessGroup | None = None) -> torch.device:
+    """Where numbers about `model` lie when its ranks exchange them."""
+    held = next(chain(model.buffers(), model.parameters()), None)
+    if held is not None:
+        return held.device
+    alone = place(group)[1] == 1
+    return torch.device("cpu" if alone or distributed.get_backend(group) != "nccl" else "cuda")
 
 
 # -- collectives with gradients -------------------------------------------------------------------
@@ -106,7 +118,8 @@ def all_gather(x: Tensor, group: ProcessGroup | None = None) -> Tensor:
     Ranks may have different numbers of rows, and none. If `x` requires a gradient on one rank, all
     ranks take part in the backward pass.
 
-    Raises ValueError, on every rank, where anything else than the number of rows differs.
+    Raises on every rank, ValueError where anything else than the number of rows differs and for
+    what cannot be gathered, RuntimeError if one rank needs a gradient where another computes none.
     """
     gathered, _ = _all_gather(x, group)
     return gathered
@@ -118,27 +131,36 @@ _TYPES = (torch.float64, torch.float32, torch.float16, torch.bfloat16, torch.int
 
 def _all_gather(x: Tensor, group: ProcessGroup | None) -> tuple[Tensor, list[int]]:
     """`all_gather`, and how many rows each rank has."""
-    if not 1 <= x.dim() <= _DIMENSIONS or x.dtype not in _TYPES:
-        raise ValueError(f"cannot gather a tensor of shape {tuple(x.shape)} and type {x.dtype}")
-    if place(group)[1] == 1:
-        return x, [x.size(0)]
-    wanted = torch.is_grad_enabled() and x.requires_grad
-    shape = [*x.shape[1:], *[0] * (_DIMENSIONS - x.dim())]
-    own = [x.size(0), wanted, _TYPES.index(x.dtype), x.dim(), *shape]
-    heads = stack(torch.tensor(own, device=x.device), group).tolist()
-    if any(head[2:] != heads[0][2:] for head in heads):
-        told = [f"{tuple(head[4 : 3 + head[3]])} of {_TYPES[head[2]]}" for head in heads]
+    gatherable = 1 <= x.dim() <= _DIMENSIONS and x.dtype in _TYPES
+    learns = torch.is_grad_enabled()
+    wanted = learns and x.requires_grad
+    own = [-1] * (5 + _DIMENSIONS - 1)
+    if gatherable:
+        own[:5] = [x.size(0), learns, wanted, _TYPES.index(x.dtype), x.dim()]
+        own[5 : 4 + x.dim()] = x.shape[1:]
+    alone = place(group)[1] == 1
+    heads = [own] if alone else stack(torch.tensor(own, device=x.device), group).tolist()
+    if refused := [rank for rank, head in enumerate(heads) if head[0] < 0]:
+        here = f"; here, a tensor of shape {tuple(x.shape)} and type {x.dtype}" * (not gatherable)
+        types = ", ".join(str(kind).removeprefix("torch.") for kind in _TYPES)
+        raise ValueError(
+            f"ranks {refused} have what cannot be gathered: tensors have 1 to {_DIMENSIONS} "
+            f"dimensions and a type of {types}{here}"
+        )
+    if any(head[3:] != heads[0][3:] for head in heads):
+        told = [f"{tuple(head[5 : 4 + head[4]])} of {_TYPES[head[3]]}" for head in heads]
         raise ValueError(f"ranks gather rows that differ in shape or type: {', '.join(told)}")
-    if any(head[1] for head in heads) and not wanted:
-        x = with_gradient(x)
+    if any(head[2] for head in heads):
+        modes = [bool(head[1]) for head in heads]
+        if not all(modes):
+            raise RuntimeError(f"ranks gather what needs a gradient; some compute none: {modes}")
+        x = x if wanted else with_gradient(x)
     rows = [head[0] for head in heads]
-    return (_AllGather.apply(x, rows, group) if sum(rows) else x), rows
+    return (x if alone or sum(rows) == 0 else _AllGather.apply(x, rows, group)), rows
 
 
 def with_gradient(x: Tensor) -> Tensor:
     """`x`, detached, so that a backward pass which other ranks wait for reaches this one too."""
-    if not torch.is_grad_enabled():
-        raise RuntimeError("some ranks compute gradients here, and this one does not")
     return x.detach().requires_grad_()
 
 
@@ -159,12 +181,12 @@ def pool(means: Tensor, variances: Tensor, counts: Tensor) -> tuple[Tensor, Tens
     does not matter. The law of total variance, as Chan et al. (1979) merge: var = (sum n_i v_i +
     sum n_i (m_i - mean)^2) / n. No difference of large squares is ever taken. In float64.
 
-    Raises ValueError if there is no element at all.
+    Raises ValueError if there is no element at all, or no finite number of them.
     """
     weights = counts.double()
     total = float(weights.sum())
-    if not total > 0:
-        raise ValueError("there are no statistics of no elements")
+    if not 0 < total < math.inf:
+        raise ValueError(f"there are no statistics of {'no' if total == 0 else total} elements")
     some = weights > 0
     weights = (weights[some] / total).view(-1, *[1] * (means.dim() - 1))
     means, variances = means[some].double(), variances[some].double()
@@ -205,46 +227,58 @@ def average_buffers(
       ranks differ. num_batches_tracked becomes the largest.
     - "broadcast": those of the group's first rank, num_batches_tracked included.
 
-    Raises ValueError, before anything changes, for another `how`, a negative count, all counts 0,
-    and where ranks hold different numbers of statistics.
+    Raises ValueError on every rank, before anything changes, if one of them has another `how` or a
+    count that is negative or not finite, if all counts are 0 where they are averaged, and where
+    the layers of the ranks, in their order, hold different numbers of statistics.
     """
-    if how not in get_args(Literal["average", "broadcast"]):
-        raise ValueError(f"how is 'average' or 'broadcast', not {how!r}")
-    if not count >= 0:
-        raise ValueError(f"count must be at least 0, not {count}")
+    hows = get_args(Literal["average", "broadcast"])
     layers: list[tuple[Any, Any, Any]] = [
         (module.running_mean, module.running_var, getattr(module, "num_batches_tracked", None))
         for module in model.modules()
         if isinstance(getattr(module, "running_mean", None), Tensor)
         and isinstance(getattr(module, "running_var", None), Tensor)
     ]
-    if place(group)[1] == 1 or not layers:
+    choice = hows.index(how) if how in hows else -1
+    head = torch.tensor([choice, count, len(layers)], dtype=torch.float64)
+    alone = place(group)[1] == 1
+    device = home(model, group)
+    heads = head[None] if alone else stack(head.to(device), group)
+    choices, counts, numbers = heads.T.tolist()
+    if choice < 0 or set(choices) != {choice}:
+        raise ValueError(f"how is 'average' or 'broadcast', on every rank the same; here {how!r}")
+    if not all(0 <= value < math.inf for value in counts):
+        told = ", ".join(f"{value:g}" for value in counts)
+        raise ValueError(f"count must be at least 0 and finite, not {told}")
+    most = int(max(numbers))
+    if alone or most == 0:
         return
+    own = [[0 if buffer is None else buffer.numel() for buffer in layer] for layer in layers]
+    own += [[-1] * 3] * (most - len(layers))
+    sizes = stack(torch.tensor(own, device=device), group)
+    for number, kind in (sizes != sizes[0]).any(0).nonzero().tolist():
+        told = ", ".join("no layer" if n < 0 else str(n) for n in sizes[:, number, kind].tolist())
+        what = ("means", "variances", "counts of batches")[kind]
+        raise ValueError(f"ranks hold different numbers of {what} in layer {number}: {told}")
 
     def packed(pick: Callable[[Any], Any]) -> Tensor:
         return torch.cat([pick(layer).detach().double().flatten() for layer in layers])
 
     means, variances = packed(lambda layer: layer[0]), packed(lambda layer: layer[1])
     steps = packed(lambda layer: means.new_zeros(1) if layer[2] is None else layer[2])
-    sizes = stack(torch.tensor([means.numel(), steps.numel()], device=means.device), group)
-    if (sizes != sizes[0]).any():
-        raise ValueError(f"ranks hold different numbers of statistics: {sizes[:, 0].tolist()}")
-    parts = stack(torch.cat([means.new_tensor([count]), means, variances, steps]), group)
-    counts, means, variances, steps = parts.split(
-        [1, means.numel(), variances.numel(), steps.numel()], dim=1
-    )
+    parts = stack(torch.cat([means, variances, steps]), group)
+    means, variances, steps = parts.split([means.numel(), variances.numel(), steps.numel()], dim=1)
     if how == "average":
-        mean, var, _ = pool(means, variances, counts[:, 0])
+        mean, var, _ = pool(means, variances, means.new_tensor(counts))
         batches = steps.amax(0)
     else:
         mean, var, batches = means[0], variances[0], steps[0]
     with torch.no_grad():
-        for own in layers:
-            for buffer, values in zip(own, (mean, var, batches), strict=True):
+        for own_layer in layers:
+            for buffer, values in zip(own_layer, (mean, var, batches), strict=True):
                 if buffer is not None:
                     buffer.copy_(values[: buffer.numel()].view_as(buffer))
-            mean, var = mean[own[0].numel() :], var[own[1].numel() :]
-            batches = batches[1 if own[2] is None else own[2].numel() :]
+            mean, var = mean[own_layer[0].numel() :], var[own_layer[1].numel() :]
+            batches = batches[1 if own_layer[2] is None else own_layer[2].numel() :]
 
 
 # -- shuffled samples -----------------------------------------------------------------------------

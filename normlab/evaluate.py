@@ -16,6 +16,7 @@ from tqdm import tqdm
 
 from normlab.data.base import Dataset
 from normlab.norms.base import normalization, population_layers
+from normlab.orders import SHUFFLED, Order
 from normlab.population import (
     EmaBank,
     Estimator,
@@ -53,8 +54,9 @@ class _Anew:
 class Evaluator:
     """Evaluates one model on one data set; remembers the population statistics it has estimated.
 
-    ``nbs`` is the run's normalization batch size (None for norms without one), ``bank`` the tracked
-    EMA bank if there is one, and ``tick`` is called once a batch: it may raise to stop.
+    ``nbs`` is the run's normalization batch size (None for norms without one), ``batch_size`` its
+    SGD batch (for sorted ones), ``bank`` the tracked EMA bank if there is one, and ``tick`` is
+    called once a batch: it may raise to stop.
     """
 
     model: nn.Module
@@ -62,6 +64,7 @@ class Evaluator:
     nbs: int | None
     seed: int
     device: torch.device
+    batch_size: int = 0
     channels_last: bool = False
     precision: str = "fp32"
     bank: EmaBank | None = None
@@ -83,7 +86,8 @@ class Evaluator:
         if has_population and protocol.statistics == "batch":
             batch = self._batch(protocol)
             row |= {"batch": batch, "order": protocol.order}
-            batches = self._groups(protocol.split, batch, order=protocol.order)
+            pattern = Order.parse(protocol.pattern or "shuffled")
+            batches = self._groups(protocol.split, batch, order=protocol.order, pattern=pattern)
             with normalization(self.model, statistics="batch", update=False, group_size=batch):
                 return row | self._score(batches, protocol)
         statistics: AbstractContextManager[Any] = nullcontext()
@@ -121,6 +125,8 @@ class Evaluator:
             if protocol.samples > available:
                 raise ValueError(f"evals: '{protocol}': {split} has {available} images")
             available = protocol.samples
+        if protocol.pattern:
+            self._check_pattern(protocol)
         if self._batch(protocol) > available:
             raise ValueError(
                 f"evals: '{protocol}' takes batches of {self._batch(protocol)}, and {split} "
@@ -131,6 +137,28 @@ class Evaluator:
                 check_layerwise(self.model)
             except ValueError as error:
                 raise ValueError(f"evals: '{protocol}': {error}") from None
+
+    def _check_pattern(self, protocol: Protocol) -> None:
+        """Refuse a pattern that its batches would cut in pieces, or that the labels do not allow.
+
+        A sorted SGD batch is cut into them; whole groups of labels fill them.
+        """
+        batch, pattern = self._batch(protocol), Order.parse(str(protocol.pattern))
+        if pattern.patterned and batch % pattern.group:
+            raise ValueError(
+                f"evals: '{protocol}': groups of {pattern.group} do not fill batches of {batch}"
+            )
+        if not pattern.patterned and self.batch_size % batch:
+            raise ValueError(
+                f"evals: '{protocol}': batches of {batch} do not fill batch_size={self.batch_size}"
+            )
+        try:
+            self.data.eval_batches(
+                protocol.split, batch_size=_BLOCK, order=0,
+                pattern=pattern, within=self._within(pattern, batch),
+            )  # fmt: skip
+        except ValueError as error:
+            raise ValueError(f"evals: '{protocol}': {error}") from None
 
     def _has_population(self) -> bool:
         """Whether any layer has statistics to choose; those of a frozen one are constants."""
@@ -160,8 +188,18 @@ class Evaluator:
                 )
         return self._populations[key]
 
+    def _within(self, pattern: Order, batch: int) -> int:
+        """What is arranged at a time: an evaluation's batch, or the SGD batch that is sorted."""
+        return batch if pattern.patterned else self.batch_size
+
     def _groups(
-        self, split: str, batch: int, order: int, samples: int | None = None, augment: bool = False
+        self,
+        split: str,
+        batch: int,
+        order: int,
+        samples: int | None = None,
+        augment: bool = False,
+        pattern: Order = SHUFFLED,
     ) -> Iterator[tuple[Tensor, Tensor]]:
         """Whole groups of ``batch`` samples, several a forward; a last partial one is dropped."""
         waiting: list[tuple[Tensor, Tensor]] = []
@@ -169,6 +207,7 @@ class Evaluator:
             split, batch_size=_BLOCK, samples=samples,
             order=self.seed * ORDERS + order,  # every seed has orders of its own
             augment=augment, device=self.device, channels_last=self.channels_last,
+            pattern=pattern, within=self._within(pattern, batch),
         ):  # fmt: skip
             waiting.append(read)
             held = sum(len(y) for _, y in waiting)

@@ -9,7 +9,7 @@ import platform
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
@@ -37,13 +37,26 @@ class JobError(RuntimeError):
 
 @dataclass(frozen=True)
 class Outcome:
-    """What became of a run; ``summary``: error in % by protocol at the last evaluated epoch."""
+    """What became of a run; ``summary``: error in % by protocol at the last evaluated epoch.
+
+    ``lacking``: in one line, what was asked for and a finished run cannot give any more.
+    ``recorded``: the committed table that the numbers are read from; then ``path`` need not exist.
+    """
 
     id: str
     status: str
     skipped: bool
     path: Path
     summary: dict[str, float]
+    lacking: str = ""
+    recorded: Path | None = None
+
+    @property
+    def place(self) -> str:
+        """Where the run lies, in words."""
+        if self.recorded is None:
+            return str(self.path)
+        return f"recorded in {self.recorded}; skip_done=local runs it here"
 
 
 def run(config: dict[str, Any]) -> Outcome:
@@ -69,42 +82,88 @@ def _committed() -> dict[str, runs.Committed]:
 
 
 def _committed_outcome(config: dict[str, Any], directory: RunDir) -> Outcome | None:
-    """The outcome of a run that the committed results already hold whole."""
-    from normlab.worker import wanted_evals
+    """The outcome of a run that the committed results already hold whole, and ``runs=`` not."""
+    from normlab import worker
 
     found = _committed().get(directory.id) if config["skip_done"] == "all" else None
-    if found is None:
+    here = directory.status().get("status")
+    if found is None or here == "diverged":
         return None
-    wanted = {(str(protocol), epoch) for epoch, protocol in wanted_evals(config)}
-    if found.status == "done" and not wanted <= found.evals:
+    if here == "done" and not worker.missing_evals(config, directory):
+        return None
+    wanted = worker.wanted_evals(config)
+    if found.status == "done" and not {(str(p), epoch) for epoch, p in wanted} <= set(found.evals):
         return None
     log.info("%s is among the committed results: skipped", directory.id)
-    return Outcome(directory.id, found.status, True, directory.path, {})
+    outcome = Outcome(
+        directory.id, found.status, True, directory.path, _summary(found.evals), recorded=found.path
+    )
+    if not set(config["ema_bank"]) <= {protocol.decay for _, protocol in wanted}:
+        return replace(
+            outcome,
+            lacking=f"ema_bank={config['ema_bank']}: {outcome.id} is "
+            f"{outcome.place}, without its weights",
+        )
+    return outcome
 
 
 def _run(config: dict[str, Any], directory: RunDir, *, memory_kept: bool) -> Outcome:
     from normlab import checkpoint, worker
 
-    status = directory.status().get("status")
-    if status == "diverged" or (status == "done" and not worker.missing_evals(config, directory)):
-        return _outcome(directory, skipped=True)
+    if directory.status().get("status") in FINISHED:
+        return _completed(config, directory)
+    config = _with_tracked(config, directory)
     job = worker.construct(config)
     environment = _environment(job) | {"memory_kept": memory_kept}
     if directory.checkpoint.exists():
-        worker.check_resumable(job, directory)
+        worker.check_resumable(config, directory)
         _check_environment(directory, environment)
     with directory.lock(), _logging_to(directory), checkpoint.deferred_signals() as stop:
-        status = directory.status().get("status")  # another process may have run it meanwhile
-        if status not in FINISHED:
+        ours = directory.status().get("status") not in FINISHED
+        if ours:  # and no other process has run it meanwhile
             _prepare(directory, config, environment)
             log.info("%s: %s, freed memory is kept: %s", directory.id, job.plan, memory_kept)
             _guarded(directory, lambda: _work(job, directory, stop))
-        elif status == "done" and worker.missing_evals(config, directory):
-            _set_threads(directory)
-            _guarded(directory, lambda: worker.evaluate_finished(job, directory, stop))
-        else:
-            return _outcome(directory, skipped=True)
-    return _outcome(directory, skipped=False)
+    outcome = _completed(config, directory)
+    return replace(outcome, skipped=outcome.skipped and not ours)
+
+
+def _completed(config: dict[str, Any], directory: RunDir) -> Outcome:
+    """A finished run, once it has the evaluations that it lacked and can still make."""
+    from normlab import checkpoint, worker
+
+    missing, bank = worker.missing_evals(config, directory), set(config["ema_bank"])
+    if directory.status()["status"] == "diverged":
+        return _outcome(directory, skipped=True)
+    if not missing and (not bank or bank <= set(directory.config()["ema_bank"])):
+        return _outcome(directory, skipped=True)
+    state = checkpoint.load(directory.checkpoint)
+    lost = worker.lost_evals(config, directory, state)
+    lacking = worker.unobtainable(config, directory, state)
+    possible = {str(protocol) for epoch, protocol in missing if (epoch, protocol) not in lost}
+    if not possible:
+        return replace(_outcome(directory, skipped=True), lacking=lacking)
+    asked = [str(protocol) for protocol in worker.protocols(config)]
+    job = worker.construct(
+        config
+        | {"evals": [spec for spec in asked if spec in possible]}
+        | {"ema_bank": worker.tracked_decays(state)}
+    )
+    _check_environment(directory, _environment(job))
+    with directory.lock(), _logging_to(directory), checkpoint.deferred_signals() as stop:
+        _set_threads(directory)
+        _guarded(directory, lambda: worker.evaluate_finished(job, directory, stop))
+    return replace(_outcome(directory, skipped=False), lacking=lacking)
+
+
+def _with_tracked(config: dict[str, Any], directory: RunDir) -> dict[str, Any]:
+    """The config with the EMA bank of the run it continues, which must not be dropped half-way."""
+    from normlab import checkpoint, worker
+
+    if not directory.checkpoint.exists():
+        return config
+    tracked = worker.tracked_decays(checkpoint.load(directory.checkpoint))
+    return config | {"ema_bank": tracked} if set(config["ema_bank"]) <= set(tracked) else config
 
 
 def _work(job: "Job", directory: RunDir, stop: "Stop") -> None:
@@ -121,7 +180,12 @@ def evaluate(run: str, specs: list[str], *, root: str, data_root: str | None = N
     Raises ValueError in one line for an unknown run, one that is not finished, an unknown protocol,
     an unreadable checkpoint, and for another data set, torch or kind of device than the run's.
     """
-    directory = runs.find(run, Path(root))
+    try:
+        directory = runs.find(run, Path(root))
+    except ValueError:
+        if held := _committed_as(run, Path(root)):
+            raise ValueError(held) from None
+        raise
     config = with_later_keys(directory.config()) | {"evals": specs}
     config["data_root"] = data_root or config["data_root"]
     config["device"] = directory.env().get("device", config["device"])
@@ -129,15 +193,19 @@ def evaluate(run: str, specs: list[str], *, root: str, data_root: str | None = N
     status = directory.status().get("status", "unfinished")
     if status != "done":
         raise ValueError(f"run {directory.id} is {status}: only a finished run can be evaluated")
-    from normlab import checkpoint, worker
+    return _completed(config, directory)
 
-    job = worker.construct(config)
-    worker.check_resumable(job, directory)
-    _check_environment(directory, _environment(job))
-    with directory.lock(), _logging_to(directory), checkpoint.deferred_signals() as stop:
-        _set_threads(directory)
-        _guarded(directory, lambda: worker.evaluate_finished(job, directory, stop))
-    return _outcome(directory, skipped=False)
+
+def _committed_as(run: str, root: Path) -> str:
+    """What to say of a run that is not under a root and is in the committed results; else ""."""
+    found = _committed()
+    matches = [run] if run in found else [known for known in found if known.startswith(run)]
+    if len(matches) != 1 or any(local.id.startswith(run) for local in runs.listed(root)):
+        return ""
+    return (
+        f"run {matches[0]} is recorded in {found[matches[0]].path} without its weights: "
+        "skip_done=local runs it here"
+    )
 
 
 def _prepare(directory: RunDir, config: dict[str, Any], environment: dict[str, Any]) -> None:
@@ -199,11 +267,15 @@ def _guarded(directory: RunDir, action: Callable[[], T]) -> T:
 
 
 def _outcome(directory: RunDir, *, skipped: bool) -> Outcome:
-    rows = directory.evals()
-    last = max((int(row["epoch"]) for row in rows), default=0)
-    summary = {row["protocol"]: float(row["error"]) for row in rows if int(row["epoch"]) == last}
+    errors = {(r["protocol"], int(r["epoch"])): float(r["error"]) for r in directory.evals()}
     status = directory.status()["status"]
-    return Outcome(directory.id, status, skipped, directory.path, summary)
+    return Outcome(directory.id, status, skipped, directory.path, _summary(errors))
+
+
+def _summary(errors: dict[tuple[str, int], float]) -> dict[str, float]:
+    """The errors of the last evaluated epoch, from those by protocol and epoch."""
+    last = max((epoch for _, epoch in errors), default=0)
+    return {protocol: error for (protocol, epoch), error in errors.items() if epoch == last}
 
 
 def _environment(job: "Job") -> dict[str, Any]:

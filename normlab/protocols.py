@@ -18,7 +18,10 @@ precise_layerwise the same as precise layer by layer, each under the final stati
 ================= ==================================================================================
 
 ``batch`` is the run's NBS unless given. ``order`` is one of 0..999: the evaluator draws from the
-stream ``seed * 1000 + order``, so that no two seeds share one. Norms without population statistics
+stream ``seed * 1000 + order``, so that no two seeds share one. ``pattern`` is an order of training
+(``16x2``, ``sorted`` within the run's SGD batch, see ``normlab.orders``) that the batches of an
+evaluation take; it is made from the labels that the network is to guess: an oracle, which shows
+what leaks through the statistics and predicts nothing. Norms without population statistics
 (gn, ln, in, none), or with constant ones (frozen), behave the same in training and at test: every
 protocol is their plain forward.
 """
@@ -26,11 +29,13 @@ protocol is their plain forward.
 from dataclasses import dataclass
 from typing import Any
 
+from normlab.orders import Order
+
 SPLITS = ("train", "val", "test")
 STATISTICS = ("augmented", "batch", "ema", "precise", "precise_mean", "precise_layerwise")
 _KEYS = {
     "augmented": (),
-    "batch": ("batch", "order"),
+    "batch": ("batch", "order", "pattern"),
     "ema": ("decay",),
     "precise": ("batch", "samples", "order"),
     "precise_mean": ("batch", "samples", "order"),
@@ -60,6 +65,7 @@ class Protocol:
     samples: int | None = None
     order: int = 0
     decay: float | None = None
+    pattern: str | None = None
 
     @classmethod
     def parse(cls, spec: str) -> "Protocol":
@@ -79,16 +85,34 @@ class Protocol:
             if key not in _KEYS[statistics] or key in values:
                 allowed = ", ".join(_KEYS[statistics]) or "none"
                 raise ValueError(f"evals: '{spec}': option '{option}' (allowed, once: {allowed})")
-            values[key] = _number(spec, key, text)
+            values[key] = _pattern(spec, text) if key == "pattern" else _number(spec, key, text)
         return cls(split, statistics, **values)
 
     def __str__(self) -> str:
-        options = {"batch": self.batch, "samples": self.samples, "decay": self.decay}
+        options: dict[str, float | str | None] = {
+            "batch": self.batch,
+            "samples": self.samples,
+            "decay": self.decay,
+        }
         if self.order:
             options["order"] = self.order
+        if self.pattern:
+            options["pattern"] = self.pattern
         return f"{self.split}:{self.statistics}" + "".join(
             f"/{key}:{value}" for key, value in options.items() if value is not None
         )
+
+
+def _pattern(spec: str, text: str) -> str | None:
+    """The order's name, None for the usual one."""
+    try:
+        name = Order.parse(text).name
+    except ValueError:
+        raise ValueError(
+            f"evals: '{spec}': pattern must be shuffled, sorted or <labels>x<samples of each>, such"
+            f" as 16x2, got pattern:{text}"
+        ) from None
+    return None if name == "shuffled" else name
 
 
 def _number(spec: str, key: str, text: str) -> float | int:

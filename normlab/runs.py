@@ -284,8 +284,10 @@ class Committed:
     """What ``results/`` says of a run."""
 
     status: str
-    evals: set[tuple[str, int]]
-    """(protocol, epoch) of its evaluations."""
+    evals: dict[tuple[str, int], float]
+    """(protocol, epoch) of its evaluations -> error in %."""
+    path: Path
+    """The table it stands in; the first one, where several experiments share the run."""
 
 
 def committed(results: Path) -> dict[str, Committed]:
@@ -299,9 +301,10 @@ def committed(results: Path) -> dict[str, Committed]:
             with path.open(newline="") as file:
                 for row in csv.DictReader(file):
                     if row["status"] in FINISHED:
-                        run = found.setdefault(row["id"], Committed(row["status"], set()))
+                        run = found.setdefault(row["id"], Committed(row["status"], {}, path))
                         if row["protocol"]:
-                            run.evals.add((row["protocol"], int(float(row["epoch"]))))
+                            at = row["protocol"], int(float(row["epoch"]))
+                            run.evals.setdefault(at, float(row["error"]))
         except (KeyError, TypeError, ValueError) as error:
             raise ValueError(f"{path} is not a table of runs ({error!r})") from None
     return found

@@ -95,11 +95,24 @@ def _shared() -> str:
 
 
 def plan(overrides: Sequence[str]) -> int:
-    """Print how one step's batch is formed. Raises ``batchplan.PlanError`` where it cannot be."""
+    """Print how one step's batch is formed, in each of the arms that an experiment has or the
+    overrides choose. Raises ``batchplan.PlanError`` where it cannot be."""
+    config.register(overrides)
+    arms = config.chosen_arms(overrides)
+    if len(arms) < 2:
+        _print(_planned(overrides))
+        return 0
+    others = [word for word in overrides if word.partition("=")[0].lstrip("+") != experiment.AXIS]
+    tables = [[["arm", arm, ""], *_planned([*others, f"{experiment.AXIS}={arm}"])] for arm in arms]
+    for table in tables:
+        _print(table if table is tables[0] else [[], *table])
+    return 0
+
+
+def _planned(overrides: Sequence[str]) -> list[list[str]]:
     composed = config.compose(overrides)
     planned = config.plan_of(composed)
-    _print([["norm", composed["norm"]["name"], _FORMED[planned.batch]], *map(list, planned.rows())])
-    return 0
+    return [["norm", composed["norm"]["name"], _FORMED[planned.batch]], *map(list, planned.rows())]
 
 
 _FORMED = {

@@ -23,6 +23,7 @@ from tqdm import tqdm
 from normlab import checkpoint, schedule
 from normlab.batchplan import BatchPlan
 from normlab.data.base import Dataset
+from normlab.orders import SHUFFLED, Order
 from normlab.population import EmaBank
 
 log = logging.getLogger(__name__)
@@ -49,6 +50,7 @@ class Settings:
     device: torch.device
     schedule: dict[str, Any]
     """Keyword arguments of ``schedule.factor``."""
+    order: Order = SHUFFLED
     precision: str = "fp32"
     channels_last: bool = False
     label_smoothing: float = 0.0
@@ -107,6 +109,7 @@ class Trainer:
             seed=self.settings.seed,
             epoch=self.epoch,
             start_step=self.step,
+            order=self.settings.order,
             device=self.settings.device,
             channels_last=self.settings.channels_last,
         )

@@ -12,7 +12,7 @@ import torch
 from torch import nn
 
 from normlab import build, checkpoint
-from normlab.batchplan import BatchPlan, steps
+from normlab.batchplan import BatchPlan
 from normlab.checkpoint import Stop
 from normlab.data.base import Dataset
 from normlab.evaluate import Evaluator
@@ -42,7 +42,7 @@ def construct(config: dict[str, Any]) -> Job:
     """Build everything a run needs. Raises ValueError or OSError with one clear line."""
     plan = build.plan(config)
     data = build.data(config)
-    per_epoch, dropped = steps(data.size("train"), plan, config["remainder"])
+    per_epoch, dropped = build.steps(config, data)
     extra = plan.virtual_extra * plan.accumulation
     if extra > data.size("train"):
         raise ValueError(
@@ -68,6 +68,7 @@ def evaluator(job: Job, stop: Stop) -> Evaluator:
         job.model,
         job.data,
         nbs=job.plan.nbs,
+        batch_size=job.plan.batch_size,
         seed=job.config["seed"],
         device=build.device(job.config),
         channels_last=job.config["channels_last"],
@@ -94,28 +95,60 @@ def missing_evals(config: dict[str, Any], run: RunDir) -> list[tuple[int, Protoc
     return [(epoch, p) for epoch, p in wanted_evals(config) if (str(p), epoch) not in have]
 
 
-def check_resumable(job: Job, run: RunDir) -> None:
-    """Refuse to continue a run that cannot give what the config asks for.
+def lost_evals(
+    config: dict[str, Any], run: RunDir, state: dict[str, Any]
+) -> list[tuple[int, Protocol]]:
+    """The missing evaluations that a run can make no more, by epoch; state: its checkpoint.
+
+    They need weights that were not kept, or an EMA that was not tracked. What the training itself
+    measured needs neither.
+    """
+    position, tracked = state["position"], tracked_decays(state)
+
+    def gone(epoch: int) -> bool:
+        held = epoch == position["epoch"] and position["step"] == 0
+        return epoch <= position["epoch"] and not held and not run.snapshot(epoch).exists()
+
+    return [
+        (epoch, protocol)
+        for epoch, protocol in missing_evals(config, run)
+        if (gone(epoch) and protocol.statistics != "augmented")
+        or (protocol.decay is not None and protocol.decay not in tracked)
+    ]
+
+
+def tracked_decays(state: dict[str, Any]) -> list[float]:
+    """The EMA bank that a checkpoint holds."""
+    return list(state["ema_bank"]["decays"]) if state["ema_bank"] else []
+
+
+def unobtainable(config: dict[str, Any], run: RunDir, state: dict[str, Any]) -> str:
+    """In one line, what the config asks for and this run cannot give, and what to do; "" if all
+    can be had. state: the run's checkpoint."""
+    said = []
+    tracked = tracked_decays(state)
+    if not set(config["ema_bank"]) <= set(tracked):
+        said.append(f"ema_bank={config['ema_bank']}: run {run.id} has tracked {tracked}")
+    untracked = set(config["ema_bank"]) - set(tracked)
+    lost = {epoch for epoch, p in lost_evals(config, run, state) if p.decay not in untracked}
+    if lost:
+        span = f"epochs {min(lost)} to {max(lost)}" if len(lost) > 1 else f"epoch {min(lost)}"
+        said.append(
+            f"eval_last={config['eval_last']}: run {run.id} has not kept the weights of {span}, "
+            "without which they cannot be evaluated"
+        )
+    anew = f"; delete {run.path} to train it anew, or give another runs="
+    return ", and ".join(said) + anew if said else ""
+
+
+def check_resumable(config: dict[str, Any], run: RunDir) -> None:
+    """Refuse to continue an unfinished run that cannot give what the config asks for.
 
     Raises ValueError for an unreadable checkpoint, for evaluations of epochs whose weights were not
     kept, and for an EMA bank that was not tracked from the start.
     """
-    state = checkpoint.load(run.checkpoint)
-    anew = f"delete {run.path} to train it anew, or give another runs="
-    if job.bank and (not state["ema_bank"] or state["ema_bank"]["decays"] != list(job.bank.decays)):
-        tracked = state["ema_bank"]["decays"] if state["ema_bank"] else []
-        raise ValueError(
-            f"ema_bank={job.config['ema_bank']}: run {run.id} has tracked {tracked}; {anew}"
-        )
-    passed = state["position"]["epoch"]
-    lost = {
-        e for e, _ in missing_evals(job.config, run) if e < passed and not run.snapshot(e).exists()
-    }
-    if lost:
-        raise ValueError(
-            f"eval_last={job.config['eval_last']}: run {run.id} has not kept the weights of "
-            f"epoch {min(lost)}; {anew}"
-        )
+    if refusal := unobtainable(config, run, checkpoint.load(run.checkpoint)):
+        raise ValueError(refusal)
 
 
 def work(job: Job, run: RunDir, stop: Stop) -> dict[str, Any]:
@@ -146,7 +179,8 @@ def work(job: Job, run: RunDir, stop: Stop) -> dict[str, Any]:
         while True:
             # Evaluate the epoch that has just ended, if it is one of the last ones.
             if trainer.step == 0 and trainer.epoch >= max(1, first_evaluated):
-                evaluate_epoch(job, run, trainer.epoch, trainer.history, stop)
+                due = [p for epoch, p in missing_evals(config, run) if epoch == trainer.epoch]
+                evaluate_epoch(job, run, trainer.epoch, due, trainer.history, stop)
             if trainer.epoch == config["epochs"]:
                 break
             trainer.train_epoch()
@@ -169,13 +203,16 @@ def _snapshot(trainer: Trainer) -> dict[str, Any]:
 
 
 def evaluate_epoch(
-    job: Job, run: RunDir, epoch: int, history: list[dict[str, Any]], stop: Stop
+    job: Job,
+    run: RunDir,
+    epoch: int,
+    due: list[Protocol],
+    history: list[dict[str, Any]],
+    stop: Stop,
 ) -> None:
-    """Make the evaluations that this epoch still lacks, with the weights the model holds."""
+    """Make the evaluations of an epoch that are due, with the weights the model holds."""
     evaluate = evaluator(job, stop)
-    for due, protocol in missing_evals(job.config, run):
-        if due != epoch:
-            continue
+    for protocol in due:
         if protocol.statistics == "augmented":
             row = history[epoch - 1]
             seen = job.steps * job.plan.batch_size
@@ -193,12 +230,17 @@ def evaluate_epoch(
 
 
 def evaluate_finished(job: Job, run: RunDir, stop: Stop) -> None:
-    """Make the evaluations that a finished run lacks, from its checkpoint and snapshots."""
+    """Make the evaluations that a finished run lacks, as far as its checkpoint, its snapshots and
+    its history can give them."""
     final = checkpoint.load(run.checkpoint)
-    for epoch in sorted({epoch for epoch, _ in missing_evals(job.config, run)}):
+    lost = lost_evals(job.config, run, final)
+    possible = [one for one in missing_evals(job.config, run) if one not in lost]
+    for epoch in sorted({epoch for epoch, _ in possible}):
         last = epoch == final["position"]["epoch"]
-        state = final if last else checkpoint.load(run.snapshot(epoch))
-        job.model.load_state_dict(state["model"])
-        if job.bank:
-            job.bank.load_state_dict(state["ema_bank"])
-        evaluate_epoch(job, run, epoch, final["history"], stop)
+        if last or run.snapshot(epoch).exists():
+            state = final if last else checkpoint.load(run.snapshot(epoch))
+            job.model.load_state_dict(state["model"])
+            if job.bank:
+                job.bank.load_state_dict(state["ema_bank"])
+        due = [protocol for e, protocol in possible if e == epoch]
+        evaluate_epoch(job, run, epoch, due, final["history"], stop)

@@ -28,11 +28,15 @@ class RankError(AssertionError):
 
 
 class Ranks:
-    """`size` ranks; started by the first task, and anew by the next one after a failure."""
+    """`size` ranks; started by the first task, and anew by the next one after a failure.
 
-    def __init__(self, size: int, folder: Path) -> None:
+    Without `connected` they form no process group, and start without torch.
+    """
+
+    def __init__(self, size: int, folder: Path, *, connected: bool = True) -> None:
         self.size = size
         self.folder = folder
+        self.connected = connected
         self.processes = []
         self.connections = []
         self.starts = 0
@@ -48,7 +52,8 @@ class Ranks:
         context = multiprocessing.get_context("spawn")
         for rank in range(self.size):
             ours, theirs = context.Pipe()
-            arguments = (rank, self.size, str(self.folder), self.starts, theirs)
+            meeting = f"{self.folder}/meeting-{self.starts}" if self.connected else None
+            arguments = (rank, self.size, meeting, self._stack_file(rank), theirs)
             process = context.Process(target=_serve, args=arguments, daemon=True)
             process.start()
             theirs.close()  # the rank ends when ours closes, however that happens
@@ -83,8 +88,11 @@ class Ranks:
     def _stack(self, rank: int) -> str:
         os.kill(self.processes[rank].pid, signal.SIGUSR1)
         self.processes[rank].join(1.0)  # it writes its stack and goes on
-        path = self.folder / f"stack-{self.starts}-{rank}"
+        path = self._stack_file(rank)
         return path.read_text() if path.exists() else ""
+
+    def _stack_file(self, rank: int) -> Path:
+        return self.folder / f"stack-{self.starts}-{rank}"
 
     def stop(self) -> None:
         """End every process, for sure."""
@@ -109,19 +117,24 @@ def _ready(rank: int) -> int:
     return rank
 
 
-def _serve(rank: int, size: int, folder: str, start: int, connection: Connection) -> None:
+def _connect(rank: int, size: int, meeting: str) -> None:
     import torch
     from torch import distributed
 
     torch.set_num_threads(1)
     distributed.init_process_group(
         "gloo",
-        init_method=f"file://{folder}/meeting-{start}",
+        init_method=f"file://{meeting}",
         rank=rank,
         world_size=size,
         timeout=timedelta(seconds=COLLECTIVE),
     )
-    with Path(folder, f"stack-{start}-{rank}").open("w") as stack:
+
+
+def _serve(rank: int, size: int, meeting: str | None, stacks: Path, connection: Connection) -> None:
+    if meeting is not None:
+        _connect(rank, size, meeting)
+    with stacks.open("w") as stack:
         faulthandler.register(signal.SIGUSR1, file=stack)  # see _stack
         while True:
             try:

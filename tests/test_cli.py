@@ -10,6 +10,7 @@ import pytest
 
 from normlab import __version__, app, cli, config, experiment, launch, show
 from normlab.plugins import package_dir
+from normlab.runs import table
 
 SMALL = ["data=synthetic", "data.n=64", "batch_size=16", "epochs=1", "evals=[val:ema]"]
 
@@ -86,6 +87,23 @@ def test_plan_prints_the_batch_plan(capfd: pytest.CaptureFixture[str]) -> None:
     }
 
 
+def test_plan_tells_of_each_arm(capfd: pytest.CaptureFixture[str]) -> None:
+    code, out, _ = run("plan", "experiment=renorm", "arm=br-4,gn", "lr=1", capture=capfd)
+    assert code == 0
+    blocks = [dict(line.split()[:2] for line in b.splitlines()) for b in out.split("\n\n")]
+    assert [(b["arm"], b["norm"], b["nbs"]) for b in blocks] == [
+        ("br-4", "renorm", "4"),
+        ("gn", "gn", "-"),
+    ]
+    code, out, _ = run("plan", "experiment=nbs_forms", "nbs=8", capture=capfd)
+    assert code == 0
+    told = [line.split()[1] for line in out.splitlines() if line.startswith("arm ")]
+    assert told == list(experiment.load("nbs_forms").scale("demo").arms)
+    code, out, _ = run("plan", "experiment=nbs", "nbs=8", capture=capfd)
+    assert code == 0
+    assert not out.startswith("arm")
+
+
 # -- Hydra ----------------------------------------------------------------------------------------
 
 
@@ -140,8 +158,9 @@ def recorded(monkeypatch: pytest.MonkeyPatch, **fate: str) -> list[dict]:
         if what == "bug":
             raise TypeError("a bug")
         status = "diverged" if what == "diverged" else "done"
+        lacking = f"{identity} has lost its youth" if "lacking" in what else ""
         return launch.Outcome(
-            identity, status, what == "skipped", Path("runs") / identity, {"val:ema": 12.5}
+            identity, status, "skipped" in what, Path("runs") / identity, {"val:ema": 12.5}, lacking
         )
 
     monkeypatch.setattr(launch, "run", pretend)
@@ -192,6 +211,14 @@ def test_the_summary_and_the_exit_code_of_a_sweep(
     assert code == 1  # the other cells ran
     assert "3 cells: 2 done (2 run, 0 skipped), 0 diverged, 0 failed, 1 refused" in out
     assert err == "normlab: seed=1 is refused\n"
+
+    recorded(monkeypatch, seed0="skipped", seed1="lacking")
+    code, out, err = run("train", "-m", "seed=0,1", capture=capfd)
+    assert code == 1  # what could be made was made
+    assert "2 cells: 2 done (1 run, 1 skipped), 0 diverged, 0 failed, 0 refused; 1 of the " in out
+    assert err == "normlab: run-1 has lost its youth\n"
+    recorded(monkeypatch, seed0="skipped", seed1="lacking skipped")
+    assert run("train", "-m", "seed=0,1", capture=capfd)[0] == 2
 
     for other, expected in (("skipped", 2), ("failed", 1), ("diverged", 1)):
         recorded(monkeypatch, seed0=other, seed1="refused")
@@ -277,11 +304,11 @@ def test_a_run_then_skipped_then_evaluated(
     assert code == 0
     (directory,) = (tmp_path / "runs").iterdir()
     assert [path.name for path in tmp_path.iterdir()] == ["runs"]  # nothing of Hydra's
-    table = dict(line.split(maxsplit=1) for line in out.splitlines())
-    assert table["run"] == directory.name
-    assert table["status"] == "done"
-    assert table["directory"] == f"runs/{directory.name}"
-    assert table["val:ema"].endswith("% error")
+    said = dict(line.split(maxsplit=1) for line in out.splitlines())
+    assert said["run"] == directory.name
+    assert said["status"] == "done"
+    assert said["directory"] == f"runs/{directory.name}"
+    assert said["val:ema"].endswith("% error")
 
     code, out, _ = run("train", *SMALL, capture=capfd)
     assert code == 0
@@ -293,6 +320,20 @@ def test_a_run_then_skipped_then_evaluated(
 
     code, out, _ = run("show", "runs", capture=capfd)
     assert directory.name in out
+
+    # What the repository's record holds is shown from there.
+    (tmp_path / "results" / "nbs").mkdir(parents=True)
+    table(tmp_path / "runs").to_csv(tmp_path / "results" / "nbs" / "runs.csv", index=False)
+    launch._committed.cache_clear()
+    code, out, err = run("train", *SMALL, "runs=elsewhere", capture=capfd)
+    assert (code, err) == (0, "")
+    assert "directory                recorded in results/nbs/runs.csv; skip_done=local runs" in out
+    assert " % error" in out
+    (tmp_path / "elsewhere").mkdir()
+    code, _, err = run("eval", directory.name, "val:batch", "--runs", "elsewhere", capture=capfd)
+    assert code == 2
+    assert "recorded in results/nbs/runs.csv without its weights: skip_done=local runs" in err
+    launch._committed.cache_clear()
 
 
 def test_a_sweep_two_at_a_time(tmp_path: Path) -> None:

@@ -170,6 +170,7 @@ def test_what_does_not_reach_the_weights_does_not_change_the_hash(overrides: str
     [
         "seed=1", "nbs=64", "batch_size=64", "epochs=6", "lr=0.2", "decay=0.99", "precision=bf16",
         "channels_last=true", "compile=true", "recipe.nesterov=false", "recipe.clip_norm=1",
+        "order=sorted", "order=4x2",
         "model.width=8", "data.subset=500", "norm.eps=1e-3", "norm=ghost nbs=128",
         "norm=ghost nbs=128 micro_batch=128 norm.population=pooled",
     ],
@@ -196,6 +197,14 @@ def test_a_cumulative_average_has_no_decay() -> None:
     assert known_as("norm.cumulative=true", "decay=0.5") == mine
     with pytest.raises(ConfigError, match=r"norm\.cumulative"):
         compose(["norm=ghost", "nbs=2", "norm.cumulative=true"])
+
+
+def test_the_order_is_in_the_name_of_a_run_unless_it_is_the_usual_one() -> None:
+    assert known_as("norm=ghost", "nbs=32", "order=4x2").startswith("tiny-ghost-nbs32-4x2-s0-")
+    assert known_as("norm=gn", "order=sorted").startswith("tiny-gn-sorted-s0-")
+    assert known_as("norm=gn", "order=shuffled") == known_as("norm=gn")
+    old = {key: value for key, value in compose(["norm=gn"]).items() if key != "order"}
+    assert identity.with_later_keys(old)["order"] == "shuffled"
 
 
 def test_recorded_configs_are_completed_outside_the_groups(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -309,6 +318,11 @@ def test_all_that_is_offered_passes_the_check() -> None:
         ("+model.stem={scale:[1,-inf]}", "model.stem.scale must be a finite number"),
         ("runs=", "runs must be the path of a directory, got runs=''"),
         ("norm.batch=chunky", "norm.batch must be one of per_rank, ghost"),
+        ("order=random", "order must be shuffled, sorted or <labels>x<samples of each>"),
+        ("order=3x2", "order=3x2: groups of 6 samples must fill batch_size=128: a multiple of 6"),
+        ("order=4x4 nbs=8", "groups of 16 samples must fill nbs=8: a multiple of 16"),
+        ("order=4x4 norm=ghost nbs=8", "must fill nbs=8"),
+        ("order=2x4 norm=virtual nbs=132 micro_batch=4", "nbs=132 less virtual_extra=128"),
         ("nbs=48", "batch_size=128"),
         ("norm=ghost", "norm=ghost needs nbs"),
         ("norm=gn nbs=8", "norm=gn"),

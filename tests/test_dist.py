@@ -1,5 +1,7 @@
 """The collectives against what one process computes that has everything."""
 
+import math
+
 import pytest
 import torch
 from hypothesis import given, settings
@@ -80,10 +82,11 @@ def test_one_rank_alone_may_need_gradients(ranks):
     assert not any(quiet for _, quiet in results)
 
 
-def gather_what_differs(rank, xs):
+def gather_what_differs(rank, xs, without_gradient=()):
     try:
-        dist.all_gather(xs[rank])
-    except ValueError as error:
+        with torch.set_grad_enabled(rank not in without_gradient):
+            dist.all_gather(xs[rank])
+    except (ValueError, RuntimeError) as error:
         return str(error)
     return ""
 
@@ -96,6 +99,26 @@ def test_rows_that_differ_are_refused_on_every_rank(ranks, odd):
     for said in ranks.run(gather_what_differs, xs):
         assert "differ in shape or type" in said
         assert str(tuple(odd.shape[1:])) in said
+
+
+@pytest.mark.parametrize("odd", [torch.zeros(()), torch.zeros([1] * 9), torch.zeros(2, 3).bool()])
+def test_what_cannot_be_gathered_is_refused_on_every_rank(ranks, odd):
+    """P27: a rank that raised alone would leave the others waiting."""
+    xs = [torch.zeros(2, 3), odd, torch.zeros(0, 3), odd]
+    for rank, said in enumerate(ranks.run(gather_what_differs, xs)):
+        assert said.startswith("ranks [1, 3] have what cannot be gathered")
+        assert (f"shape {tuple(odd.shape)} and type {odd.dtype}" in said) == (rank in (1, 3))
+    with pytest.raises(ValueError, match="cannot be gathered"):
+        dist.all_gather(odd)
+
+
+def test_a_rank_that_computes_no_gradient_is_refused_on_every_rank(ranks):
+    """P27: but only where another one needs it."""
+    plain, needing = torch.zeros(2, 3), torch.zeros(2, 3).requires_grad_()
+    xs = [plain, plain, needing, plain]
+    for said in ranks.run(gather_what_differs, xs, [1]):
+        assert said.endswith("some compute none: [True, False, True, True]")
+    assert ranks.run(gather_what_differs, xs, [2]) == [""] * 4
 
 
 def in_a_group(rank, parts):
@@ -231,22 +254,67 @@ def test_equal_buffers_stay_to_the_bit(ranks):
     assert ranks.run(average_again, samples([4], 2, 3, 3)) == [True] * 4
 
 
-def average_badly(rank):
-    model = nn.Sequential(BatchNorm(2 + (rank == 1)))
+BAD = {
+    "layers": "ranks hold different numbers of means in layer 0: 2, 3, 2, 2",
+    "order": "ranks hold different numbers of means in layer 0: 2, 3, 2, 2",
+    "none": "ranks hold different numbers of means in layer 0: 2, no layer, 2, 2",
+    "counters": "ranks hold different numbers of counts of batches in layer 0: 1, 0, 1, 1",
+    "how": "how is 'average' or 'broadcast', on every rank the same",
+    "negative": "count must be at least 0 and finite, not 1, -1, 1, 1",
+    "infinite": "count must be at least 0 and finite, not 1, inf, 1, 1",
+    "nan": "count must be at least 0 and finite, not 1, nan, 1, 1",
+    "zero": "there are no statistics of no elements",
+    "many": "there are no statistics of inf elements",
+}
+
+
+def average_badly(rank, mistake):
+    """What this rank says where rank 1, or all, are mistaken; and whether nothing changed."""
+    odd = rank == 1
+    widths = {"layers": (3,), "order": (3, 2), "none": ()}.get(mistake if odd else "", (2, 3))
+    model = nn.Sequential(*(BatchNorm(width) for width in widths))
+    for layer in model:
+        layer.running_mean.fill_(rank)
+    if odd and mistake == "counters":
+        model[0].num_batches_tracked = None
+    counts = {"negative": -1, "infinite": math.inf, "nan": math.nan}
+    count = counts.get(mistake if odd else "", {"zero": 0, "many": 1e308}.get(mistake, 1))
     try:
-        dist.average_buffers(model)
+        how = "broadcast" if odd and mistake == "how" else "average"
+        dist.average_buffers(model, how=how, count=count)
     except ValueError as error:
-        return str(error)
-    return ""
+        return str(error), all((layer.running_mean == rank).all() for layer in model)
+    return None
 
 
-def test_average_buffers_refuses(ranks):
-    for said in ranks.run(average_badly):
-        assert said == "ranks hold different numbers of statistics: [2, 3, 2, 2]"
-    with pytest.raises(ValueError, match="'average' or 'broadcast'"):
-        dist.average_buffers(BatchNorm(2), how="mean")
-    with pytest.raises(ValueError, match="count must be at least 0"):
-        dist.average_buffers(BatchNorm(2), count=-1)
+@pytest.mark.parametrize("mistake", BAD)
+def test_average_buffers_refuses_on_every_rank(ranks, mistake):
+    """P27: what one rank does wrong, all learn, before anything changes."""
+    for said, unchanged in ranks.run(average_badly, mistake):
+        assert said.startswith(BAD[mistake])
+        assert unchanged
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"how": "mean"}, "'average' or 'broadcast'"),
+        ({"count": -1}, "count must be at least 0 and finite, not -1"),
+        ({"count": math.inf}, "count must be at least 0 and finite, not inf"),
+    ],
+)
+def test_average_buffers_refuses_alone(arguments, message):
+    with pytest.raises(ValueError, match=message):
+        dist.average_buffers(BatchNorm(2), **arguments)
+
+
+def average_nothing(_rank):
+    dist.average_buffers(nn.Linear(2, 2))
+    dist.average_buffers(nn.ReLU())
+
+
+def test_a_model_without_statistics_is_left_alone(ranks):
+    assert ranks.run(average_nothing) == [None] * 4
 
 
 # -- shuffling ------------------------------------------------------------------------------------

@@ -8,7 +8,10 @@ import torch
 from torch.nn import functional as F
 
 from normlab import build, checkpoint, config, evaluate, worker
+from normlab.data.patterns import arranged
+from normlab.data.streams import Stream, generator
 from normlab.evaluate import Evaluator
+from normlab.orders import Order
 from normlab.protocols import Protocol
 from normlab.train import Trainer
 
@@ -65,6 +68,22 @@ def test_mini_batch_statistics_are_those_of_groups_of_nbs(trained):
     assert numbers(row) == plain(model, batches)
     assert row["batch"] == 8
     assert row["n"] == trained.data.size("val") // 8 * 8
+
+
+@pytest.mark.parametrize(("pattern", "within", "n"), [("4x2", 8, 296), ("sorted", 64, 256)])
+def test_batches_of_an_evaluation_can_have_a_pattern(trained, pattern, within, n):
+    """Of 300 images, 30 of each label: 37 groups of 8, or 4 SGD batches of 64."""
+    labels = trained.data.labels("val")
+    rng = generator(Stream.EVAL_ORDER, 3)
+    batches = arranged(labels, Order.parse(pattern), within, rng)
+    (images,) = (x for x, _ in trained.data.eval_batches("val", batch_size=300, order=None))
+    groups = ((images[g], torch.from_numpy(labels[g])) for g in batches.reshape(-1, 8))
+    expected = plain(copy.deepcopy(trained.model).train(), groups)
+    spec = Protocol.parse(f"val:batch/order:3/pattern:{pattern}")
+    row = evaluator(trained, batch_size=64).run(spec)
+    assert numbers(row) == expected
+    assert (row["n"], row["protocol"]) == (n, str(spec))
+    assert row["error"] != evaluator(trained).run(Protocol.parse("val:batch/order:3"))["error"]
 
 
 def test_the_batch_can_be_another_than_the_runs(trained):
@@ -218,8 +237,12 @@ def test_the_images_of_an_estimate_do_not_depend_on_its_batch():
         ("val:precise/batch:1000", "train offers 997"),
         ("val:precise/samples:10/batch:20", "offers 10"),
         ("val:precise/samples:5000", "train has 997"),
+        ("val:batch/pattern:3x2", "val:batch/pattern:3x2': groups of 6 do not fill batches of 8"),
+        ("val:batch/pattern:20x2/batch:40", "groups of 20 labels, and there are 10 classes"),
+        ("val:batch/pattern:1x40/batch:40", "40 samples of a label, and class 0 has 30"),
+        ("val:batch/pattern:sorted/batch:24", "batches of 24 do not fill batch_size=64"),
     ],
 )
 def test_what_cannot_be_evaluated_is_refused_beforehand(trained, spec, says):
     with pytest.raises(ValueError, match=says):
-        evaluator(trained).check(Protocol.parse(spec))
+        evaluator(trained, batch_size=64).check(Protocol.parse(spec))

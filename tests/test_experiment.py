@@ -313,6 +313,47 @@ def test_an_unknown_arm_is_answered_with_the_known_ones(tmp_path, monkeypatch, c
     assert cli.main(["sweep", "nbs", "scale=demo", "arm=bn-2"]) == 2
 
 
+@pytest.mark.parametrize(
+    ("overrides", "instead"),
+    [
+        ("nbs=4", "nbs themselves .bn-2, bn-4., .*; type arm=bn-4 for those"),
+        ("nbs=2,4", "; type arm=bn-2,bn-4 for those"),
+        ("+nbs=8", "; type arm=gn [+]nbs=8 to leave"),
+        ("nbs=null", "; type arm=gn nbs=null to leave"),
+        ("norm=gn", "arms of arms set norm themselves .*; type arm=gn for"),
+        ("norm.name=gn", "arms of arms set norm themselves .*; type arm=gn for"),
+        ("norm={groups:4}", "set norm.groups themselves .*; type arm=bn-2,bn-4 norm="),
+        ("epochs=range(1,4)", r"set epochs .*; type arm=bn-2,bn-4,gn for"),
+        ("arm=glob(bn-*) nbs=8", "; type arm=bn-2 nbs=8 for one arm .arms: bn-2, bn-4."),
+    ],
+)
+def test_a_key_in_which_arms_differ_takes_no_value_for_all(
+    tmp_path, monkeypatch, overrides, instead
+):
+    load_arms(tmp_path, monkeypatch)
+    with pytest.raises(config.ConfigError, match=instead) as refused:
+        config.register(["experiment=arms", "scale=demo", *overrides.split()])
+    assert "\n" not in str(refused.value)
+
+
+@pytest.mark.parametrize(
+    "overrides",
+    [
+        "arm=bn-2 nbs=8",  # one arm may be varied
+        "arm=bn-2 nbs=8,16",
+        "arm=bn-2,bn-4 norm=renorm",  # and what arms have in common
+        "arm=choice(bn-2,bn-4) norm.affine=false",
+        "batch_size=64 norm.eps=1e-3",
+        "lr=0.2 seed=100",  # the axis is restricted, though an arm sets it besides
+        "eval_last=1 threads=1",  # reaches no weight
+    ],
+)
+def test_what_leaves_arms_apart_may_be_overridden(tmp_path, monkeypatch, overrides):
+    same = ("nbs: 2, norm.affine: true", "nbs: 2, norm.affine: false, eval_last: 2")
+    load_arms(tmp_path, monkeypatch, same, ("ghost, nbs: 4", "ghost, nbs: 4, norm.affine: false"))
+    config.register(["experiment=arms", "scale=demo", *overrides.split()])
+
+
 def test_the_digest_knows_the_arms_of_its_scale(tmp_path, monkeypatch):
     before = load_arms(tmp_path, monkeypatch).claims_digest("demo")
     again = load_arms(tmp_path, monkeypatch, ("epochs: 2", "epochs: 3"))

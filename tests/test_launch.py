@@ -4,6 +4,7 @@ import csv
 import json
 import logging
 import math
+import re
 
 import pytest
 import torch
@@ -116,16 +117,30 @@ def test_evaluating_changes_no_weight_and_no_metric():
     assert few.id == many.id
 
 
-def test_committed_results_count_as_done(monkeypatch):
-    first = start()
-    results = first.path.parent.parent / "results" / "nbs"
+def commit_results(outcome):
+    results = runs.Path("results", "nbs")
     results.mkdir(parents=True)
-    runs.table(first.path.parent).to_csv(results / "runs.csv", index=False)
+    runs.table(outcome.path.parent).to_csv(results / "runs.csv", index=False)
     launch._committed.cache_clear()
+
+
+def test_committed_results_count_as_done(monkeypatch):
+    first = start("epochs=2", "eval_last=2")
+    commit_results(first)
     made = steps_made(monkeypatch)
-    assert start("runs=fresh").skipped
+    fresh = start("epochs=2", "runs=fresh")
+    assert (fresh.status, fresh.skipped, fresh.summary) == ("done", True, first.summary)
+    assert fresh.place == "recorded in results/nbs/runs.csv; skip_done=local runs it here"
+    assert start("epochs=2").place == str(first.path)  # where it is, it is read
+    with pytest.raises(ValueError, match=r"recorded in results/nbs/runs.csv .*skip_done=local"):
+        launch.evaluate(first.id[:-3], ["test:ema"], root="fresh")
+    with pytest.raises(ValueError, match="no run 'elsewhere' under fresh"):
+        launch.evaluate("elsewhere", ["test:ema"], root="fresh")
+    banked = start("epochs=2", "runs=fresh", "ema_bank=[0.5]")
+    assert banked.skipped
+    assert re.match(r"ema_bank=\[0.5\]: .* skip_done=local runs it here", banked.lacking)
     assert not made
-    assert not start("runs=fresh", "skip_done=local").skipped
+    assert not start("epochs=2", "runs=fresh", "skip_done=local").skipped
     assert made
 
 
@@ -192,20 +207,79 @@ def test_a_batch_that_is_formed_otherwise_than_said_is_refused(tmp_path):
     assert not list(tmp_path.iterdir())
 
 
-def test_epochs_whose_weights_were_not_kept_are_refused_with_what_to_do():
+def evaluated(outcome):
+    with (outcome.path / "evals.csv").open(newline="") as file:
+        return {(row["protocol"], int(row["epoch"])) for row in csv.DictReader(file)}
+
+
+def test_a_finished_run_makes_what_it_can_and_says_what_it_cannot():
     first = start("epochs=3")
-    with pytest.raises(ValueError, match=r"eval_last=2.*epoch 2; delete runs"):
+    before = (first.path / "evals.csv").read_text()
+    wider = ["epochs=3", "eval_last=3", "evals=[train:augmented,val:ema,test:ema]"]
+    second = start(*wider)
+    assert (second.status, second.skipped) == ("done", False)
+    assert "eval_last=3: run" in second.lacking
+    assert f"epochs 1 to 2, without which they cannot be evaluated; delete {first.path} " in (
+        second.lacking
+    )
+    # The last epoch's weights are there, and what training measured needs none.
+    augmented = {("train:augmented", epoch) for epoch in (1, 2, 3)}
+    assert evaluated(second) == {("val:ema", 3), ("test:ema", 3)} | augmented
+    assert (first.path / "evals.csv").read_text().startswith(before)
+    made = [float(row["error"]) for row in runs.RunDir(first.path).evals()]
+    with (first.path / "metrics.csv").open(newline="") as file:
+        assert [float(row["train_error"]) for row in csv.DictReader(file)] == made[1:4]
+
+    again = start(*wider)
+    assert (again.skipped, again.lacking) == (True, second.lacking)
+    at_once = start(*wider, "runs=at_once")
+    assert at_once.lacking == ""
+    assert at_once.summary == second.summary
+    assert evaluated(at_once) > evaluated(second)
+
+
+def test_an_unfinished_run_is_not_continued_towards_evaluations_that_it_has_lost():
+    first = start("epochs=3")
+    (first.path / "status.json").unlink()
+    with pytest.raises(ValueError, match=r"eval_last=2.*epoch 2, without .*; delete runs"):
         start("epochs=3", "eval_last=2")
-    assert first.path.exists()
+    state = torch.load(first.path / "checkpoint.pt", weights_only=True)
+    state["position"] = {"epoch": 2, "step": 1}  # the weights of epoch 2 have been trained on
+    torch.save(state, first.path / "checkpoint.pt")
+    with pytest.raises(ValueError, match=r"eval_last=2.*epoch 2, without "):
+        start("epochs=3", "eval_last=2")
 
 
 def test_an_ema_bank_is_tracked_from_the_start_or_not_at_all():
     first = start("epochs=2")
-    with pytest.raises(ValueError, match=r"has tracked \[\]; delete"):
-        start("epochs=2", "ema_bank=[0.5]", "evals=[val:ema/decay:0.5]")
+    for evals in ("val:ema", "val:ema/decay:0.5"):
+        second = start("epochs=2", "ema_bank=[0.5]", f"evals=[{evals}]")
+        assert second.skipped
+        assert re.match(r"ema_bank=\[0.5\]: run .* has tracked \[\]; delete runs", second.lacking)
+    third = start("epochs=2", "ema_bank=[0.5]", "evals=[val:ema/decay:0.5,test:ema]")
+    assert "has tracked []; delete" in third.lacking
+    assert evaluated(third) == {("val:ema", 2), ("test:ema", 2)}
     (first.path / "status.json").unlink()
     with pytest.raises(ValueError, match=r"has tracked \[\]; delete"):
         start("epochs=2", "ema_bank=[0.5]")
+
+
+def test_a_run_keeps_its_ema_bank_when_continued_without_asking_for_it(monkeypatch):
+    twice = ["epochs=2", "eval_last=2"]
+    original = worker.Trainer.train_epoch
+    with monkeypatch.context() as patch:
+        patch.setattr(
+            worker.Trainer, "train_epoch", lambda t: original(t) if t.epoch == 0 else 1 / 0
+        )
+        with pytest.raises(launch.JobError):
+            start(*twice, "ema_bank=[0.5,0.75]")
+    start(*twice)
+    wanted = [*twice, "ema_bank=[0.75]", "evals=[val:ema/decay:0.75]"]
+    later = start(*wanted)
+    assert later.lacking == ""
+    at_once = start(*wanted, "runs=at_once")
+    assert evaluated(later) > evaluated(at_once)
+    assert later.summary["val:ema/decay:0.75"] == at_once.summary["val:ema/decay:0.75"]
 
 
 @pytest.mark.parametrize("key", ["torch", "data_digest", "device"])
@@ -264,11 +338,7 @@ def test_a_full_disk_is_a_failed_run_not_a_refusal(monkeypatch):
 
 
 def test_a_committed_diverged_run_is_not_tried_again(monkeypatch):
-    first = start("norm=none", "nbs=null", "lr=1e30", "epochs=3")
-    results = first.path.parent.parent / "results" / "nbs"
-    results.mkdir(parents=True)
-    runs.table(first.path.parent).to_csv(results / "runs.csv", index=False)
-    launch._committed.cache_clear()
+    commit_results(start("norm=none", "nbs=null", "lr=1e30", "epochs=3"))
     made = steps_made(monkeypatch)
     again = start("norm=none", "nbs=null", "lr=1e30", "epochs=3", "runs=fresh")
     assert (again.status, again.skipped) == ("diverged", True)

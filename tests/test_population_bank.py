@@ -5,30 +5,12 @@ import copy
 import numpy as np
 import pytest
 import torch
+from populations import assert_statistics, network
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
 from normlab.norms import BatchNorm, GhostBatchNorm, population_layers
 from normlab.population import EmaBank, estimate
-
-
-def network():
-    torch.manual_seed(0)
-    return nn.Sequential(
-        nn.Conv2d(2, 4, 3),
-        BatchNorm(4),
-        nn.ReLU(),
-        nn.Dropout(0.5),
-        nn.Conv2d(4, 3, 3),
-        GhostBatchNorm(3, nbs=2),
-        nn.Flatten(),
-    )
-
-
-def assert_statistics(statistics, mean, var, rtol, atol=1e-12):
-    assert statistics.mean.dtype == statistics.var.dtype == torch.float64
-    np.testing.assert_allclose(statistics.mean.numpy(), mean, rtol=rtol, atol=atol)
-    np.testing.assert_allclose(statistics.var.numpy(), var, rtol=rtol, atol=atol)
 
 
 def train(model, batches, optimizer=None):
@@ -117,6 +99,15 @@ class TestEmaBank:
         model(torch.randn(8, 2, 9, 9))
         assert bank.population(0.9) == {}
 
+    def test_a_layer_that_is_frozen_keeps_its_constants(self):
+        """P44: an evaluation with the averages must not put others in their place."""
+        model = network()
+        bank = EmaBank(model, [0.9])
+        train(model, torch.randn(2, 8, 2, 9, 9))
+        assert list(bank.population(0.9)) == ["1", "5"]
+        model[1].statistics = "population"
+        assert list(bank.population(0.9)) == ["5"]
+
     def test_resumed_equals_uninterrupted(self, tmp_path):
         batches = torch.randn(6, 8, 2, 9, 9)
         model = network()
@@ -192,5 +183,8 @@ class TestEmaBank:
         bank = EmaBank(network(), [0.9])
         with pytest.raises(ValueError, match="decays"):
             bank.load_state_dict(EmaBank(network(), [0.8]).state_dict())
-        with pytest.raises(ValueError, match="other layers"):
-            bank.load_state_dict(EmaBank(BatchNorm(4), [0.9]).state_dict())
+        wider = network()
+        wider[5] = BatchNorm(4)
+        for other in (BatchNorm(4), wider):
+            with pytest.raises(ValueError, match="other layers"):
+                bank.load_state_dict(EmaBank(other, [0.9]).state_dict())

@@ -14,6 +14,9 @@ from normlab.protocols import SPLITS, Protocol
         ("val:ema", Protocol("val", "ema")),
         ("test:ema/decay:0.99", Protocol("test", "ema", decay=0.99)),
         ("test:batch/batch:8/order:3", Protocol("test", "batch", batch=8, order=3)),
+        ("val:batch/pattern:16x2", Protocol("val", "batch", pattern="16x2")),
+        ("val:batch/order:2/pattern:sorted", Protocol("val", "batch", order=2, pattern="sorted")),
+        ("val:batch/pattern:shuffled", Protocol("val", "batch")),
         (
             "val:precise_mean/samples:100/batch:2",
             Protocol("val", "precise_mean", batch=2, samples=100),
@@ -22,6 +25,7 @@ from normlab.protocols import SPLITS, Protocol
 )
 def test_a_spec_is_read(spec, protocol):
     assert Protocol.parse(spec) == protocol
+    assert Protocol.parse(str(protocol)) == protocol
 
 
 @given(
@@ -52,6 +56,8 @@ def test_writing_and_reading_agree(split, statistics, batch, samples, order):
         ("val:ema/decay:nan", "at least 0 and below 1"),
         ("val:batch/order:1000", r"order must be one of 0\.\.999, got order:1000"),
         ("val:precise/order:-1", r"0\.\.999"),
+        ("val:batch/pattern:4by2", "pattern must be shuffled, sorted or .*, got pattern:4by2"),
+        ("val:precise/pattern:4x2", "allowed, once: batch, samples, order"),
         ("val:batch/batch:99999999999999999999", r"below 2\*\*31"),
     ],
 )

@@ -9,8 +9,8 @@ from ranks import RankError, Ranks
 
 @pytest.fixture(scope="module")
 def single(tmp_path_factory):
-    """A pool of its own, since these tests end it."""
-    pool = Ranks(1, tmp_path_factory.mktemp("single"))
+    """A pool of its own, since these tests end it, and one that starts at once."""
+    pool = Ranks(1, tmp_path_factory.mktemp("single"), connected=False)
     yield pool
     pool.stop()
 
@@ -52,7 +52,7 @@ def test_ranks_answer_in_order_and_stay(ranks):
 def test_a_failure_surfaces_and_ends_the_processes(single, task, arguments, told):
     ((_, pid, _),) = single.run(identify)
     with pytest.raises(RankError, match=told):
-        single.run(task, *arguments, timeout=4.0)
+        single.run(task, *arguments, timeout=2.0)
     with pytest.raises(ProcessLookupError):
         os.kill(pid, 0)
     assert single.run(identify)[0][1] != pid  # and the next task starts others

@@ -123,18 +123,19 @@ def test_a_run_is_found_by_id_prefix_and_path(tmp_path):
 def test_committed_results_are_read(tmp_path):
     (tmp_path / "nbs").mkdir()
     rows = [
-        {"id": "a", "status": "done", "protocol": "val:ema", "epoch": "2"},
-        {"id": "a", "status": "done", "protocol": "val:batch", "epoch": "2.0"},
-        {"id": "b", "status": "failed", "protocol": "", "epoch": ""},
-        {"id": "c", "status": "diverged", "protocol": "", "epoch": ""},
+        {"id": "a", "status": "done", "protocol": "val:ema", "epoch": "2", "error": "7.5"},
+        {"id": "a", "status": "done", "protocol": "val:batch", "epoch": "2.0", "error": "8"},
+        {"id": "b", "status": "failed", "protocol": "", "epoch": "", "error": ""},
+        {"id": "c", "status": "diverged", "protocol": "", "epoch": "", "error": ""},
     ]
-    with (tmp_path / "nbs" / "runs.csv").open("w", newline="") as file:
+    path = tmp_path / "nbs" / "runs.csv"
+    with path.open("w", newline="") as file:
         writer = csv.DictWriter(file, list(rows[0]))
         writer.writeheader()
         writer.writerows(rows)
     assert runs.committed(tmp_path) == {
-        "a": runs.Committed("done", {("val:ema", 2), ("val:batch", 2)}),
-        "c": runs.Committed("diverged", set()),
+        "a": runs.Committed("done", {("val:ema", 2): 7.5, ("val:batch", 2): 8.0}, path),
+        "c": runs.Committed("diverged", {}, path),
     }
 
 

@@ -10,6 +10,7 @@ from torch.nn import functional as F
 
 from normlab import build, checkpoint, config, data, worker
 from normlab.norms import forward_with
+from normlab.orders import Order
 from normlab.train import Diverged, Trainer
 
 
@@ -212,8 +213,18 @@ def test_what_the_loop_cannot_feed_is_refused(override, message):
         worker.construct(resolved(*norm, override))
 
 
-@pytest.mark.parametrize("norm", [("norm=ghost", "nbs=8"), ("norm=virtual", "nbs=300")])
-@pytest.mark.parametrize("stop_at", [1, 7, 15])
+@pytest.mark.parametrize(
+    ("stop_at", "norm"),
+    [
+        *(
+            (at, norm)
+            for at in (1, 7, 15)
+            for norm in (("norm=ghost", "nbs=8"), ("norm=virtual", "nbs=300"))
+        ),
+        (7, ("norm=ghost", "nbs=8", "order=sorted")),
+        (7, ("norm=ghost", "nbs=8", "order=4x2")),
+    ],
+)
 def test_a_state_restored_anywhere_continues_bit_for_bit(tmp_path, stop_at, norm):
     cfg = resolved(*norm, "ema_bank=[0.5]")
     whole = trainer(cfg, tmp_path)
@@ -243,6 +254,26 @@ def test_a_state_restored_anywhere_continues_bit_for_bit(tmp_path, stop_at, norm
         assert torch.equal(a, b)
     for name, value in whole.bank.population(0.5).items():
         assert torch.equal(value.var, resumed.bank.population(0.5)[name].var)
+
+
+@pytest.mark.parametrize("order", ["sorted", "4x2"])
+def test_the_loop_takes_the_order_and_its_own_number_of_steps(tmp_path, order):
+    cfg = resolved("norm=renorm", "nbs=16", "model.width=4", "epochs=1", f"order={order}")
+    seen = []
+    ours = trainer(cfg, tmp_path)
+    step = ours._train_step
+    ours._train_step = lambda x, y, extra: (seen.append(y), step(x, y, extra))
+    ours.train_epoch()
+    named = Order.parse(order)
+    labels = ours.data.labels("train")
+    batches = data.epoch_batches(labels, named, batch_size=64, seed=3, epoch=0)
+    assert [y.tolist() for y in seen] == labels[batches].tolist()
+    used = ours.data.train_size(named)
+    assert len(seen) == ours.steps == used // 64
+    job = worker.construct(cfg)
+    assert (job.steps, job.dropped) == (ours.steps, ours.data.size("train") - 64 * ours.steps)
+    (forwards,) = {layer.forwards for layer in job.model.modules() if hasattr(layer, "forwards")}
+    assert forwards == ours.steps  # the schedule of a layer ends with the training
 
 
 def test_bf16_keeps_weights_and_statistics_in_float32(tmp_path):

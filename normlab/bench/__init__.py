@@ -12,26 +12,48 @@ from normlab.bench.measure import Row
 
 OUT = Path("results") / "bench"
 
+TOPICS = {
+    "runs": "start, data, training and statistics of a run",
+    "layers": "forward and backward of every layer",
+}
+
 
 def main(argv: Sequence[str]) -> int:
-    """Measure, print each row as it is done, write ``results/bench``; the exit code."""
+    """Measure, print what was measured, write `results/bench`; the exit code."""
     parser = argparse.ArgumentParser(prog="normlab bench", description=__doc__)
-    parser.add_argument("--quick", action="store_true", help="fewer rounds: under two minutes")
+    parser.add_argument("topic", nargs="?", choices=list(TOPICS), help="default: all of them")
+    parser.add_argument("--quick", action="store_true", help="fewer rounds and cells")
     arguments = parser.parse_args(argv)
-
-    from normlab.bench import write
-
-    rows = []
-    for row in measured(quick=arguments.quick):
-        print(write.line(row), flush=True)
-        rows.append(row)
-    for path in write.results(rows, OUT):
+    written: list[Path] = []
+    if arguments.topic in (None, "runs"):
+        written += _runs(quick=arguments.quick)
+    if arguments.topic in (None, "layers"):
+        written += _layers(quick=arguments.quick)
+    for path in written:
         print(f"wrote {path}")
     return 0
 
 
+def _runs(*, quick: bool) -> list[Path]:
+    from normlab.bench import write
+
+    rows = []
+    for row in measured(quick=quick):
+        print(write.line(row), flush=True)
+        rows.append(row)
+    return write.results(rows, OUT)
+
+
+def _layers(*, quick: bool) -> list[Path]:
+    from normlab.bench import layer_write, layers
+
+    rows = layers.rows(quick=quick)
+    print(layer_write.summary(rows), flush=True)
+    return layer_write.results(rows, OUT)
+
+
 def measured(*, quick: bool) -> Iterator[Row]:
-    """Every row, cheapest first; one whose peer is not installed is said and left out."""
+    """The rows of `runs`, cheapest first; one whose peer is not installed is said and left out."""
     from normlab.bench import loading, starting, training
 
     few = 5 if quick else 15

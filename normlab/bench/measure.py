@@ -4,6 +4,7 @@ Another program that slows the machine down then slows both sides of a ratio. Wh
 the clock is the CPU time of a process with one thread, which other programs disturb least.
 """
 
+import math
 import subprocess
 import sys
 import time
@@ -15,6 +16,9 @@ from typing import Self
 
 Measured = dict[str, list[float]]
 """Contestant -> seconds, one per round."""
+
+FEWEST = 3
+"""Rounds of which a median is taken at least, where time is short."""
 
 
 @dataclass(frozen=True)
@@ -92,20 +96,30 @@ def limit_row(name: str, seconds: list[float], *, limit: float, clock: str) -> R
     )
 
 
-def take_turns(contestants: dict[str, Callable[[], object]], rounds: int) -> Measured:
-    """CPU seconds of each contestant in each round, after one round that does not count.
+def take_turns(
+    contestants: dict[str, Callable[[], object]],
+    rounds: int,
+    *,
+    clock: Callable[[], float] = time.process_time,
+    seconds: float = math.inf,
+) -> Measured:
+    """Seconds of each contestant in each round, after one round that does not count.
 
-    The order is reversed in every other round, so that none always follows the same one.
+    The order is reversed in every other round, so that none always follows the same one. No further
+    round begins when `seconds` have passed, but there are three (or `rounds`, if that is less).
     """
-    seconds: Measured = {name: [] for name in contestants}
+    taken: Measured = {name: [] for name in contestants}
+    end = time.perf_counter() + seconds
     for number in range(rounds + 1):
+        if number > FEWEST and time.perf_counter() > end:
+            break
         names = list(contestants)
         for name in names if number % 2 else reversed(names):
-            started = time.process_time()
+            started = clock()
             contestants[name]()
             if number:
-                seconds[name].append(time.process_time() - started)
-    return seconds
+                taken[name].append(clock() - started)
+    return taken
 
 
 class Process:

@@ -5,6 +5,7 @@ from ``conf/`` and overrides; ``identity`` says which of them change the weights
 """
 
 from normlab.config.composition import (
+    chosen_arms,
     compose,
     explained,
     near,
@@ -29,6 +30,7 @@ __all__ = [
     "ConfigError",
     "cell_key",
     "check",
+    "chosen_arms",
     "compose",
     "explained",
     "near",

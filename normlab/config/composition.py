@@ -6,14 +6,18 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from functools import cache
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 from yaml import YAMLError
 
 from normlab import experiment, plugins
+from normlab.config.identity import NOT_TRAINING
 from normlab.config.schema import Config, ConfigError, Recipe
+
+if TYPE_CHECKING:
+    from hydra.core.override_parser.types import Override
 
 CONFIG_NAME = "config"
 
@@ -84,6 +88,7 @@ def register(overrides: Sequence[str]) -> None:
     if chosen in experiment.files():
         for name, node in experiment.arms(chosen, scale or default_scale()).items():
             store.store(group=experiment.AXIS, name=name, node=node, package="_global_")
+        _refuse_one_value_for_all_arms(overrides)
     if chosen not in (None, "null", *experiment.files()):
         experiment.load(chosen)  # says which there are
     Plugins.instance().register(InstalledConf)
@@ -101,6 +106,84 @@ def _refuse_malformed(override: str) -> None:
         raise ConfigError(
             f"{group} takes a name ({', '.join(options(group))}) and no path, got {override}"
         )
+
+
+def chosen_arms(overrides: Sequence[str]) -> list[str]:
+    """The arms that overrides choose of their experiment: all, unless they say which.
+
+    None where there is no experiment, or it has no arms at that scale.
+    """
+    name, scale = _chosen(overrides, "experiment"), _chosen(overrides, "scale")
+    if name not in experiment.files():
+        return []
+    known = list(experiment.load(name).arms(scale or default_scale()))
+    for override in reversed(_parsed(overrides) if known else []):
+        if override.key_or_group == experiment.AXIS:
+            wanted = _values(override, known)
+            return [arm for arm in known if arm in wanted]
+    return known
+
+
+def _refuse_one_value_for_all_arms(overrides: Sequence[str]) -> None:
+    """Refuse a key in which the chosen arms differ: one value may make the same run of several.
+
+    A single arm may be varied, and what all of them have in common. Raises ConfigError.
+    """
+    chosen = chosen_arms(overrides)
+    if len(chosen) < 2:
+        return
+    loaded = experiment.load(_chosen(overrides, "experiment") or "")
+    scale = _chosen(overrides, "scale") or default_scale()
+    made, axes = loaded.arms(scale), loaded.scale(scale).axes
+    for override in _parsed(overrides):
+        for key, values in _keys(override):
+            if key in axes or key in NOT_TRAINING or override.is_delete():
+                continue
+            at = {arm: experiment.spelled(made[arm][key]) for arm in chosen if key in made[arm]}
+            unset = [arm for arm in chosen if arm not in at]
+            if len(set(at.values())) + bool(unset) < 2:
+                continue
+            word = override.input_line
+            if same := [arm for arm, value in at.items() if value in values]:
+                instead = f"arm={','.join(same)} for those that have it"
+            elif unset:
+                instead = f"arm={','.join(unset)} {word} to leave these out"
+            else:
+                instead = f"arm={chosen[0]} {word} for one arm (arms: {', '.join(chosen)})"
+            raise ConfigError(
+                f"{word}: arms of {loaded.name} set {key} themselves ({', '.join(at)}), and one "
+                f"value for all would undo what they compare; type {instead}"
+            )
+
+
+def _parsed(overrides: Sequence[str]) -> list["Override"]:
+    from hydra.core.override_parser.overrides_parser import OverridesParser
+
+    with explained():
+        return OverridesParser.create().parse_overrides(list(overrides))
+
+
+def _keys(override: "Override") -> Iterator[tuple[str, list[str]]]:
+    """(key, values) of an override; what a group's option is made of counts as the group."""
+    mapping = override.value()
+    if isinstance(mapping, dict):
+        for inner, value in mapping.items():
+            yield f"{override.key_or_group}.{inner}", [experiment.spelled(value)]
+    else:
+        yield re.sub(r"\.(name|module)$", "", override.key_or_group), _values(override)
+
+
+def _values(override: "Override", options: Sequence[str] = ()) -> list[str]:
+    """The value that an override gives, or those it sweeps; `options`: what a glob chooses of."""
+    from hydra.core.override_parser.types import Glob
+
+    value = override.value()
+    if isinstance(value, Glob):
+        return value.filter(list(options))
+    if override.is_interval_sweep():
+        return []
+    values = override.sweep_iterator() if override.is_sweep_override() else [value]
+    return [experiment.spelled(getattr(one, "text", one)) for one in values]
 
 
 def _chosen(overrides: Sequence[str], group: str) -> str | None:

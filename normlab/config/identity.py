@@ -18,6 +18,7 @@ LATER: dict[str, Any] = {
     "norm.cumulative": False,
     "conv": {"name": "plain"},
     "init": "default",
+    "order": "shuffled",
 }
 """Dotted keys introduced after version 1, each with the default of its introduction."""
 
@@ -26,7 +27,7 @@ _OPEN = ("norm", "model", "data")  # groups whose keys are those of what is chos
 # What a run reads, writes, prints or is called; none of it reaches the weights. `remainder` decides
 # only whether to refuse. The number of threads changes the last bits of sums: it is recorded, and
 # restored on resuming.
-_NOT_TRAINING = {
+NOT_TRAINING = {
     "evals", "eval_last", "ema_bank", "runs", "data_root", "skip_done", "checkpoint_every", "scale",
     "experiment", "allocator", "device", "threads", "remainder",
 }  # fmt: skip
@@ -41,7 +42,7 @@ def training_config(config: dict[str, Any]) -> dict[str, Any]:
     ``decay``. Raises ``batchplan.PlanError``.
     """
     plan = plan_of(config)
-    kept = {key: value for key, value in config.items() if key not in _NOT_TRAINING}
+    kept = {key: value for key, value in config.items() if key not in NOT_TRAINING}
     for group in _OPEN:
         kept[group] = {k: v for k, v in config[group].items() if k not in ("name", "workers")}
         kept[group]["module"] = config[group].get("module") or config[group]["name"]
@@ -94,7 +95,7 @@ def run_id(config: dict[str, Any], *, device: str, data_digest: str, kernels: bo
 
     device: the kind (cpu, cuda). data_digest: of the underlying data. kernels: whether the fused
     kernels are on. Norms that look at no other sample have no ``nbs`` part; ``conv`` and ``init``
-    follow the norm where they are not the default (``tiny-gn-ws-s0-...``).
+    follow the norm, and ``order`` the NBS, where they are not the default (``tiny-gn-ws-s0-...``).
     """
     kept = training_config(config)
     digest = _digest(
@@ -111,6 +112,7 @@ def run_id(config: dict[str, Any], *, device: str, data_digest: str, kernels: bo
     parts += [config["init"]] if "init" in kept else []
     if "nbs" in kept:
         parts.append(f"nbs{kept['nbs']}")
+    parts += [config["order"]] if "order" in kept else []
     return "-".join([*parts, f"s{config['seed']}", digest])
 
 

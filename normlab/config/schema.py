@@ -12,6 +12,7 @@ from typing import Any
 from omegaconf import MISSING
 
 from normlab import batchplan
+from normlab.orders import Order
 from normlab.protocols import Protocol
 
 
@@ -51,6 +52,7 @@ class Config:
     batch_size: int = MISSING
     micro_batch: int | None = MISSING
     remainder: str = MISSING
+    order: str = MISSING
     epochs: int = MISSING
     lr: float = MISSING
     decay: float = MISSING
@@ -159,9 +161,28 @@ def check(config: dict[str, Any]) -> None:
         )
     _check_evals(config)
     try:
-        plan_of(config)
+        plan = plan_of(config)
     except batchplan.PlanError as error:
         raise ConfigError(str(error)) from None
+    _check_order(config["order"], plan)
+
+
+def _check_order(spec: str, plan: batchplan.BatchPlan) -> None:
+    """Refuse a pattern that a rank's batch or a normalization batch would cut in pieces."""
+    try:
+        order = Order.parse(spec)
+    except ValueError as error:
+        raise ConfigError(str(error)) from None
+    whole = f"order={order}: groups of {order.group} samples must fill"
+    if (plan.batch_size // plan.world_size) % order.group:
+        ranks = f" over world_size={plan.world_size}" if plan.world_size > 1 else ""
+        raise ConfigError(
+            f"{whole} batch_size={plan.batch_size}{ranks}: a multiple of"
+            f" {order.group * plan.world_size}"
+        )
+    if plan.nbs is not None and (plan.nbs - plan.virtual_extra) % order.group:
+        extra = f" less virtual_extra={plan.virtual_extra}" if plan.virtual_extra else ""
+        raise ConfigError(f"{whole} nbs={plan.nbs}{extra}: a multiple of {order.group}")
 
 
 def _check_evals(config: dict[str, Any]) -> None:

@@ -10,8 +10,9 @@ from typing import cast
 
 from normlab import plugins
 from normlab.data.base import Dataset
+from normlab.data.patterns import PatternedBatches, epoch_batches
 
-__all__ = ["Dataset", "find", "names"]
+__all__ = ["Dataset", "PatternedBatches", "epoch_batches", "find", "names"]
 
 _LOADS = re.compile(r"^def load\(", re.MULTILINE)
 

@@ -1,49 +1,21 @@
-"""The contract of a data set, and the random streams behind order, augmentation and subsets.
-
-Everything random is a function of (stream, seed, epoch, step) alone: a run that is killed and
-resumed sees the same batches, evaluating never changes training, and no global generator is read or
-written.
-"""
+"""The contract of a data set: splits and subsets, and the batches of training and evaluation."""
 
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from enum import IntEnum
 
 import numpy as np
 import numpy.typing as npt
 import torch
 from torch import Tensor
 
+from normlab.data.patterns import Indices, arranged, usable
+from normlab.data.streams import Stream, generator
+from normlab.orders import SHUFFLED, Order
+
 SPLITS = ("train", "val", "test")
-SPLIT_SEED = 0  # the held-apart validation images are the same for every run, seed and machine
 
 Batch = tuple[Tensor, Tensor]  # x (B, C, H, W) float32 normalized, y (B,) int64
-Indices = npt.NDArray[np.int64]
-
-
-class Stream(IntEnum):
-    """Independent random streams. The numbers enter the seeds: never change or reuse one."""
-
-    SPLIT = 0
-    SUBSET = 1
-    TRAIN_ORDER = 2
-    TRAIN_AUGMENT = 3
-    EVAL_ORDER = 4
-    EVAL_AUGMENT = 5
-    SYNTHETIC = 6
-
-
-def generator(stream: Stream, seed: int, *key: int) -> np.random.Generator:
-    """A fresh generator for (stream, seed, key), e.g. key = (epoch, step).
-
-    The key travels as SeedSequence's spawn key, because plain entropy lists collide: numpy treats
-    [7] and [7, 0] alike.
-    """
-    if seed < 0:
-        raise ValueError(f"seed={seed}: a seed is a whole number >= 0")
-    sequence = np.random.SeedSequence(seed, spawn_key=(int(stream), *key))
-    return np.random.Generator(np.random.PCG64(sequence))
 
 
 def balanced(
@@ -115,6 +87,10 @@ class Dataset(ABC):
         """Number of images of "train" (after subsetting), "val" or "test"."""
 
     @abstractmethod
+    def labels(self, split: str) -> Indices:
+        """(size,) the label of each image of a split, in stored order."""
+
+    @abstractmethod
     def _batches(
         self,
         split: str,
@@ -126,6 +102,11 @@ class Dataset(ABC):
     ) -> Iterator[Batch]:
         """Deliver the planned batches: (step, positions within the split)."""
 
+    def train_size(self, order: Order = SHUFFLED) -> int:
+        """Number of training images that an epoch of `order` can use. Raises ValueError, as
+        `normlab.data.patterns.usable` does, if the labels do not allow the order."""
+        return usable(self.labels("train"), order) if order.patterned else self.size("train")
+
     def train_batches(
         self,
         *,
@@ -133,22 +114,29 @@ class Dataset(ABC):
         seed: int,
         epoch: int,
         start_step: int = 0,
+        order: Order = SHUFFLED,
         device: torch.device | str = "cpu",
         channels_last: bool = False,
     ) -> Iterator[Batch]:
-        """Shuffled, augmented batches of one epoch from `start_step` on; the remainder is dropped.
+        """Augmented batches of one epoch from `start_step` on, in `order`; a remainder is dropped.
 
         Batch k of an epoch is bitwise the same from whichever step the iteration started.
-        Raises ValueError at the call if not one batch fits or `start_step` is beyond the epoch.
+        Raises ValueError at the call if not one batch fits, `start_step` is beyond the epoch, or
+        the order does not go with the labels or the batch size.
         """
-        n = self.size("train")
+        n = self.train_size(order)
         steps = n // batch_size if batch_size > 0 else 0
         if steps == 0:
-            raise ValueError(f"batch_size={batch_size}: {self.name} has {n} training images")
+            can_use = f"has {n} training images" + f" for order={order}" * order.patterned
+            raise ValueError(f"batch_size={batch_size}: {self.name} {can_use}")
         if not 0 <= start_step <= steps:
             raise ValueError(f"start_step={start_step}: an epoch has {steps} steps")
-        order = generator(Stream.TRAIN_ORDER, seed, epoch).permutation(n)
-        plan = [(k, order[k * batch_size : (k + 1) * batch_size]) for k in range(start_step, steps)]
+        rng = generator(Stream.TRAIN_ORDER, seed, epoch)
+        if order == SHUFFLED:  # without the labels of a million images
+            batches = rng.permutation(n)[: steps * batch_size].reshape(steps, batch_size)
+        else:
+            batches = arranged(self.labels("train"), order, batch_size, rng)
+        plan = [(k, batches[k]) for k in range(start_step, steps)]
         return self._batches(
             "train",
             plan,
@@ -166,6 +154,8 @@ class Dataset(ABC):
         samples: int | None = None,
         augment: bool = False,
         drop_last: bool = False,
+        pattern: Order = SHUFFLED,
+        within: int = 0,
         device: torch.device | str = "cpu",
         channels_last: bool = False,
     ) -> Iterator[Batch]:
@@ -174,10 +164,17 @@ class Dataset(ABC):
         order    None: stored order (many data sets are stored by class: never for mini-batch
                  statistics); a number: a permutation seeded with it, from a stream of its own
         samples  only the first that many of the order
+        pattern  an order of training, drawn for SGD batches of `within` samples and seeded with
+                 `order`: only the images that it can use
         Without `drop_last` the last batch may be smaller. Raises ValueError at the call for an
         unknown split, more samples than there are, or settings that leave no batch.
         """
         n = self.size(split)
+        patterned: Indices | None = None
+        if pattern != SHUFFLED:
+            rng = generator(Stream.EVAL_ORDER, order or 0)
+            patterned = arranged(self.labels(split), pattern, within, rng).ravel()
+            n = len(patterned)
         if samples is not None and not 1 <= samples <= n:
             raise ValueError(f"samples={samples}: {split} of {self.name} has {n} images")
         wanted = n if samples is None else samples
@@ -186,7 +183,9 @@ class Dataset(ABC):
             raise ValueError(
                 f"batch_size={batch_size}: {split} of {self.name} offers {wanted} images"
             )
-        if order is None:
+        if patterned is not None:
+            positions = patterned
+        elif order is None:
             positions = np.arange(n, dtype=np.int64)
         else:
             positions = generator(Stream.EVAL_ORDER, order).permutation(n)

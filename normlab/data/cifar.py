@@ -18,7 +18,7 @@ import numpy as np
 import numpy.typing as npt
 
 from normlab.data import cache, parquet
-from normlab.data.base import SPLIT_SEED, Stream, balanced, generator, subset_of
+from normlab.data.base import balanced, subset_of
 from normlab.data.memory import (
     InMemory,
     Split,
@@ -28,6 +28,7 @@ from normlab.data.memory import (
     pack,
     unpack,
 )
+from normlab.data.streams import SPLIT_SEED, Stream, generator
 
 SIDE = 32
 VAL_SHARE = 10  # one in ten training images is held apart: 5,000 of 50,000
@@ -136,8 +137,9 @@ def _from_torchvision(kind: Kind, parent: Path) -> Source:
                 " download it again"
             ) from e
 
+    files = (f for f in (parent / kind.folder).iterdir() if f.is_file())
     return Source(
-        sorted(f for f in (parent / kind.folder).iterdir() if f.is_file()),
+        sorted(f for f in files if not f.name.startswith(".")),  # a file manager's notes
         "",
         lambda split: np.asarray(read(split).data, dtype=np.uint8),
         lambda split: np.asarray(read(split).targets, dtype=np.int64),

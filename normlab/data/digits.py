@@ -11,8 +11,9 @@ import numpy as np
 import numpy.typing as npt
 
 from normlab.data import cache
-from normlab.data.base import SPLIT_SEED, Stream, balanced, generator, subset_of
+from normlab.data.base import balanced, subset_of
 from normlab.data.memory import InMemory, Split, cached_moments, check_augment
+from normlab.data.streams import SPLIT_SEED, Stream, generator
 
 CLASSES = 10
 VAL, TEST = 300, 500

@@ -20,16 +20,9 @@ from torchvision.datasets import ImageFolder
 from torchvision.transforms import v2
 
 from normlab.data import cache
-from normlab.data.base import (
-    SPLIT_SEED,
-    Augment,
-    Batch,
-    Dataset,
-    Indices,
-    Stream,
-    generator,
-    unknown_split,
-)
+from normlab.data.base import Augment, Batch, Dataset, unknown_split
+from normlab.data.patterns import Indices
+from normlab.data.streams import SPLIT_SEED, Stream, generator
 
 MEAN = (0.485, 0.456, 0.406)  # of ImageNet's training images, on a scale of 0 .. 1
 STD = (0.229, 0.224, 0.225)
@@ -87,6 +80,9 @@ class Folder(Dataset):
 
     def size(self, split: str) -> int:
         return len(self._of(split))
+
+    def labels(self, split: str) -> Indices:
+        return np.array([label for _, label in self._of(split)], dtype=np.int64)
 
     def _of(self, split: str) -> list[tuple[str, int]]:
         if split not in self._samples:

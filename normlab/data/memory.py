@@ -14,7 +14,8 @@ import torch
 from torch import Tensor
 
 from normlab.data import cache
-from normlab.data.base import Augment, Batch, Dataset, Indices, unknown_split
+from normlab.data.base import Augment, Batch, Dataset, unknown_split
+from normlab.data.patterns import Indices
 
 AUGMENTS = {  # name -> (random crop, random mirroring)
     "none": (False, False),
@@ -124,6 +125,11 @@ class InMemory(Dataset):
     def size(self, split: str) -> int:
         return len(self._split(split).indices)
 
+    def labels(self, split: str) -> Indices:
+        source = self._split(split)
+        labels: Indices = source.labels[source.indices].astype(np.int64)
+        return labels
+
     def _split(self, split: str) -> Split:
         if split not in self._splits:
             raise unknown_split(split)
@@ -153,10 +159,9 @@ class InMemory(Dataset):
             labels = source.labels[indices].astype(np.int64)
             return torch.from_numpy(source.words[indices]), torch.from_numpy(labels)
         if (split, device) not in self._resident:
-            labels = source.labels[source.indices].astype(np.int64)
             self._resident[split, device] = (
                 torch.from_numpy(source.words[source.indices]).to(device),
-                torch.from_numpy(labels).to(device),
+                torch.from_numpy(self.labels(split)).to(device),
             )
         words, all_labels = self._resident[split, device]
         chosen = torch.from_numpy(positions).to(device)

@@ -39,14 +39,24 @@ def _read(file: Path, columns: Sequence[str], *, rows: int | None = None) -> Any
                 return opened.read(columns=present[:1]).column(0)
             return next(opened.iter_batches(batch_size=rows, columns=present[:1])).column(0)
     except (pyarrow.ArrowException, OSError, StopIteration) as e:
-        raise ValueError(f"{file} cannot be read as Parquet: {str(e).splitlines()[:1]}") from e
+        reason = (str(e) or "it holds no row").splitlines()[0]
+        raise ValueError(f"{file} cannot be read as Parquet: {reason}") from e
     raise ValueError(f"{file} has no column {' or '.join(columns)}: {opened.schema_arrow.names}")
 
 
 def is_jpeg(file: Path) -> bool:
     """Whether the file's first image is a JPEG, so that its pixels are not the original ones."""
-    first = _read(file, IMAGE_COLUMNS, rows=1)[0].as_py()
-    return bool(first["bytes"].startswith(JPEG_MAGIC))
+    first = _read(file, IMAGE_COLUMNS, rows=1)[0]
+    return _encoded(file, 0, first).startswith(JPEG_MAGIC)
+
+
+def _encoded(file: Path, row: int, cell: Any) -> bytes:
+    """The image file in a cell; other layouts keep bare bytes, or paths alone."""
+    content = cell.as_py()
+    found = content.get("bytes") if isinstance(content, dict) else None
+    if not isinstance(found, bytes):
+        raise ValueError(f"{file}, row {row}: no struct whose `bytes` are an encoded image")
+    return found
 
 
 def images(files: Sequence[Path], side: int) -> npt.NDArray[np.uint8]:
@@ -56,10 +66,9 @@ def images(files: Sequence[Path], side: int) -> npt.NDArray[np.uint8]:
     at = 0
     for file, column in zip(files, columns, strict=True):
         for row, cell in enumerate(column):
-            content = cell.as_py()["bytes"]
             try:
-                image = Image.open(io.BytesIO(content)).convert("RGB")
-            except (OSError, TypeError) as e:
+                image = Image.open(io.BytesIO(_encoded(file, row, cell))).convert("RGB")
+            except (OSError, SyntaxError) as e:  # Pillow's words for a damaged PNG
                 raise ValueError(f"{file}, row {row}: not an image that can be decoded") from e
             if image.size != (side, side):
                 raise ValueError(

@@ -5,8 +5,8 @@ import hashlib
 import numpy as np
 
 from normlab.data import cache
-from normlab.data.base import Stream, generator
 from normlab.data.memory import InMemory, Split, moments, pack
+from normlab.data.streams import Stream, generator
 
 NOISE = 40.0  # standard deviation, in pixel units
 

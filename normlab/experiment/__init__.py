@@ -24,7 +24,7 @@ from normlab.experiment.claim import Claim, Contrast
 
 __all__ = [
     "AXIS", "Arm", "Cell", "Claim", "Contrast", "Experiment", "Protocol", "Published", "Scale",
-    "arms", "files", "load", "names", "overlay",
+    "arms", "files", "load", "names", "overlay", "spelled",
 ]  # fmt: skip
 
 GROUPS = ("model", "norm", "conv", "data", "recipe")
@@ -101,6 +101,11 @@ class Experiment:
         """Every run of the grid, in the order in which a sweep starts them."""
         fixed = {"scale": scale, **self.set}
         return list(self.scale(scale).cells(fixed))
+
+    def arms(self, scale: str) -> dict[str, dict[str, Any]]:
+        """What makes each arm of a scale, the fixed overrides included: arm -> key -> value."""
+        grid = self.scale(scale)
+        return {name: {**self.set, **grid.set, **arm.set} for name, arm in grid.arms.items()}
 
     def evals(self) -> list[str]:
         """The evaluation specs that every run of this experiment needs."""
@@ -263,11 +268,9 @@ def overlay(name: str, scale: str) -> dict[str, Any]:
 
 def arms(name: str, scale: str) -> dict[str, dict[str, Any]]:
     """The Hydra nodes behind ``arm=<name>`` of an experiment at a scale."""
-    experiment = load(name)
-    grid = experiment.scale(scale)
     nodes = {}
-    for key, arm in grid.arms.items():
-        defaults, node = _node({**experiment.set, **grid.set, **arm.set})
+    for key, overrides in load(name).arms(scale).items():
+        defaults, node = _node(overrides)
         nodes[key] = {"defaults": ["_self_", *defaults], **node}
     return nodes
 

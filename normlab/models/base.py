@@ -10,14 +10,18 @@ NormConstructor = Callable[[int], nn.Module]  # number of channels -> layer
 M = TypeVar("M", bound=nn.Module)
 
 
-def initialize(model: M) -> M:
+def initialize(model: M, *, conv_bias: bool = False) -> M:
     """He initialization (2015) of every convolution, fan_out, biases zero; returns `model`.
 
-    Draws from torch's global generator, in the order of `model.modules()`.
+    Draws from torch's global generator, in the order of `model.modules()`. `conv_bias` gives a bias
+    to convolutions made without one: making them with it would draw numbers, and the same seed
+    would then give other weights than without biases.
     """
     for module in model.modules():
         if isinstance(module, nn.Conv2d):
             nn.init.kaiming_normal_(module.weight, mode="fan_out", nonlinearity="relu")
+            if conv_bias and module.bias is None:
+                module.bias = nn.Parameter(module.weight.new_empty(module.out_channels))
             if module.bias is not None:
                 nn.init.zeros_(module.bias)
     return model

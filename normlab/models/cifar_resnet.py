@@ -22,19 +22,17 @@ STAGES = (3, 4)
 class BasicBlock(nn.Module):
     """relu(shortcut(x) + norm(conv(relu(norm(conv(x)))))); H and W are divided by `stride`."""
 
-    def __init__(
-        self, norm: NormConstructor, c_in: int, c_out: int, stride: int, conv_bias: bool
-    ) -> None:
+    def __init__(self, norm: NormConstructor, c_in: int, c_out: int, stride: int) -> None:
         super().__init__()
-        self.conv1 = nn.Conv2d(c_in, c_out, 3, stride=stride, padding=1, bias=conv_bias)
+        self.conv1 = nn.Conv2d(c_in, c_out, 3, stride=stride, padding=1, bias=False)
         self.bn1 = norm(c_out)
         self.relu = nn.ReLU(inplace=True)
-        self.conv2 = nn.Conv2d(c_out, c_out, 3, padding=1, bias=conv_bias)
+        self.conv2 = nn.Conv2d(c_out, c_out, 3, padding=1, bias=False)
         self.bn2 = norm(c_out)
         self.downsample: nn.Module | None = None
         if stride != 1 or c_in != c_out:
             self.downsample = nn.Sequential(
-                nn.Conv2d(c_in, c_out, 1, stride=stride, bias=conv_bias), norm(c_out)
+                nn.Conv2d(c_in, c_out, 1, stride=stride, bias=False), norm(c_out)
             )
 
     def forward(self, x: Tensor) -> Tensor:
@@ -77,7 +75,7 @@ def build(
         if given and init == "fixup":
             raise ValueError(f"model.{option}=true: init=fixup has its own (model.{option}=false)")
     net = nn.Sequential()
-    net.add_module("conv1", nn.Conv2d(shape[0], width, 3, padding=1, bias=conv_bias))
+    net.add_module("conv1", nn.Conv2d(shape[0], width, 3, padding=1, bias=False))
     if init == "fixup":
         net.add_module("bias1", fixup.Bias())
     else:
@@ -92,7 +90,7 @@ def build(
             if init == "fixup":
                 blocks.append(fixup.FixupBlock(channels, out, stride))
             else:
-                blocks.append(BasicBlock(norm, channels, out, stride, conv_bias))
+                blocks.append(BasicBlock(norm, channels, out, stride))
             channels = out
         net.add_module(f"layer{stage + 1}", blocks)
     net.add_module("avgpool", nn.AdaptiveAvgPool2d(1))
@@ -101,7 +99,7 @@ def build(
         net.add_module("bias2", fixup.Bias())
     classifier = nn.Linear(channels, num_classes)
     net.add_module("fc", classifier)
-    initialize(net)
+    initialize(net, conv_bias=conv_bias)
     if init == "fixup":
         fixup.rescale(net, classifier)
     if zero_init_last:

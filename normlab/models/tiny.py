@@ -24,10 +24,10 @@ def build(
     channels = shape[0]
     for out, stride in ((width, 1), (2 * width, 2), (2 * width, 1)):
         layers += [
-            nn.Conv2d(channels, out, 3, stride=stride, padding=1, bias=conv_bias),
+            nn.Conv2d(channels, out, 3, stride=stride, padding=1, bias=False),
             norm(out),
             nn.ReLU(inplace=True),
         ]
         channels = out
     layers += [nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(channels, num_classes)]
-    return initialize(nn.Sequential(*layers))
+    return initialize(nn.Sequential(*layers), conv_bias=conv_bias)

@@ -62,11 +62,11 @@ def build(
             layers.append(nn.MaxPool2d(2))
             continue
         out = int(entry)
-        layers += [nn.Conv2d(channels, out, 3, padding=1, bias=conv_bias), norm(out)]
+        layers += [nn.Conv2d(channels, out, 3, padding=1, bias=False), norm(out)]
         layers.append(nn.ReLU(inplace=True))
         channels = out
     pooled = min(7, min(height, width) // SHRINK)
-    net = initialize(VGG(nn.Sequential(*layers), pooled, hidden, num_classes))
+    net = initialize(VGG(nn.Sequential(*layers), pooled, hidden, num_classes), conv_bias=conv_bias)
     for module in net.classifier:
         if isinstance(module, nn.Linear):  # as in torchvision
             nn.init.normal_(module.weight, 0, 0.01)

@@ -12,12 +12,21 @@ accurate on a CPU in all of them:
 Statistics are float32 at least, whatever the input's dtype.
 """
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
-__all__ = ["float32_affine", "group_norm", "grouped_batch_norm", "is_half", "variance"]
+__all__ = [
+    "float32_affine",
+    "group_norm",
+    "grouped_batch_norm",
+    "is_half",
+    "layer_norm",
+    "variance",
+]
 
 
 def is_half(x: Tensor) -> bool:
@@ -42,6 +51,11 @@ def float32_affine(
 def _needs_float32(x: Tensor) -> bool:
     """Whether torch's operators refuse a half `x` with float32 parameters: all but the CPU's do."""
     return is_half(x) and x.device.type != "cpu"
+
+
+def _float32(weight: Tensor | None, bias: Tensor | None) -> tuple[Tensor | None, Tensor | None]:
+    """What stands beside a half input that was made float32: half parameters cannot."""
+    return None if weight is None else weight.float(), None if bias is None else bias.float()
 
 
 def variance(rstd: Tensor, eps: float) -> Tensor:
@@ -69,6 +83,7 @@ def grouped_batch_norm(
     in the dtype and memory layout of x, and mean and biased variance (G, C), detached.
     """
     if _needs_float32(x):
+        weight, bias = _float32(weight, bias)
         y, mean, var = grouped_batch_norm(
             x.float(), groups, interleaved=interleaved, weight=weight, bias=bias, eps=eps
         )
@@ -124,6 +139,7 @@ def group_norm(
     x is (N, C, ...) with `groups` dividing C. The output has the dtype and memory layout of x.
     """
     if _needs_float32(x):
+        weight, bias = _float32(weight, bias)
         return group_norm(x.float(), groups, weight=weight, bias=bias, eps=eps).to(x.dtype)
     samples, channels = x.shape[:2]
     weight, bias = float32_affine(x, weight, bias)
@@ -135,6 +151,18 @@ def group_norm(
     x = x.contiguous()
     spatial = x[0, 0].numel() if samples else 1
     return torch.native_group_norm(x, weight, bias, samples, channels, spatial, groups, eps)[0]
+
+
+def layer_norm(
+    x: Tensor, shape: Sequence[int], weight: Tensor | None, bias: Tensor | None, eps: float
+) -> Tensor:
+    """torch's layer norm over the last dimensions, of sizes `shape`; y has the dtype of x."""
+    z = x
+    if is_half(x):
+        weight, bias = _float32(weight, bias)
+        if weight is None or _needs_float32(x):
+            z = x.float()
+    return F.layer_norm(z, list(shape), weight, bias, eps).to(x.dtype)
 
 
 def _affine(x: Tensor, weight: Tensor | None, bias: Tensor | None) -> tuple[Tensor, Tensor]:

@@ -75,6 +75,11 @@ def _check_input(x: Tensor, num_features: int, layer: str) -> None:
         raise ValueError(f"{layer}({num_features}) got {x.size(1)} channels: {tuple(x.shape)}")
 
 
+def _check_update(update: bool | None, statistics: Source | None) -> None:
+    if update and statistics == "population":
+        raise ValueError("update=True needs statistics='batch'; they are 'population'")
+
+
 class PopulationNorm(nn.Module):
     """A batch norm over one or more groups of samples: the base of the BatchNorm family.
 
@@ -177,17 +182,10 @@ class PopulationNorm(nn.Module):
     def _forward(self, x: Tensor) -> Tensor:
         _check_input(x, self.num_features, type(self).__name__)
         if self.source == "population":
-            if self.update:
-                raise ValueError("update=True needs statistics='batch'; they are 'population'")
+            _check_update(self.update, self.source)
             return self._apply_population(x)
         groups, interleaved = self._groups(x)
-        count = x.numel() // (groups * self.num_features)
-        if count < 2:
-            raise ValueError(
-                f"{type(self).__name__} needs more than one element per group and channel: "
-                f"{groups} groups of an input {tuple(x.shape)} leave {count}"
-            )
-        y, statistics = self._normalize(x, groups, interleaved, count)
+        y, statistics = self._normalize(x, groups, interleaved, self._count(x, groups))
         if self.updates:
             self.num_batches_tracked.add_(1)
         if statistics is not None:
@@ -236,6 +234,16 @@ class PopulationNorm(nn.Module):
             raise ValueError(f"a batch of {samples} samples is not a multiple of {name}={size}")
         return samples // size, interleaved
 
+    def _count(self, x: Tensor, groups: int) -> int:
+        """Elements per group and channel, of which there have to be two."""
+        count = x.numel() // (groups * self.num_features)
+        if count < 2:
+            raise ValueError(
+                f"{type(self).__name__} needs more than one element per group and channel: "
+                f"{groups} groups of an input {tuple(x.shape)} leave {count}"
+            )
+        return count
+
     def _normalize(
         self, x: Tensor, groups: int, interleaved: bool, count: int
     ) -> tuple[Tensor, BatchStatistics | None]:
@@ -247,7 +255,8 @@ class PopulationNorm(nn.Module):
         # of many groups takes half the time of torch's batch norm.
         watching = not (self.updates or torch.is_grad_enabled())
         if groups == 1 and not (watching and x.is_contiguous() and x.device.type == "cpu"):
-            return self._one_group(x, count)
+            running = self.running_mean, self.running_var
+            return self._one_group(x, count, running, self.weight, self.bias)
         y, mean, var = grouped_batch_norm(
             x, groups, interleaved=interleaved, weight=self.weight, bias=self.bias, eps=self.eps
         )
@@ -256,32 +265,38 @@ class PopulationNorm(nn.Module):
             self.ema_step(self.running_mean, self.running_var, statistics, self.decay)
         return y, statistics
 
-    def _one_group(self, x: Tensor, count: int) -> tuple[Tensor, BatchStatistics | None]:
-        """torch's batch norm, to the bit, with the update inside; the statistics if observed."""
-        mean, var, momentum = None, None, 0.0
-        if self.updates:
-            mean, var, momentum = self.running_mean, self.running_var, self.momentum
-        weight: Tensor | None = self.weight
-        bias: Tensor | None = self.bias
-        if self.running_mean.dtype == torch.float32:
+    def _one_group(
+        self,
+        x: Tensor,
+        count: int,
+        running: tuple[Tensor, Tensor],
+        weight: Tensor | None,
+        bias: Tensor | None,
+        population: str = "",
+    ) -> tuple[Tensor, BatchStatistics | None]:
+        """torch's batch norm, to the bit, with the update inside; the statistics if observed.
+
+        running is mean and var (C,) of `population`, in the buffers' memory.
+        """
+        if running[0].dtype == torch.float32:
             weight, bias = float32_affine(x, weight, bias)
+        mean, var, momentum = (*running, self.momentum) if self.updates else (None, None, 0.0)
         if not self.observers:
             y = F.batch_norm(x, mean, var, weight, bias, True, momentum, self.eps)
             return y, None
-        if mean is None and not is_half(self.running_mean):
+        if mean is None and not is_half(running[0]):
             # A running average that forgets at once holds the batch's mean and unbiased variance.
-            last = x.new_zeros((2, self.num_features), dtype=self.running_mean.dtype)
+            last = x.new_zeros((2, self.num_features), dtype=running[0].dtype)
             y = F.batch_norm(x, last[0], last[1], weight, bias, True, 1.0, self.eps)
             last[1].mul_((count - 1) / count)
-            return y, BatchStatistics(last[:1], last[1:], count)
+            return y, BatchStatistics(last[:1], last[1:], count, population)
         # The operator behind F.batch_norm, which also returns the statistics: an observer must not
         # change a bit of the buffers either.
         y, batch_mean, rstd, _, _ = torch._batch_norm_impl_index(
-            x, weight, bias, mean, var, True, momentum, self.eps,
-            torch.backends.cudnn.enabled,
-        )  # fmt: skip
+            x, weight, bias, mean, var, True, momentum, self.eps, torch.backends.cudnn.enabled
+        )
         batch_var = variance(rstd, self.eps)
-        return y, BatchStatistics(batch_mean.detach()[None], batch_var[None], count)
+        return y, BatchStatistics(batch_mean.detach()[None], batch_var[None], count, population)
 
     def __getstate__(self) -> dict[str, Any]:
         # An observer watches this object: a copy must not report to it (and it need not pickle).
@@ -369,8 +384,7 @@ def normalization(
         raise ValueError(f"statistics is 'batch' or 'population', not {statistics!r}")
     if update not in (None, True, False):
         raise ValueError(f"update is True, False or None, not {update!r}")
-    if update and statistics == "population":
-        raise ValueError("update=True needs statistics='batch'; they are 'population'")
+    _check_update(update, statistics)
     if group_size is not None and group_size < 1:
         raise ValueError(f"group_size must be at least 1, not {group_size}")
     layers = [v for v in population_layers(model).values() if v.statistics != "population"]

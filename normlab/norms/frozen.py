@@ -68,7 +68,10 @@ class FrozenBatchNorm(PopulationNorm):
     def _apply_population(self, x: Tensor) -> Tensor:
         if self.affine == "trainable":
             return super()._apply_population(x)
-        weight, bias = float32_affine(x, self.weight, self.bias)
+        weight: Tensor | None = self.weight
+        bias: Tensor | None = self.bias
+        if self.running_mean.dtype == torch.float32:
+            weight, bias = float32_affine(x, weight, bias)
         weight = None if weight is None else weight.detach()
         bias = None if bias is None else bias.detach()
         constants = self.running_mean, self.running_var, weight, bias

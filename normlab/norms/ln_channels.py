@@ -1,10 +1,9 @@
 """Layer normalization over the channels at each position (ConvNeXt, Liu et al. 2022)."""
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
-from normlab.norms._grouped import is_half
+from normlab.norms._grouped import layer_norm
 from normlab.norms.base import _check_common, _check_input
 
 __all__ = ["ChannelsLayerNorm"]
@@ -45,12 +44,9 @@ class ChannelsLayerNorm(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """x (N, C), (N, C, L), (N, C, H, W) or (N, C, D, H, W) to the same shape and dtype."""
         _check_input(x, self.num_features, type(self).__name__)
-        # torch takes half inputs with float32 parameters on a CPU only.
-        z = x.float() if is_half(x) and (x.device.type != "cpu" or self.weight is None) else x
-        last = z.movedim(1, -1)
-        y = F.layer_norm(last, (self.num_features,), self.weight, self.bias, self.eps)
-        y = y.movedim(-1, 1)
-        return (y.contiguous() if x.is_contiguous() else y).to(x.dtype)
+        last = x.movedim(1, -1)
+        y = layer_norm(last, (self.num_features,), self.weight, self.bias, self.eps).movedim(-1, 1)
+        return y.contiguous() if x.is_contiguous() else y
 
     def extra_repr(self) -> str:
         return f"{self.num_features}, eps={self.eps}, affine={self.weight is not None}"

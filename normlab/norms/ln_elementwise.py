@@ -4,10 +4,9 @@ import math
 from collections.abc import Sequence
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
-from normlab.norms._grouped import is_half
+from normlab.norms._grouped import layer_norm
 from normlab.norms.base import _check_common, _check_input
 
 __all__ = ["ElementwiseLayerNorm"]
@@ -69,18 +68,14 @@ class ElementwiseLayerNorm(nn.Module):
                 f"ElementwiseLayerNorm has a weight for each of {(self.num_features, *self.shape)}"
                 f" and takes no other size, not {tuple(x.shape)}"
             )
-        # torch takes half inputs with float32 parameters on a CPU only.
-        z = x.float() if is_half(x) and (x.device.type != "cpu" or self.weight is None) else x
         weight: Tensor | None = self.weight
         bias: Tensor | None = self.bias
         if x.dim() > 2 and not x.is_contiguous() and x.movedim(1, -1).is_contiguous():
-            last = z.movedim(1, -1)
+            last = x.movedim(1, -1)
             if weight is not None and bias is not None:
                 weight, bias = weight.movedim(0, -1), bias.movedim(0, -1)
-            y = F.layer_norm(last, last.shape[1:], weight, bias, self.eps).movedim(-1, 1)
-        else:
-            y = F.layer_norm(z, z.shape[1:], weight, bias, self.eps)
-        return y.to(x.dtype)
+            return layer_norm(last, last.shape[1:], weight, bias, self.eps).movedim(-1, 1)
+        return layer_norm(x, x.shape[1:], weight, bias, self.eps)
 
     def extra_repr(self) -> str:
         affine = self.weight is not None

@@ -2,7 +2,9 @@
 
 import math
 from collections import deque
-from typing import Any, ClassVar
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, ClassVar, Self
 
 import torch
 import torch.nn.functional as F
@@ -53,7 +55,8 @@ class BatchRenorm(PopulationNorm):
 
     Batch statistics in eval() (`statistics="batch"`) are corrected as in training; observers and
     `population.estimate` get the chunk's own m and v. A recomputation (activation checkpointing)
-    takes the running statistics that its forward had, found among the last 8 forwards.
+    takes the running statistics that its forward had, found by its batch's m among the last 8
+    forwards; of equal batches, the latest that was repeated least often.
 
     Source: Ioffe 2017, Algorithm 1. The paper's running sigma averages s, where this one is the
     root of the averaged variance: then the state_dict is BatchNorm2d's. Keras keeps a second pair
@@ -99,7 +102,7 @@ class BatchRenorm(PopulationNorm):
         self.r_end = r_end
         self.d_end = d_end
         self.forwards = forwards
-        self._recent: deque[tuple[Tensor, Tensor, Tensor, Tensor]] = deque(maxlen=8)
+        self._recent: deque[_Recent] = deque(maxlen=8)
 
     def limits(self, forwards: int | Tensor) -> tuple[Any, Any]:
         """R and D, as numbers or tensors of one, of the forward after `forwards` updating ones."""
@@ -144,16 +147,18 @@ class BatchRenorm(PopulationNorm):
     @torch.no_grad()
     def _correction(self, mean: Tensor, var: Tensor) -> tuple[Tensor, Tensor]:
         """r and d (G, C) for chunks with these statistics, from the buffers before any update."""
-        if recomputing() and self._recent:
-            # The buffers have moved since: find those that the repeated forward had by its first m.
-            was = min(self._recent, key=lambda was: float((was[0] - mean[0]).abs().sum()))
-            _, running_mean, running_var, forwards = was
-        else:
-            running_mean, running_var = self.running_mean, self.running_var
-            forwards = self.num_batches_tracked
-            if not torch.compiler.is_compiling():
-                copies = running_mean.clone(), running_var.clone(), forwards.clone()
-                self._recent.append((mean[0], *copies))
+        running_mean, running_var = self.running_mean, self.running_var
+        forwards = self.num_batches_tracked
+        if recomputing():
+            # The buffers have moved since. Backward repeats the last forward first, but may repeat
+            # one several times: min takes the first of equal ones.
+            if self._recent:
+                was = min(reversed(self._recent), key=lambda was: (was.distance(mean[0]), was.used))
+                was.used += 1
+                running_mean, running_var, forwards = was.buffers
+        elif not (torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active()):
+            copies = running_mean.clone(), running_var.clone(), forwards.clone()
+            self._recent.append(_Recent(mean[0], copies))
         # Reading a number from a GPU would wait for it.
         readable = forwards.device.type == "cpu" and not torch.compiler.is_compiling()
         r_limit, d_limit = self.limits(int(forwards) if readable else forwards)
@@ -162,11 +167,29 @@ class BatchRenorm(PopulationNorm):
         d = ((mean - running_mean.to(mean.dtype)) * rstd).clamp(-d_limit, d_limit)
         return r, d
 
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
+        self._recent.clear()  # on another device or in another precision, nothing repeats them
+        super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
+        return self
+
     def __getstate__(self) -> dict[str, Any]:
         return {**super().__getstate__(), "_recent": deque(maxlen=8)}
 
     def extra_repr(self) -> str:
         return f"{super().extra_repr()}, nbs={self.nbs}, r_max={self.r_max}, d_max={self.d_max}"
+
+
+@dataclass
+class _Recent:
+    """What a forward found that may be repeated: its first chunk's mean (C,), and the buffers."""
+
+    mean: Tensor
+    buffers: tuple[Tensor, Tensor, Tensor]
+    used: int = 0
+    """By how many recomputations."""
+
+    def distance(self, mean: Tensor) -> float:
+        return float((self.mean - mean).abs().sum())
 
 
 @torch.no_grad()

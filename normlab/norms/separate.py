@@ -9,9 +9,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from normlab.norms._domains import Labels, Sets, read
-from normlab.norms._grouped import float32_affine, grouped_batch_norm, is_half, variance
+from normlab.norms._grouped import grouped_batch_norm, is_half
 from normlab.norms._moments import moments
-from normlab.norms.base import BatchStatistics, PopulationNorm, _check_input
+from normlab.norms.base import BatchStatistics, PopulationNorm, _check_input, _check_update
 
 __all__ = ["SeparateBatchNorm", "domains"]
 
@@ -49,8 +49,9 @@ class SeparateBatchNorm(PopulationNorm):
     Which sample is whose is said by `domains`, a context around the model's forward:
     `with domains(model, labels): y = model(x)`. Without it, a forward that needs the labels is
     refused; one that uses nothing specific does not need them. With specific statistics and
-    population, outputs, gradients and buffers are bitwise those of D separate BatchNorms, each
-    called on its part of the batch; the order of the samples matters to no more than rounding.
+    population, outputs, gradients and buffers are bitwise those of D separate layers of torch, each
+    called on its part of the batch (of D BatchNorms, where they are torch's: see there); the order
+    of the samples matters to no more than rounding.
 
     state_dict: the keys of BatchNorm2d, with shapes (C,) and () for what is shared, (D, C) and (D,)
     for what is specific. A checkpoint of a BatchNorm, or of a layer that shares more, fills every
@@ -120,7 +121,7 @@ class SeparateBatchNorm(PopulationNorm):
         own_affine = self.weight is not None and self.weight.dim() == 2
         if self.source == "population":
             if own_population or own_affine:
-                self._refuse_update()
+                _check_update(self.update, self.source)
                 return self._apply_populations(x, self._known(x).sets(x))
             return super()._forward(x)
         if several and not self.share_statistics:
@@ -128,10 +129,6 @@ class SeparateBatchNorm(PopulationNorm):
         if own_affine or (own_population and (self.updates or self.observers)):
             return self._mixed(x, own_population, own_affine)
         return super()._forward(x)
-
-    def _refuse_update(self) -> None:
-        if self.update:
-            raise ValueError("update=True needs statistics='batch'; they are 'population'")
 
     def _known(self, x: Tensor) -> Labels:
         """Whose samples these are, or a refusal."""
@@ -158,46 +155,23 @@ class SeparateBatchNorm(PopulationNorm):
         self._check_counts(x, sets)
         parts = []
         for part, domain in sets.parts(x):
-            y, statistics = self._one_domain(part, domain)
+            running, count = self._population(domain), part.numel() // self.num_features
+            y, statistics = self._one_group(
+                part, count, running, *self._affine(domain), self._key(domain)
+            )
             parts.append(y)
             if self.updates:
-                self._count(domain)
+                self._track(domain)
             if statistics is not None:
                 for observe in self.observers:
                     observe(statistics)
         return sets.join(parts)
 
-    def _one_domain(self, x: Tensor, domain: int) -> tuple[Tensor, BatchStatistics | None]:
-        """torch's batch norm, to the bit, with the update inside; the statistics if observed."""
-        mean, var, momentum = None, None, 0.0
-        if self.updates:
-            mean, var = self._population(domain)
-            momentum = self.momentum
-        weight, bias = self._affine(domain)
-        if self.running_mean.dtype == torch.float32:
-            weight, bias = float32_affine(x, weight, bias)
-        if not self.observers:
-            return F.batch_norm(x, mean, var, weight, bias, True, momentum, self.eps), None
-        y, batch_mean, rstd, _, _ = torch._batch_norm_impl_index(
-            x, weight, bias, mean, var, True, momentum, self.eps,
-            torch.backends.cudnn.enabled,
-        )  # fmt: skip
-        batch_var = variance(rstd, self.eps)
-        count = x.numel() // self.num_features
-        return y, BatchStatistics(
-            batch_mean.detach()[None], batch_var[None], count, self._key(domain)
-        )
-
     def _mixed(self, x: Tensor, own_population: bool, own_affine: bool) -> Tensor:
         """All domains by the same statistics, with what else is specific."""
         groups, _ = self._groups(x)
         labels = self._known(x)
-        count = x.numel() // (groups * self.num_features)
-        if count < 2:
-            raise ValueError(
-                f"SeparateBatchNorm needs more than one element per group and channel: "
-                f"{groups} groups of an input {tuple(x.shape)} leave {count}"
-            )
+        count = self._count(x, groups)
         followed = own_population and (self.updates or bool(self.observers))
         if followed:
             self._check_counts(x, labels.sets(x))
@@ -221,7 +195,7 @@ class SeparateBatchNorm(PopulationNorm):
         """Move the domain's population, and tell the observers what it follows."""
         if self.updates:
             self.ema_step(*self._population(domain), statistics, self.decay)
-            self._count(domain)
+            self._track(domain)
         for observe in self.observers:
             observe(statistics)
 
@@ -247,7 +221,7 @@ class SeparateBatchNorm(PopulationNorm):
             return self.weight, self.bias
         return self.weight[domain], self.bias[domain]
 
-    def _count(self, domain: int) -> None:
+    def _track(self, domain: int) -> None:
         tracked = self.num_batches_tracked
         (tracked if tracked.dim() == 0 else tracked[domain]).add_(1)
 

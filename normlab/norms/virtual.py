@@ -149,10 +149,7 @@ class VirtualBatchNorm(PopulationNorm):
 
     def _by_batch(self, x: Tensor) -> Tensor:
         """All samples by the statistics of all; the buffers stay."""
-        weight: Tensor | None = self.weight
-        bias: Tensor | None = self.bias
-        if self.running_mean.dtype == torch.float32:
-            weight, bias = float32_affine(x, weight, bias)
+        weight, bias = float32_affine(x, self.weight, self.bias)
         return F.batch_norm(x, None, None, weight, bias, True, 0.0, self.eps)
 
     def _by_reference(self, x: Tensor, own: int) -> Tensor:
@@ -176,7 +173,7 @@ class VirtualBatchNorm(PopulationNorm):
         y = (mine - (mean + share * difference).reshape(each)) * scale.reshape(each)
         if self.bias is not None:
             y = y + self.bias.reshape(-1, *each[2:])
-        return torch.cat([y, self._by_batch(reference)]).to(x.dtype)
+        return torch.cat([y.to(x.dtype), self._by_batch(x[own:])])
 
     def __getstate__(self) -> dict[str, Any]:
         # The context is about this object, not about its copies.

@@ -3,8 +3,9 @@
 The sources of the statistics that a batch norm tests with are protocols of evaluation of one
 network: the running average it trained with (its buffers), averages with other decays (`EmaBank`),
 or an estimate with fixed weights on any data (`estimate`: "precise" on training data, "adaptive" on
-another domain's). `using` puts one into the model for as long as an evaluation takes, `apply` for
-good. `AveragedWeights` averages a training's weights, with a named policy for the statistics.
+another domain's), made by all ranks together where there are several. `using` puts one into the
+model for as long as an evaluation takes, `apply` for good. `AveragedWeights` averages a training's
+weights, with a named policy for the statistics.
 """
 
 from normlab.population.averaged import AveragedWeights, BufferPolicy

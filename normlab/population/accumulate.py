@@ -2,10 +2,12 @@
 
 An accumulation takes groups of elements (`add`) and other accumulations (`merge`), in any order:
 several processes that each saw a part of the data merge theirs into that of the whole, weighted by
-elements. A merge leaves nothing out; only rounding depends on the order, so merge in a fixed one.
+elements (`state` is what they exchange, `load` what they make of it). A merge leaves nothing out;
+only rounding depends on the order, so merge in a fixed one.
 """
 
-from typing import Self
+from collections.abc import Iterator
+from typing import Protocol, Self
 
 import torch
 from torch import Tensor
@@ -13,7 +15,34 @@ from torch import Tensor
 from normlab.norms.base import BatchStatistics
 from normlab.population.values import Statistics
 
-__all__ = ["Collector", "Mean", "Pooled"]
+__all__ = ["Accumulation", "Collector", "Mean", "Pooled", "Watcher", "split"]
+
+
+class Accumulation(Protocol):
+    """What the statistics of one population come from, on this rank or on several."""
+
+    def state(self) -> Tensor:
+        """All that was seen as one float64 vector, whose length depends on the channels only."""
+
+    def load(self, states: Tensor) -> None:
+        """Hold what these states (ranks, length) hold together, merged in their order."""
+
+    def result(self) -> Statistics | None:
+        """What was seen, or None if it was nothing."""
+
+
+class Watcher(Accumulation, Protocol):
+    """An accumulation of what a layer's forwards tell."""
+
+    def observe(self, batch: BatchStatistics) -> None:
+        """Include the statistics of one forward."""
+
+
+def split(states: Tensor, numbers: int, like: Tensor) -> Iterator[tuple[list[int], Tensor, Tensor]]:
+    """Of each state: the `numbers` at its beginning, and its two vectors, beside `like` (C,)."""
+    for state in states.to(like.device):
+        first, second = state[numbers:].chunk(2)
+        yield [int(number) for number in state[:numbers].tolist()], first, second
 
 
 class Pooled:
@@ -27,6 +56,9 @@ class Pooled:
 
     def __init__(self, like: Tensor) -> None:
         """Nothing seen yet, of as many channels as `like` (C,) has and on its device."""
+        self._begin(like)
+
+    def _begin(self, like: Tensor) -> None:
         self.count = 0
         self.mean = torch.zeros_like(like, dtype=torch.float64)
         self.squares = torch.zeros_like(self.mean)
@@ -40,6 +72,14 @@ class Pooled:
     def merge(self, other: Self) -> None:
         """Include all that `other` saw."""
         self._include(other.mean, other.squares, other.count)
+
+    def state(self) -> Tensor:
+        return torch.cat([self.mean.new_tensor([self.count]), self.mean, self.squares])
+
+    def load(self, states: Tensor) -> None:
+        self._begin(self.mean)
+        for (count,), mean, squares in split(states, 1, self.mean):
+            self._include(mean, squares, count)
 
     def _include(self, mean: Tensor, squares: Tensor, count: int) -> None:
         if count == 0:
@@ -65,6 +105,9 @@ class Mean:
 
     def __init__(self, like: Tensor) -> None:
         """Nothing seen yet, of as many channels as `like` (C,) has and on its device."""
+        self._begin(like)
+
+    def _begin(self, like: Tensor) -> None:
         self.count = 0
         self.mean = torch.zeros_like(like, dtype=torch.float64)
         self.var = torch.zeros_like(self.mean)
@@ -78,6 +121,14 @@ class Mean:
     def merge(self, other: Self) -> None:
         """Include all that `other` saw."""
         self._include(other.mean, other.var, other.count)
+
+    def state(self) -> Tensor:
+        return torch.cat([self.mean.new_tensor([self.count]), self.mean, self.var])
+
+    def load(self, states: Tensor) -> None:
+        self._begin(self.mean)
+        for (count,), mean, var in split(states, 1, self.mean):
+            self._include(mean, var, count)
 
     def _include(self, mean: Tensor, var: Tensor, count: int) -> None:
         if count == 0:
@@ -131,7 +182,13 @@ class Collector:
         self._accumulation.add(self.means[:rows], self.variances[:rows], counts, sum(self.counts))
         self.counts = []
 
-    def accumulated(self) -> Pooled | Mean:
-        """All that was observed."""
+    def state(self) -> Tensor:
         self._flush()
-        return self._accumulation
+        return self._accumulation.state()
+
+    def load(self, states: Tensor) -> None:
+        self._accumulation.load(states)
+
+    def result(self) -> Statistics | None:
+        self._flush()
+        return self._accumulation.result()

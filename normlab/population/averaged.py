@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from normlab.population.estimators import Estimator, estimate
+from normlab.population.together import Group
 from normlab.population.values import apply
 
 __all__ = ["AveragedWeights", "BufferPolicy"]
@@ -57,14 +58,16 @@ class AveragedWeights:
         batches: Iterable[Any] | None = None,
         estimator: Estimator = "pooled",
         forward: Callable[[nn.Module, Any], object] | None = None,
+        group: Group = None,
     ) -> nn.Module:
         """A copy of the model with the averaged weights, rounded to their dtype.
 
         `buffers`, always to be chosen:
 
         - "estimate": population statistics of the averaged weights on `batches`
-          (`normlab.population.estimate` with `estimator` and `forward`), what the authors of SWA
-          ask for. Other buffers, and those of frozen layers, as in "last".
+          (`normlab.population.estimate` with `estimator`, `forward` and `group`: by all ranks, if
+          there are any), what the authors of SWA ask for. Other buffers, and those of frozen
+          layers, as in "last".
         - "average": each floating-point buffer averaged as the weights are (timm's ModelEma). The
           averages of the variances leave out the spread of the means, and neither are statistics of
           what the averaged weights compute.
@@ -87,7 +90,8 @@ class AveragedWeights:
                 if name in parameters or buffers == "average":
                     value.copy_(self._averages[name])
         if batches is not None:
-            apply(result, estimate(result, batches, estimator=estimator, forward=forward))
+            found = estimate(result, batches, estimator=estimator, forward=forward, group=group)
+            apply(result, found)
         return result
 
     def state_dict(self) -> dict[str, Any]:

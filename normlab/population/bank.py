@@ -55,17 +55,28 @@ class EmaBank:
         self._count[key] += batch.count * batch.mean.size(0)
 
     def population(self, decay: float) -> Population:
-        """The averages with `decay`; layers that have not been updated yet are absent.
+        """The averages with `decay`.
+
+        Layers that have not been updated yet are absent, and those that have been frozen since:
+        theirs are constants.
 
         Raises ValueError for a decay that the bank does not follow.
         """
         if decay not in self.decays:
             raise ValueError(f"ema_bank has the decays {list(self.decays)}, not {decay}")
         row = self.decays.index(decay)
+        names = [
+            name + key
+            for name, layer in self._layers.items()
+            if layer.statistics != "population"
+            for key in layer.populations()
+        ]
         return {
-            name: Statistics(self._mean[name][row].clone(), self._var[name][row].clone(), count)
-            for name, count in self._count.items()
-            if count > 0
+            name: Statistics(
+                self._mean[name][row].clone(), self._var[name][row].clone(), self._count[name]
+            )
+            for name in names
+            if self._count[name] > 0
         }
 
     def state_dict(self) -> dict[str, Any]:
@@ -88,7 +99,8 @@ class EmaBank:
             raise ValueError(
                 f"ema_bank has the decays {list(self.decays)}, the state {state['decays']}"
             )
-        if state["layers"].keys() != self._count.keys():
+        shapes = {name: values["mean"].shape for name, values in state["layers"].items()}
+        if shapes != {name: mean.shape for name, mean in self._mean.items()}:
             raise ValueError("ema_bank: the state is of a model with other layers")
         for name, values in state["layers"].items():
             self._count[name] = values["count"]

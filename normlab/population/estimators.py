@@ -1,7 +1,8 @@
 """Population statistics of a model with fixed weights, estimated on any data."""
 
+import hashlib
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, nullcontext
 from functools import partial
 from typing import Any, Literal, get_args
 
@@ -9,10 +10,11 @@ import torch
 from torch import nn
 
 from normlab.norms.base import BatchStatistics, PopulationNorm, normalization, population_layers
-from normlab.population.accumulate import Collector, Mean, Pooled
+from normlab.population.accumulate import Collector, Mean, Pooled, Watcher
 from normlab.population.cheap import Cheap
-from normlab.population.layerwise import layerwise
-from normlab.population.values import Population, Statistics
+from normlab.population.layerwise import check_layerwise, layerwise
+from normlab.population.together import Attempt, Group, Together, without_broadcasts
+from normlab.population.values import Population
 
 __all__ = ["Estimator", "estimate"]
 
@@ -27,6 +29,7 @@ def estimate(
     group_size: int | None = None,
     decay: float | None = None,
     forward: Callable[[nn.Module, Any], object] | None = None,
+    group: Group = None,
 ) -> Population:
     """Population statistics of `model` on `batches`, its weights fixed (Wu & Johnson 2021, sec. 3).
 
@@ -50,6 +53,15 @@ def estimate(
       on, which keep the weight decay^T after T forwards (`iterations_needed`). b_t is what the
       layer's own rule makes of a batch (`PopulationNorm.ema_step`).
 
+    Where there is a process group, its ranks estimate together: each calls this with the same model
+    and with batches of its own, as many as it has, also none. All get the same result, to the bit:
+    that of one process with all the batches ("layerwise" merges each layer before it measures the
+    next; "cheap" averages the forwards of all ranks, and refuses a decay, since they have no
+    order). What fails on one rank raises on all. Forwards of a DistributedDataParallel broadcast
+    nothing. Layers that are synchronized over ranks exchange in every forward and see the batches
+    of all their ranks as one: ranks need equally many, or `group_size`, or "layerwise" (and what
+    fails inside such a forward, the others learn by its timeout).
+
     Args:
         model: any module with PopulationNorm layers, alone or inside wrappers.
         batches: what `forward` takes; by default a tensor or a tuple or list that starts with one,
@@ -60,6 +72,8 @@ def estimate(
             own grouping; must divide every batch.
         decay: for "cheap" only, in [0, 1).
         forward: called as forward(model, batch) instead of model(batch) or model(batch[0]).
+        group: the ranks, as everywhere in `normlab.dist`: a process group, or None for all. A
+            process that estimates while the others do not says "alone".
 
     On another domain's batches this is Adaptive BN: no label is read, and no parameter changes.
 
@@ -76,73 +90,122 @@ def estimate(
     for a model with torch's own batch norms, which it would leave as they are, and what the layers
     raise; "layerwise" also for batches that can be passed over only once, where batches reach the
     layers in different orders, and for layers of several populations or whose statistic is no
-    variance.
+    variance. Over ranks also where their estimators or layers differ, and for a decay; RuntimeError
+    for what failed on another rank.
     """
+    together = Together(model, group)
+    layers: dict[str, PopulationNorm] = {}
+    facts = [0.0] * 3
+    with together.attempt() as checked:
+        layers = _checked(model, batches, estimator, decay, together)
+        facts = _facts(estimator, layers)
+    of_ranks = together.exchange(facts, checked)
+    if (of_ranks != of_ranks[0]).any():
+        raise ValueError("ranks estimate different things: their estimators or layers differ")
+    if not layers:
+        return {}
+    run = _run if forward is None else forward
+    with torch.no_grad(), _evaluating(model), without_broadcasts(model):
+        if estimator == "layerwise":
+            return layerwise(model, layers, batches, run, group_size, together)
+        watchers = {
+            name + key: _watcher(estimator, decay, layer, key)
+            for name, layer in layers.items()
+            for key in layer.populations()
+        }
+        passes = _observe(model, layers, watchers, batches, run, group_size, together)
+    if passes == 0:
+        raise ValueError("population statistics need at least one batch; there was none")
+    results = {name: watcher.result() for name, watcher in watchers.items()}
+    return {name: result for name, result in results.items() if result is not None}
+
+
+def _checked(
+    model: nn.Module,
+    batches: Iterable[Any],
+    estimator: Estimator,
+    decay: float | None,
+    together: Together,
+) -> dict[str, PopulationNorm]:
+    """The layers to estimate, if that can be done."""
     if estimator not in get_args(Estimator):
         raise ValueError(f"estimator is one of {get_args(Estimator)}, not {estimator!r}")
     if decay is not None and estimator != "cheap":
         raise ValueError(f"decay belongs to estimator='cheap', not to {estimator!r}")
     if decay is not None and not 0 <= decay < 1:
         raise ValueError(f"decay must be in [0, 1), not {decay}")
+    if decay is not None and together.size > 1:
+        raise ValueError(
+            "decay weighs batches by their order, and those of several ranks have none: leave it "
+            "out, or estimate on each rank alone (group='alone')"
+        )
     _refuse_strangers(model)
     layers = {k: v for k, v in population_layers(model).items() if v.statistics != "population"}
-    if not layers:
-        return {}
-    run = _run if forward is None else forward
-    with torch.no_grad(), _evaluating(model):
-        if estimator == "layerwise":
-            return layerwise(model, layers, batches, run, group_size)
-        if estimator == "cheap":
-            averages = {
-                name + key: Cheap(layer, decay, key)
-                for name, layer in layers.items()
-                for key in layer.populations()
-            }
-            following = {name: average.observe for name, average in averages.items()}
-            _observe(model, layers, following, batches, run, group_size)
-            return _present({name: average.result() for name, average in averages.items()})
-        kind = Pooled if estimator == "pooled" else Mean
-        seen = {
-            name + key: Collector(kind(mean))
-            for name, layer in layers.items()
-            for key, (mean, _) in layer.populations().items()
-        }
-        observers = {name: collector.observe for name, collector in seen.items()}
-        _observe(model, layers, observers, batches, run, group_size)
-    return _present({name: each.accumulated().result() for name, each in seen.items()})
+    if layers and estimator == "layerwise":
+        check_layerwise(model)
+        if iter(batches) is batches:
+            raise ValueError(
+                "layerwise passes over the batches once for every layer: give it a list or a "
+                "loader, not an iterator that is spent after one pass"
+            )
+    return layers
+
+
+def _facts(estimator: Estimator, layers: dict[str, PopulationNorm]) -> list[float]:
+    """What all ranks must agree on."""
+    shapes = [
+        (name, key, len(mean))
+        for name, layer in layers.items()
+        for key, (mean, _) in layer.populations().items()
+    ]
+    digest = hashlib.sha256(repr(shapes).encode()).digest()
+    exact = int.from_bytes(digest[:6], "big")  # as a float64
+    return [get_args(Estimator).index(estimator), len(shapes), exact]
+
+
+def _watcher(
+    estimator: Estimator, decay: float | None, layer: PopulationNorm, population: str
+) -> Watcher:
+    if estimator == "cheap":
+        return Cheap(layer, decay, population)
+    mean, _ = layer.populations()[population]
+    return Collector(Pooled(mean) if estimator == "pooled" else Mean(mean))
 
 
 def _observe(
     model: nn.Module,
     layers: dict[str, PopulationNorm],
-    observers: Mapping[str, Callable[[BatchStatistics], None]],
+    watchers: Mapping[str, Watcher],
     batches: Iterable[Any],
     run: Callable[[nn.Module, Any], object],
     group_size: int | None,
-) -> None:
-    """One pass over `batches` under their own statistics, with one observer per population."""
+    together: Together,
+) -> int:
+    """One pass over `batches` under their own statistics; what all ranks saw, and how many."""
     passes = 0
+    synchronized: dict[str, bool] = {}
     with ExitStack() as restore:
-        restore.enter_context(
-            normalization(model, statistics="batch", update=False, group_size=group_size)
-        )
+        with together.attempt() as prepared:
+            restore.enter_context(
+                normalization(model, statistics="batch", update=False, group_size=group_size)
+            )
+            synchronized = together.synchronized(layers)
+        several = bool(together.exchange([len(synchronized)], prepared).any())
         for name, layer in layers.items():
-            restore.enter_context(_observed(layer, partial(_hand_on, name, observers)))
-        for batch in batches:
-            run(model, batch)
-            passes += 1
-    if passes == 0:
-        raise ValueError("population statistics need at least one batch; there was none")
+            observe = partial(_hand_on, name, watchers) if synchronized.get(name, True) else None
+            restore.enter_context(_observed(layer, observe))
+        if several:
+            batches = together.in_step(batches)
+        # In a forward that waits for other ranks, nothing else can tell them of a failure.
+        with nullcontext(Attempt()) if several else together.attempt() as observed:
+            for batch in batches:
+                run(model, batch)
+                passes += 1
+    return int(together.merge(list(watchers.values()), [passes], observed)[:, 0].sum())
 
 
-def _hand_on(
-    name: str, observers: Mapping[str, Callable[[BatchStatistics], None]], batch: BatchStatistics
-) -> None:
-    observers[name + batch.population](batch)
-
-
-def _present(results: dict[str, Statistics | None]) -> Population:
-    return {name: result for name, result in results.items() if result is not None}
+def _hand_on(name: str, watchers: Mapping[str, Watcher], batch: BatchStatistics) -> None:
+    watchers[name + batch.population].observe(batch)
 
 
 def _refuse_strangers(model: nn.Module) -> None:
@@ -172,10 +235,12 @@ def _evaluating(model: nn.Module) -> Iterator[None]:
 
 
 @contextmanager
-def _observed(layer: PopulationNorm, observe: Callable[[BatchStatistics], None]) -> Iterator[None]:
-    """Only `observe` watches the layer within the context."""
+def _observed(
+    layer: PopulationNorm, observe: Callable[[BatchStatistics], None] | None
+) -> Iterator[None]:
+    """Only `observe`, if anything, watches the layer within the context."""
     before = layer.observers
-    layer.observers = [observe]
+    layer.observers = [] if observe is None else [observe]
     try:
         yield
     finally:

@@ -12,6 +12,7 @@ from tqdm import tqdm
 
 from normlab.norms.base import PopulationNorm, normalization, population_layers
 from normlab.population.accumulate import Pooled
+from normlab.population.together import Together
 from normlab.population.values import Population, Statistics, using
 
 __all__ = ["check_layerwise", "layerwise"]
@@ -50,7 +51,8 @@ def layerwise(
     layers: dict[str, PopulationNorm],
     batches: Iterable[Any],
     run: Callable[[nn.Module, Any], object],
-    group_size: int | None = None,
+    group_size: int | None,
+    together: Together,
 ) -> Population:
     """Pooled statistics of `layers`, in the order in which a forward first reaches them.
 
@@ -59,18 +61,13 @@ def layerwise(
     matter. A layer's second use in a forward is measured, and later normalized, apart from its
     first; its statistics pool all its uses. The measuring does not run the layer: any batch that is
     not empty will do. With `group_size`, its moments are taken over groups of as many samples and
-    merged, which is the same up to rounding.
+    merged, which is the same up to rounding. Over ranks, each layer's statistics are merged before
+    the next one is measured; a rank without batches takes part.
 
-    Expects the model in eval mode and gradients off. Raises ValueError for batches that can be
-    passed over once only, for none, for a batch that `group_size` does not divide, if a batch
-    reaches the layers in another order than the first did, and what `check_layerwise` raises.
+    Expects the model in eval mode, gradients off, what `check_layerwise` lets pass and batches that
+    can be passed over again. Raises ValueError for none, for a batch that `group_size` does not
+    divide, and if a batch reaches the layers in another order than the first did.
     """
-    check_layerwise(model)
-    if iter(batches) is batches:
-        raise ValueError(
-            "layerwise passes over the batches once for every layer: give it a list or a loader, "
-            "not an iterator that is spent after one pass"
-        )
     measured: dict[_Use, Pooled] = {}
     values: dict[_Use, Statistics] = {}
     with ExitStack() as restore:
@@ -78,15 +75,18 @@ def layerwise(
         own = {k: Statistics(v.running_mean, v.running_var, 0) for k, v in layers.items()}
         restore.enter_context(using(model, own))
         restore.enter_context(normalization(model, statistics="population", update=False))
-        order = _order(model, layers, batches, run)
+        order = _order(model, layers, batches, run, together)
+        shown = None if together.rank == 0 else True
         bar = restore.enter_context(
-            tqdm(order, desc="statistics layer by layer", unit="layer", leave=False, disable=None)
+            tqdm(order, desc="statistics layer by layer", unit="layer", leave=False, disable=shown)
         )
         for use in bar:
-            measured[use] = _measure(
-                model, layers, batches, run, use, values, group_size, last=use == order[-1]
-            )
-            result = measured[use].result()
+            seen = measured[use] = Pooled(layers[use[0]].running_mean)
+            with together.attempt() as made:
+                last = use == order[-1]
+                _measure(model, layers, batches, run, use, values, group_size, last, seen)
+            together.merge([seen], [], made)
+            result = seen.result()
             if result is None:
                 raise ValueError(f"layerwise: {use[0]!r} saw empty batches only")
             values[use] = result
@@ -102,22 +102,52 @@ def _order(
     layers: dict[str, PopulationNorm],
     batches: Iterable[Any],
     run: Callable[[nn.Module, Any], object],
+    together: Together,
 ) -> list[_Use]:
-    """The uses of the layers in a forward of the first batch."""
+    """The uses of the layers in a forward of the first batch, the same on all ranks."""
+    names = list(layers)
+    own: list[int] | None = None
+    with together.attempt() as made:
+        own = _reached(model, layers, batches, run)
+    lengths = together.exchange([-1 if own is None else len(own)], made)[:, 0].int().tolist()
+    some = [rank for rank, length in enumerate(lengths) if length >= 0]
+    if not some:
+        raise ValueError("population statistics need at least one batch; there was none")
+    padding = [-1] * (max(lengths) - len(own or ()))
+    orders = together.exchange([*(own or ()), *padding], made)[some].int()
+    if (orders != orders[0]).any():
+        raise ValueError(
+            "layerwise: ranks reach the layers in different orders: every batch must reach them in "
+            "the same one"
+        )
+    uses: Counter[int] = Counter()
+    order = []
+    for layer in orders[0].tolist():
+        order.append((names[layer], uses[layer]))
+        uses[layer] += 1
+    return order
+
+
+def _reached(
+    model: nn.Module,
+    layers: dict[str, PopulationNorm],
+    batches: Iterable[Any],
+    run: Callable[[nn.Module, Any], object],
+) -> list[int] | None:
+    """The numbers of the layers in the order of a forward of the first batch, None without one."""
     for batch in batches:
-        order: list[_Use] = []
-        uses: Counter[str] = Counter()
-
-        def reached(name: str, *_: Any) -> None:
-            order.append((name, uses[name]))  # noqa: B023
-            uses[name] += 1  # noqa: B023
-
+        order: list[int] = []
         with ExitStack() as hooks:
-            for name, layer in layers.items():
-                hooks.callback(layer.register_forward_pre_hook(partial(reached, name)).remove)
+            for number, layer in enumerate(layers.values()):
+                hook = partial(_append, order, number)
+                hooks.callback(layer.register_forward_pre_hook(hook).remove)
             run(model, batch)
         return order
-    raise ValueError("population statistics need at least one batch; there was none")
+    return None
+
+
+def _append(order: list[int], number: int, *_: Any) -> None:
+    order.append(number)
 
 
 def _measure(
@@ -129,9 +159,9 @@ def _measure(
     values: dict[_Use, Statistics],
     group_size: int | None,
     last: bool,
-) -> Pooled:
-    """What the use `wanted` takes in, with the uses before it normalizing by `values`."""
-    seen = Pooled(layers[wanted[0]].running_mean)
+    seen: Pooled,
+) -> None:
+    """Add to `seen` what the use `wanted` takes in; those before it normalize by `values`."""
     uses: Counter[str] = Counter()
     arrived = False
 
@@ -169,7 +199,6 @@ def _measure(
                     f"layerwise: a batch did not reach {wanted[0]!r}, as the first did: every "
                     "batch must reach the layers in the same order"
                 )
-    return seen
 
 
 def _add(seen: Pooled, x: Tensor, group_size: int | None) -> None:

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from normlab.norms.base import population_layers
+from normlab.norms.base import PopulationNorm, population_layers
 
 __all__ = ["Population", "Statistics", "apply", "using"]
 
@@ -25,7 +25,8 @@ Population = dict[str, Statistics]
 """Statistics by the layer's name in the model; of a layer with several populations, by its name and
 theirs (`bn1[0]`, see `PopulationNorm.populations`)."""
 
-_Values = dict[str, tuple[Tensor, Tensor]]
+_Held = dict[str, tuple[PopulationNorm, str]]
+"""For each name, the layer that it stands for, and which of its populations."""
 
 
 def apply(model: nn.Module, population: Mapping[str, Statistics]) -> None:
@@ -37,53 +38,61 @@ def apply(model: nn.Module, population: Mapping[str, Statistics]) -> None:
 
     Raises ValueError, before any change, as `using` does.
     """
-    _fill(_buffers(model, population), _values(population))
+    _fill(_held(model, population), population)
 
 
 @contextmanager
 def using(model: nn.Module, population: Mapping[str, Statistics]) -> Iterator[None]:
     """Within the context, the layers named in `population` hold its values in their buffers.
 
-    Afterwards, also after an exception, the buffers are bitwise what they were. Layers that
-    `population` does not name are left alone.
+    Afterwards, also after an exception, the buffers are bitwise what they were, also if the model
+    was moved to another device meanwhile. Layers that `population` does not name are left alone.
 
     Raises ValueError, before any change, for a name that is no PopulationNorm of `model` and for a
     wrong number of channels.
     """
-    buffers = _buffers(model, population)
-    before = {name: (mean.clone(), var.clone()) for name, (mean, var) in buffers.items()}
+    held = _held(model, population)
+    before = {name: Statistics(*_copies(held[name]), 0) for name in held}
     try:
-        _fill(buffers, _values(population))
+        _fill(held, population)
         yield
     finally:
-        _fill(buffers, before)
+        _fill(held, before)
 
 
-def _buffers(model: nn.Module, population: Mapping[str, Statistics]) -> _Values:
-    """The buffers that `population` is for; ValueError where it does not fit the model."""
-    held = {
-        name + key: buffers
+def _held(model: nn.Module, population: Mapping[str, Statistics]) -> _Held:
+    """What `population` is for; ValueError where it does not fit the model."""
+    known = {
+        name + key: (layer, key)
         for name, layer in population_layers(model).items()
-        for key, buffers in layer.populations().items()
+        for key in layer.populations()
     }
     for name, values in population.items():
-        if name not in held:
+        if name not in known:
             raise ValueError(f"no layer with population statistics is called {name!r}")
-        channels = held[name][0].size(0)
+        channels = len(_buffers(known[name])[0])
         for value in (values.mean, values.var):
             if value.shape != (channels,):
                 raise ValueError(
                     f"{name} has {channels} channels, its statistics {tuple(value.shape)}"
                 )
-    return {name: held[name] for name in population}
+    return {name: known[name] for name in population}
 
 
-def _values(population: Mapping[str, Statistics]) -> _Values:
-    return {name: (statistics.mean, statistics.var) for name, statistics in population.items()}
+def _buffers(held: tuple[PopulationNorm, str]) -> tuple[Tensor, Tensor]:
+    """Where mean and var are now: moving a model gives it other tensors."""
+    layer, population = held
+    return layer.populations()[population]
 
 
-def _fill(buffers: _Values, values: _Values) -> None:
-    with torch.no_grad():
-        for name, (mean, var) in buffers.items():
-            mean.copy_(values[name][0])
-            var.copy_(values[name][1])
+def _copies(held: tuple[PopulationNorm, str]) -> tuple[Tensor, Tensor]:
+    mean, var = _buffers(held)
+    return mean.clone(), var.clone()
+
+
+@torch.no_grad()
+def _fill(held: _Held, population: Mapping[str, Statistics]) -> None:
+    for name, where in held.items():
+        mean, var = _buffers(where)
+        mean.copy_(population[name].mean)
+        var.copy_(population[name].var)

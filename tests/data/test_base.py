@@ -13,11 +13,10 @@ from normlab.data.base import (
     SPLITS,
     Batch,
     Dataset,
-    Stream,
     balanced,
-    generator,
     subset_of,
 )
+from normlab.data.streams import Stream, generator
 
 
 def assert_same(one: Iterable[Batch], other: Iterable[Batch]) -> None:

@@ -9,6 +9,8 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 import torch
 import torchvision.datasets
@@ -146,6 +148,25 @@ def test_damaged_parquet_is_one_line(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=r"test\.parquet cannot be read as Parquet") as caught:
         load(tmp_path)
     assert "\n" not in str(caught.value)
+    assert "[" not in str(caught.value)
+
+
+@pytest.mark.parametrize("cells", [[b"bare bytes"], [{"path": "0.jpg"}], [None], ["text"]])
+def test_another_layout_of_parquet_is_refused_in_one_line(
+    tmp_path: Path, cells: list[object]
+) -> None:
+    file = tmp_path / "x.parquet"
+    pq.write_table(pa.table({"image": cells, "label": [0]}), file)
+    for read in (parquet.is_jpeg, lambda file: parquet.images([file], 32)):
+        with pytest.raises(ValueError, match=r"x\.parquet, row 0: no struct whose `bytes`"):
+            read(file)
+
+
+def test_an_empty_file_says_so(tmp_path: Path) -> None:
+    file = tmp_path / "x.parquet"
+    pq.write_table(pa.table({"img": pa.array([], pa.binary()), "label": []}), file)
+    with pytest.raises(ValueError, match="it holds no row"):
+        parquet.is_jpeg(file)
 
 
 def test_bad_contents_of_parquet_are_named(tmp_path: Path) -> None:
@@ -230,6 +251,7 @@ def test_the_original_is_preferred_wherever_it_lies(
     write_cifar(tmp_path / "a")
     write_original(tmp_path / "a" / "cifar10" / "cifar-10-batches-py")
     write_original(tmp_path / "b" / "cifar-10-batches-py")
+    (tmp_path / "b" / "cifar-10-batches-py" / ".DS_Store").write_text("not part of the data")
     one, other = load(tmp_path / "a"), load(tmp_path / "b")
     assert one.note == ""
     assert one.digest == other.digest

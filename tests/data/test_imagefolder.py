@@ -48,7 +48,7 @@ def test_skipped_batches_are_not_decoded(tmp_path: Path) -> None:
 
 
 def _positions(dataset: Folder, batch_size: int) -> list[np.ndarray]:
-    from normlab.data.base import Stream, generator
+    from normlab.data.streams import Stream, generator
 
     order = generator(Stream.TRAIN_ORDER, 0, 0).permutation(dataset.size("train"))
     return [order[i : i + batch_size] for i in range(0, len(order), batch_size)]

@@ -35,19 +35,36 @@ def test_only_a_weight_can_start_at_zero() -> None:
             zero_weight(without)
 
 
+SMALL: dict[str, dict[str, int]] = {
+    "torchvision_resnet": {"depth": 18},
+    "vgg16": {"hidden": 8},
+    "cifar_resnet": {"depth": 8},
+}
+
+
+@pytest.mark.parametrize("name", ["cifar_resnet", "tiny", "vgg16"])
+def test_biases_of_convolutions_change_no_weight_of_a_seed(name: str) -> None:
+    """An arm without a norm starts from the weights of the arms that it is compared with."""
+
+    def weights(**options: bool) -> list[torch.Tensor]:
+        with torch.random.fork_rng():
+            torch.manual_seed(0)
+            net = models.find(name)(
+                nn.Identity, num_classes=3, shape=(3, 32, 32), **SMALL.get(name, {}), **options
+            )
+        return [p.detach() for key, p in net.named_parameters() if key.endswith("weight")]
+
+    for plain, biased in zip(weights(), weights(conv_bias=True), strict=True):
+        assert torch.equal(plain, biased)
+
+
 @pytest.mark.parametrize("name", models.names())
 def test_the_seed_of_torch_decides_the_weights(name: str) -> None:
-    small = {
-        "torchvision_resnet": {"depth": 18},
-        "vgg16": {"hidden": 8},
-        "cifar_resnet": {"depth": 8},
-    }
-
     def build(seed: int) -> torch.Tensor:
         with torch.random.fork_rng():
             torch.manual_seed(seed)
             net = models.find(name)(
-                nn.BatchNorm2d, num_classes=3, shape=(3, 32, 32), **small.get(name, {})
+                nn.BatchNorm2d, num_classes=3, shape=(3, 32, 32), **SMALL.get(name, {})
             )
         return nn.utils.parameters_to_vector(net.parameters()).detach()
 

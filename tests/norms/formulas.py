@@ -4,11 +4,28 @@ A norm is a partition: `sets` gives each element of x the number of the set it i
 """
 
 import numpy as np
+import pytest
 import torch
 from torch import Tensor, nn
 
 LAYOUTS = ["contiguous", "channels_last", "permuted", "sliced"]
 SHAPES = [(8, 6), (8, 6, 5), (8, 6, 4, 3), (8, 6, 2, 3, 2)]
+
+
+def cases(dtypes=(torch.float32, torch.bfloat16), shapes=SHAPES):
+    """Parametrizes (shape, dtype, layout): float64 in every shape and layout, `dtypes` in some.
+
+    What precision chooses among, it chooses by layout, and 5 dimensions are 3 with more positions.
+    """
+    everywhere = [(s, t) for s in shapes for t in LAYOUTS if (len(s), t) != (2, "channels_last")]
+    routes = [
+        (SHAPES[0], "contiguous"), (SHAPES[1], "permuted"), (SHAPES[3], "channels_last"),
+        (SHAPES[2], "contiguous"), (SHAPES[2], "channels_last"), (SHAPES[2], "sliced"),
+    ]  # fmt: skip
+    found = [(shape, torch.float64, layout) for shape, layout in everywhere]
+    found += [(s, dtype, t) for dtype in dtypes for s, t in routes if s in shapes]
+    names = ["x".join(map(str, s)) + f"-{str(d)[6:]}-{t}" for s, d, t in found]
+    return pytest.mark.parametrize(("shape", "dtype", "layout"), found, ids=names)
 
 
 def sets_per_channel(shape, group_of_sample):

@@ -7,13 +7,11 @@ from torch import nn
 
 from normlab.norms import GroupNorm, InstanceNorm, LayerNorm
 
-from .formulas import LAYOUTS, SHAPES, check_against_formula, lay_out, sets_per_sample
+from .formulas import LAYOUTS, cases, check_against_formula, lay_out, sets_per_sample
 
 
-@pytest.mark.parametrize("layout", LAYOUTS)
-@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("groups", [1, 2, 3])
-@pytest.mark.parametrize("shape", SHAPES)
+@cases()
 def test_formula(shape, groups, dtype, layout):
     layer = GroupNorm(6, groups=groups, eps=1e-2)  # (8, 6): as few as two values in a group
     y = check_against_formula(layer, shape, sets_per_sample(shape, groups), dtype, layout)

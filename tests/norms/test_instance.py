@@ -4,12 +4,10 @@ from torch import nn
 
 from normlab.norms import BatchNorm, InstanceNorm
 
-from .formulas import LAYOUTS, SHAPES, check_against_formula, lay_out, sets_per_sample
+from .formulas import LAYOUTS, SHAPES, cases, check_against_formula, lay_out, sets_per_sample
 
 
-@pytest.mark.parametrize("layout", LAYOUTS)
-@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
-@pytest.mark.parametrize("shape", SHAPES[1:])
+@cases(shapes=SHAPES[1:])
 def test_formula(shape, dtype, layout):
     layer = InstanceNorm(6, eps=1e-3)
     check_against_formula(layer, shape, sets_per_sample(shape, 6), dtype, layout)

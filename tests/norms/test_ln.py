@@ -4,12 +4,10 @@ from torch import nn
 
 from normlab.norms import LayerNorm
 
-from .formulas import LAYOUTS, SHAPES, check_against_formula, sets_per_sample
+from .formulas import cases, check_against_formula, sets_per_sample
 
 
-@pytest.mark.parametrize("layout", LAYOUTS)
-@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
-@pytest.mark.parametrize("shape", SHAPES)
+@cases()
 def test_formula(shape, dtype, layout):
     check_against_formula(LayerNorm(6), shape, sets_per_sample(shape, 1), dtype, layout)
 

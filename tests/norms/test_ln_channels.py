@@ -5,7 +5,7 @@ from torch import nn
 
 from normlab.norms import ChannelsLayerNorm, LayerNorm
 
-from .formulas import LAYOUTS, SHAPES, check_against_formula, lay_out
+from .formulas import cases, check_against_formula, lay_out
 
 
 def sets_per_position(shape):
@@ -14,9 +14,7 @@ def sets_per_position(shape):
     return sample * positions + np.arange(positions).reshape(1, 1, *shape[2:])
 
 
-@pytest.mark.parametrize("layout", LAYOUTS)
-@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
-@pytest.mark.parametrize("shape", SHAPES)
+@cases()
 def test_formula(shape, dtype, layout):
     layer = ChannelsLayerNorm(6, eps=1e-2)
     y = check_against_formula(layer, shape, sets_per_position(shape), dtype, layout)

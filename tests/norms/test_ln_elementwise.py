@@ -7,14 +7,12 @@ from normlab import build
 from normlab.config import compose
 from normlab.norms import ChannelsLayerNorm, ElementwiseLayerNorm, LayerNorm
 
-from .formulas import LAYOUTS, SHAPES, forward_backward, lay_out, random_affine, sets_per_sample
+from .formulas import cases, forward_backward, lay_out, random_affine, sets_per_sample
 
 TOLERANCE = {torch.float64: 1e-12, torch.float32: 2e-5, torch.bfloat16: 3e-2}
 
 
-@pytest.mark.parametrize("layout", LAYOUTS)
-@pytest.mark.parametrize("dtype", TOLERANCE)
-@pytest.mark.parametrize("shape", SHAPES)
+@cases()
 def test_formula(shape, dtype, layout):
     layer = ElementwiseLayerNorm(6, shape=shape[2:])
     layer = layer.double() if dtype == torch.float64 else layer

@@ -8,11 +8,8 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from torch import nn
-from torch.utils.checkpoint import checkpoint
 
-from normlab.norms import BatchNorm, SeparateBatchNorm, domains, normalization
-from normlab.population import EmaBank, estimate, using
+from normlab.norms import BatchNorm, SeparateBatchNorm, domains
 
 from .formulas import LAYOUTS, SHAPES, lay_out, random_affine, sets_per_channel, statistics
 
@@ -278,328 +275,6 @@ def test_an_absent_domain_keeps_its_buffers(switches):
         assert not layer.weight.grad[1].any()
 
 
-@pytest.mark.parametrize(
-    ("labels", "message"),
-    [
-        ([0, 1, 2, 3], "domain 3 of sample 3: the domains of the layer are 0 to 2"),
-        ([0, -1, 2, 1], "domain -1 of sample 1: the domains of the layer are 0 to 2"),
-        (3, "domain 3: the domains of the layer are 0 to 2"),
-        (-1, "domain -1: the domains"),
-        ([0.0, 1.0, 0.0, 1.0], r"whole numbers.* not torch.float32 of shape \(4,\)"),
-        (torch.zeros(4, dtype=torch.bool), "whole numbers.* not torch.bool"),
-        (True, "whole numbers.* not torch.bool"),
-        (torch.zeros(2, 2, dtype=torch.long), r"not torch.int64 of shape \(2, 2\)"),
-    ],
-)
-def test_invalid_labels_are_refused(labels, message):
-    layer = separate(3)
-    with pytest.raises(ValueError, match=message) as caught, domains(layer, labels):
-        pass
-    assert "\n" not in str(caught.value)
-    assert layer.domains is None
-
-
-@pytest.mark.parametrize("switches", [s for s in SWITCHES if s != (True, True, True)])
-@pytest.mark.parametrize("training", [True, False])
-def test_a_wrong_number_of_labels_is_refused(switches, training):
-    layer = separate(3, 3, switches).train(training)
-    used = not (training and switches[0] and switches[2] and switches[1])
-    used = used and not (not training and switches[1] and switches[2])
-    before = state(layer)
-    with domains(layer, [0, 1, 2]):
-        if used:
-            with pytest.raises(ValueError, match="8 samples came with 3 domain labels"):
-                layer(torch.randn(8, 3, 2))
-            assert same(state(layer), before)
-
-
-@pytest.mark.parametrize("training", [True, False])
-def test_unknown_domains_are_refused(training):
-    """P57: nothing is normalized by a guess of whose it is."""
-    layer = separate(3).train(training)
-    before = state(layer)
-    with pytest.raises(ValueError, match=r"does not know which of its 3 domains .*with domains"):
-        layer(torch.randn(4, 3, 2))
-    assert same(state(layer), before)
-
-
-def test_population_that_all_share_needs_no_labels_at_test():
-    layer = separate(3, switches=(False, True, True))
-    x = torch.randn(8, 3, 2)
-    with domains(layer, LABELS):
-        layer(x)
-    plain = BatchNorm(3)
-    plain.load_state_dict(layer.state_dict())
-    assert torch.equal(layer.eval()(x), plain.eval()(x))
-
-
-@pytest.mark.parametrize("switches", [s for s in SWITCHES if not (s[0] and s[1])])
-def test_one_element_of_a_domain_is_refused(switches):
-    """P6: a domain with one sample and one position has no variance."""
-    layer = separate(3, 3, switches)
-    before = state(layer)
-    with domains(layer, [0, 0, 1, 0]):
-        with pytest.raises(ValueError, match="per domain and channel: domain 1 has 1 samples"):
-            layer(torch.randn(4, 3))
-        assert same(state(layer), before)
-        layer(torch.randn(4, 3, 2))  # two positions are enough
-
-
-def test_an_empty_batch():
-    layer = separate(3)
-    with domains(layer, []):
-        with pytest.raises(ValueError, match="empty batch"):
-            layer(torch.randn(0, 3, 2))
-        assert layer.eval()(torch.randn(0, 3, 2)).shape == (0, 3, 2)
-
-
-def network():
-    return nn.Sequential(
-        nn.Conv2d(2, 3, 3), separate(3, 2), nn.ReLU(), nn.Sequential(nn.Conv2d(3, 4, 3)),
-        separate(4, 3), nn.AdaptiveAvgPool2d(1), nn.Flatten(), BatchNorm(4),
-    )  # fmt: skip
-
-
-class TestContext:
-    def test_reaches_deep_layers(self):
-        torch.manual_seed(0)
-        model = network()
-        labels = torch.tensor([0, 1, 1, 0], dtype=torch.int32)
-        with domains(model, labels):
-            model(torch.randn(4, 2, 8, 8)).sum().backward()
-        assert model[1].num_batches_tracked.tolist() == [1, 1]
-        assert model[4].num_batches_tracked.tolist() == [1, 1, 0]
-        assert model[1].domains is None
-
-    def test_nests_and_restores_after_exceptions(self):
-        layer, x = separate(3).eval(), torch.randn(2, 3)
-        with torch.no_grad():
-            layer.running_mean.copy_(torch.arange(3.0)[:, None])
-        with domains(layer, 0):
-            first = layer(x)
-            with domains(layer, [1, 2]):
-                assert torch.allclose(layer(x), first - torch.tensor([[1.0], [2.0]]), atol=1e-4)
-            assert torch.equal(layer(x), first)
-            with pytest.raises(KeyError), domains(layer, 2):
-                raise KeyError
-            assert torch.equal(layer(x), first)
-        assert layer.domains is None
-
-    def test_one_domain_for_a_batch_of_any_size(self):
-        torch.manual_seed(0)
-        layer, plain = separate(3), BatchNorm(3)
-        for samples in (4, 7):
-            x = torch.randn(samples, 3, 2)
-            with domains(layer, 2 if samples == 4 else torch.tensor(2)):
-                assert torch.equal(layer(x), plain(x))
-        assert layer.num_batches_tracked.tolist() == [0, 0, 2]
-
-    def test_refuses_before_any_change(self):
-        model = network()
-        with domains(model, 0):
-            before = model[1].domains
-            message = "domain 2 of sample 1: the domains of 1 are 0 to 1"
-            with pytest.raises(ValueError, match=message), domains(model, [0, 2]):
-                pass
-            assert model[1].domains is model[4].domains is before
-
-    def test_labels_may_change_afterwards(self):
-        layer, labels = separate(3), torch.tensor([0, 0, 1, 1])
-        with domains(layer, labels):
-            labels.fill_(2)
-            layer(torch.randn(4, 3))
-        assert layer.num_batches_tracked.tolist() == [1, 1, 0]
-
-    def test_copies_know_no_labels(self):
-        layer = separate(3)
-        with domains(layer, LABELS):
-            twin = copy.deepcopy(layer)
-        assert twin.domains is None
-        x = torch.randn(8, 3, 2)
-        with domains(layer, LABELS), domains(twin, LABELS):
-            assert torch.equal(layer(x), twin(x))
-        assert same(state(layer), state(twin))
-
-    def test_a_model_without_such_layers_is_left_alone(self):
-        with domains(nn.Linear(2, 2), [0, 1]):
-            pass
-
-
-def test_a_layer_called_twice_before_backward():
-    """P28, P62: real and fake as domains of one batch norm, in two calls or in one."""
-    torch.manual_seed(0)
-    layer = separate(3, 2)
-    twin = copy.deepcopy(layer)
-    real, fake = torch.randn(4, 3, 2), torch.randn(4, 3, 2) + 5
-    with domains(layer, 0):
-        a = layer(real)
-    with domains(layer, 1):
-        b = layer(fake)
-    (a.square().sum() + b.sum()).backward()
-    with domains(twin, [0] * 4 + [1] * 4):
-        y = twin(torch.cat([real, fake]))
-    assert torch.equal(y, torch.cat([a, b]))
-    (y[:4].square().sum() + y[4:].sum()).backward()
-    torch.testing.assert_close(layer.weight.grad, twin.weight.grad)
-    assert same(state(layer), state(twin))
-
-
-def test_checkpointing_updates_once():
-    """P18: the recomputation in backward moves no domain's buffers again."""
-    torch.manual_seed(0)
-    layer = separate(3)
-    twin = copy.deepcopy(layer)
-    x = torch.randn(8, 3, 2, requires_grad=True)
-    z = x.detach().clone().requires_grad_()
-    with domains(layer, LABELS), domains(twin, LABELS):
-        layer(x).square().sum().backward()
-        checkpoint(twin, z, use_reentrant=False).square().sum().backward()
-    assert torch.equal(x.grad, z.grad)
-    assert same(state(layer), state(twin))
-
-
-class TestStateDict:
-    @pytest.mark.parametrize("switches", SWITCHES)
-    def test_a_batch_norm_fills_every_domain(self, switches):
-        """P15: any batch norm's checkpoint loads, strictly."""
-        torch.manual_seed(0)
-        plain = nn.BatchNorm2d(3)
-        random_affine(plain)
-        plain(torch.randn(8, 3, 2, 2))
-        layer, stored = separate(3, 2, switches), plain.state_dict()
-        before = copy.deepcopy(stored)
-        layer.load_state_dict(stored, strict=True)
-        assert all(torch.equal(stored[k], before[k]) for k in before)
-        x = torch.randn(4, 3, 2, 2)
-        with domains(layer.eval(), [0, 1, 1, 0]):
-            torch.testing.assert_close(layer(x), plain.eval()(x))
-        with torch.no_grad():  # no two domains share memory
-            layer.running_mean.view(-1)[0] += 1
-        assert (layer.running_mean.view(-1)[1:] == before["running_mean"].repeat(2)[1:6][
-            : layer.running_mean.numel() - 1]).all()  # fmt: skip
-
-    @pytest.mark.parametrize("switches", SWITCHES)
-    def test_round_trip(self, switches):
-        layer, other = separate(3, 3, switches), separate(3, 3, switches)
-        with domains(layer, LABELS):
-            layer(torch.randn(8, 3, 2))
-        other.load_state_dict(layer.state_dict(), strict=True)
-        assert same(state(layer), state(other))
-
-    def test_shared_ones_have_torch_s_layout(self):
-        shapes = {k: v.shape for k, v in nn.BatchNorm2d(3).state_dict().items()}
-        layer = separate(3, 2, (False, True, True))
-        assert {k: v.shape for k, v in layer.state_dict().items()} == shapes
-        specific = {
-            k: v.shape for k, v in separate(3, 2, (True, False, False)).state_dict().items()
-        }
-        assert specific == {name: (2, *shape) for name, shape in shapes.items()}
-
-    def test_domains_do_not_load_into_one(self):
-        with pytest.raises(RuntimeError, match="running_mean"):
-            BatchNorm(3).load_state_dict(separate(3).state_dict())
-        with pytest.raises(RuntimeError, match="running_mean"):
-            separate(3, 2).load_state_dict(separate(3, 3).state_dict())
-
-
-class TestPopulation:
-    def batches(self):
-        generator = torch.Generator().manual_seed(1)
-        for labels in ([0, 0, 2, 2], [2, 0, 2, 0], [2, 2, 2, 2]):
-            labels = torch.tensor(labels)
-            noise = torch.randn(4, 3, 5, generator=generator, dtype=torch.float64)
-            yield noise * 2 + labels[:, None, None] * 7, labels
-
-    @staticmethod
-    def forward(model, batch):
-        with domains(model, batch[1]):
-            return model(batch[0])
-
-    @pytest.mark.parametrize("shared_statistics", [False, True])
-    def test_estimate_is_per_domain(self, shared_statistics):
-        """P57: each domain's population is that of its samples; an unseen domain has none."""
-        model = nn.Sequential(separate(3, 3, (shared_statistics, False, True)).double())
-        before = state(model)
-        found = estimate(model, self.batches(), estimator="pooled", forward=self.forward)
-        assert found.keys() == {"0[0]", "0[2]"}
-        x, labels = (torch.cat(parts) for parts in zip(*self.batches(), strict=True))
-        for d in (0, 2):
-            mine = x[labels == d]
-            assert found[f"0[{d}]"].count == mine.numel() // 3
-            torch.testing.assert_close(found[f"0[{d}]"].mean, mine.mean((0, 2)))
-            torch.testing.assert_close(found[f"0[{d}]"].var, mine.var((0, 2), correction=0))
-        assert same(state(model), before)
-        with using(model, found):
-            assert torch.equal(model[0].running_var[2], found["0[2]"].var)
-            assert torch.equal(model[0].running_mean[1], before["0.running_mean"][1])
-        assert same(state(model), before)
-
-    def test_estimate_of_a_shared_population_pools_the_domains(self):
-        model = nn.Sequential(separate(3, 3, (False, True, True)).double())
-        found = estimate(model, self.batches(), estimator="pooled", forward=self.forward)
-        x = torch.cat([batch for batch, _ in self.batches()])
-        assert found.keys() == {"0"}
-        torch.testing.assert_close(found["0"].mean, x.mean((0, 2)))
-        torch.testing.assert_close(found["0"].var, x.var((0, 2), correction=0))
-
-    def test_layerwise_is_refused(self):
-        model = nn.Sequential(separate(3, 3))
-        with pytest.raises(ValueError, match=r"layerwise: .*0.* has several populations"):
-            estimate(model, list(self.batches()), estimator="layerwise", forward=self.forward)
-
-    @pytest.mark.parametrize("switches", [s for s in SWITCHES if s[2]])
-    def test_a_bank_with_the_layer_s_decay_follows_its_buffers(self, switches):
-        model = nn.Sequential(separate(3, 3, switches).double())
-        bank = EmaBank(model, [0.9, 0.5])
-        for batch in self.batches():
-            self.forward(model, batch)
-        found = bank.population(0.9)
-        named = {f"0{key}": row for key, row in model[0].populations().items()}
-        assert found.keys() == ({"0"} if switches[1] else {"0[0]", "0[2]"})
-        for name, values in found.items():
-            torch.testing.assert_close(values.mean, named[name][0])
-            torch.testing.assert_close(values.var, named[name][1])
-        other = EmaBank(model, [0.9, 0.5])
-        other.load_state_dict(bank.state_dict())
-        assert torch.equal(other.population(0.5)[name].mean, bank.population(0.5)[name].mean)
-
-
-class TestChoices:
-    @pytest.mark.parametrize("switches", SWITCHES)
-    @pytest.mark.parametrize("update", [None, False, True])
-    @pytest.mark.parametrize("source", [None, "batch", "population"])
-    @pytest.mark.parametrize("training", [True, False])
-    def test_the_four_choices(self, switches, update, source, training):
-        """P50: every legal combination runs a step, the illegal one is refused by name."""
-        layer = separate(3, 3, switches).train(training)
-        layer.statistics, layer.update = source, update
-        uses_batch = source == "batch" or (source is None and training)
-        before = state(layer)
-        x = torch.randn(8, 3, 2)
-        with domains(layer, LABELS):
-            if update and not uses_batch:
-                with pytest.raises(ValueError, match="update=True needs statistics='batch'"):
-                    layer(x)
-                assert same(state(layer), before)
-                return
-            layer(x).sum().backward()
-        moved = uses_batch and (training if update is None else update)
-        assert same(state(layer), before) != moved
-
-    def test_group_size_is_of_the_batch_and_each_domain_in_it(self):
-        torch.manual_seed(0)
-        layer = separate(3).double()
-        x = torch.randn(8, 3, 4, dtype=torch.float64)
-        with domains(layer, LABELS), normalization(layer, group_size=4, update=False):
-            y = layer(x)
-        for rows in ([0, 2, 3], [1], [4, 6], [5, 7]):
-            expected = BatchNorm(3).double()(x[rows])
-            torch.testing.assert_close(y[rows], expected)
-        layer.group_size = 3
-        with pytest.raises(ValueError, match="group_size=3"), domains(layer, LABELS):
-            layer(x)
-
-
 @pytest.mark.parametrize("layout", ["contiguous", "channels_last"])
 @pytest.mark.parametrize("switches", SWITCHES)
 def test_large_means_keep_precision(switches, layout):
@@ -628,6 +303,22 @@ def test_half_precision_keeps_float32_statistics(switches):
 
 
 @pytest.mark.parametrize("switches", SWITCHES)
+def test_a_layer_in_half_precision_runs(switches):
+    """Parameters and buffers in half too: forward, backward, update and evaluation."""
+    layer = separate(3, 3, switches).bfloat16()
+    exact = copy.deepcopy(layer).double()
+    x = torch.randn(8, 3, 6, 6).bfloat16().requires_grad_()
+    with domains(layer, LABELS), domains(exact, LABELS):
+        for training in (True, False):
+            y, expected = layer.train(training)(x), exact.train(training)(x.detach().double())
+            assert y.dtype == torch.bfloat16
+            torch.testing.assert_close(y.double(), expected, rtol=0.05, atol=0.05)
+            y.square().sum().backward()
+            assert x.grad.isfinite().all()
+    assert all(v.dtype in (torch.bfloat16, torch.int64) for v in layer.state_dict().values())
+
+
+@pytest.mark.parametrize("switches", SWITCHES)
 def test_gradcheck(switches):
     torch.manual_seed(0)
     layer = separate(2, 3, switches).double()
@@ -636,14 +327,17 @@ def test_gradcheck(switches):
         assert torch.autograd.gradcheck(layer, x)
 
 
-@pytest.mark.parametrize("switches", [(False, False, False), (True, False, False)])
-def test_compiles_into_one_graph(switches):
+@pytest.mark.parametrize(
+    ("switches", "backend"),
+    [((False, False, False), "aot_eager"), ((True, False, False), "eager")],
+)
+def test_compiles_into_one_graph(switches, backend):
     """P73: sorted by domain and back without a graph break, equal to eager."""
     torch.manual_seed(0)
     layer = separate(3, 3, switches)
     twin, x = copy.deepcopy(layer), torch.randn(8, 3, 4)
     torch._dynamo.reset()  # its limit of recompilations is one for all layers of a process
-    compiled = torch.compile(twin, fullgraph=True, backend="aot_eager")
+    compiled = torch.compile(twin, fullgraph=True, backend=backend)
     with domains(layer, LABELS), domains(twin, LABELS):
         torch.testing.assert_close(compiled(x), layer(x))
     for name, value in layer.state_dict().items():

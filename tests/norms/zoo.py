@@ -4,6 +4,7 @@ Tests that hold for all layers, or for all of the batch norm family, are paramet
 new layer is covered by them as soon as it has its line in ARGUMENTS, and a test fails until then.
 """
 
+import copy
 from collections.abc import Callable
 from typing import Any
 
@@ -32,7 +33,7 @@ ARGUMENTS: dict[str, list[Arguments]] = {
     "lrn": [{}],
     "none": [{}],
     "renorm": [{}, {"nbs": 4, "start": 0.0, "r_end": 0.0, "d_end": 0.0}],
-    # With specific statistics it wants labels: tests/norms/test_separate.py.
+    # With specific statistics it wants labels: tests/norms/test_separate*.py.
     "separate": [
         {"num_domains": 1},
         {"num_domains": 2, "share_statistics": True, "share_population": True},
@@ -79,3 +80,30 @@ def make(variant: tuple[str, int], shape: tuple[int, ...] = IMAGES) -> nn.Module
 def uses_batch(layer: nn.Module) -> bool:
     """Whether the layer can normalize with batch statistics: the family, save frozen layers."""
     return isinstance(layer, PopulationNorm) and layer.train().source == "batch"
+
+
+def data(seed: int, shape: tuple[int, ...] = IMAGES) -> torch.Tensor:
+    return torch.randn(shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
+
+
+def run(layer: nn.Module, x: torch.Tensor, dy: torch.Tensor) -> dict[str, torch.Tensor]:
+    """y, dx, and the gradients and buffers of the layer, by name; x and dy in any layout."""
+    leaf = x.detach().requires_grad_()
+    y = layer(leaf)
+    y.backward(dy)
+    found = {"y": y.detach(), "dx": leaf.grad}
+    found |= {f"d{k}": v.grad for k, v in layer.named_parameters() if v.requires_grad}
+    return found | {k: v.clone() for k, v in layer.named_buffers()}
+
+
+def close(actual: dict, expected: dict, atol: float) -> None:
+    """Within atol, relative to the largest value of each where that is above 1."""
+    assert actual.keys() == expected.keys()
+    for name, value in expected.items():
+        bound = atol * max(1.0, float(value.double().abs().max()) if value.numel() else 1.0)
+        worst = (actual[name].double() - value.double()).abs().max() if value.numel() else 0.0
+        assert worst <= bound, f"{name}: {worst} > {bound}"
+
+
+def in_float64(layer: nn.Module) -> nn.Module:
+    return copy.deepcopy(layer).double()

@@ -1,10 +1,7 @@
 """Weight normalization (Salimans & Kingma 2016)."""
 
-from typing import Literal
-
 import torch
 from torch import Tensor, nn
-from torch.nn.common_types import _size_2_t
 
 from normlab.norms.conv.base import ReparametrizedConv2d
 
@@ -29,25 +26,16 @@ class WeightNormConv2d(ReparametrizedConv2d):
     `weight_g` as the gamma of a norm.
     """
 
-    def __init__(
-        self,
-        in_channels: int,
-        out_channels: int,
-        kernel_size: _size_2_t,
-        stride: _size_2_t = 1,
-        padding: str | _size_2_t = 0,
-        dilation: _size_2_t = 1,
-        groups: int = 1,
-        bias: bool = True,
-        padding_mode: Literal["zeros", "reflect", "replicate", "circular"] = "zeros",
-        device: torch.device | str | None = None,
-        dtype: torch.dtype | None = None,
-    ) -> None:
-        super().__init__(
-            in_channels, out_channels, kernel_size, stride, padding, dilation, groups, bias,
-            padding_mode, device, dtype,
-        )  # fmt: skip
-        self._adopt()
+    weight_g: nn.Parameter
+
+    def reset_parameters(self) -> None:
+        """Draw v and the bias as torch.nn.Conv2d does, and make g = |v| again."""
+        super().reset_parameters()
+        if "weight_g" in self._parameters:
+            with torch.no_grad():
+                self.weight_g.copy_(self._lengths())
+        else:
+            self._adopt()
 
     def filters(self) -> Tensor:
         """g times the directions of the filters, (O, I / groups, kh, kw)."""
@@ -63,8 +51,10 @@ class WeightNormConv2d(ReparametrizedConv2d):
         return self.weight.to(torch.promote_types(self.weight.dtype, torch.float32))
 
     def _adopt(self) -> None:
-        length = _norm(self._vectors().detach()).to(self.weight.dtype)
-        self.weight_g = nn.Parameter(length, self.weight.requires_grad)
+        self.weight_g = nn.Parameter(self._lengths(), self.weight.requires_grad)
+
+    def _lengths(self) -> Tensor:
+        return _norm(self._vectors().detach()).to(self.weight.dtype)
 
 
 def _norm(filters: Tensor) -> Tensor:

@@ -4,10 +4,10 @@ import math
 from typing import Literal, get_args
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.common_types import _size_2_t
 
+from normlab.norms._grouped import layer_norm
 from normlab.norms.conv.base import ReparametrizedConv2d
 
 __all__ = ["WeightStandardizedConv2d"]
@@ -78,7 +78,7 @@ class WeightStandardizedConv2d(ReparametrizedConv2d):
     def filters(self) -> Tensor:
         """The standardized weight (O, I / groups, kh, kw)."""
         if self.convention == "timm":  # one operator: half the time of a batch norm over filters
-            return F.layer_norm(self.weight, self.weight.shape[1:], eps=self.eps)
+            return layer_norm(self.weight, self.weight.shape[1:], None, None, self.eps)
         weight = self.weight.to(torch.promote_types(self.weight.dtype, torch.float32))
         filters = weight.flatten(1)
         centered = filters - filters.mean(1, keepdim=True)

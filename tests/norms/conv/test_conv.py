@@ -138,6 +138,21 @@ def test_standardized_filters_have_mean_0_and_variance_1(kind):
     assert quotient == pytest.approx(math.sqrt(27 / 26))  # 1.9 %
 
 
+@pytest.mark.parametrize("kind", ["wn", "cwn"])
+def test_new_parameters_have_their_own_lengths(kind):
+    """reset_parameters draws v anew: g stays the parameter it is, and becomes the new |v|."""
+    layer = make(kind, 3, 5, 3)
+    g = layer.weight_g
+    with torch.no_grad():
+        g.mul_(7)
+    torch.manual_seed(3)
+    layer.reset_parameters()
+    torch.manual_seed(3)
+    fresh = make(kind, 3, 5, 3)
+    assert layer.weight_g is g
+    assert all(map(torch.equal, layer.parameters(), fresh.parameters()))
+
+
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("value", [0.0, 0.1, -300.0])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
@@ -221,13 +236,21 @@ def test_centered_weight_norm_is_weight_norm_of_the_centered_and_standardization
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
 def test_half_weights_have_float32_statistics(kind, dtype):
+    """Also where filters are far from centered, and in their gradients."""
+    torch.manual_seed(0)
     layer = make(kind, 3, 5, 3, bias=False)
     with torch.no_grad():
-        layer.weight.mul_(300)
+        layer.weight.add_(2).mul_(100)
     reference = copy.deepcopy(layer).to(dtype).double()
     half = layer.to(dtype)
-    assert half.filters().dtype == dtype
-    torch.testing.assert_close(half.filters().double(), reference.filters(), rtol=2e-2, atol=2e-2)
+    filters, expected = half.filters(), reference.filters()
+    assert filters.dtype == dtype
+    torch.testing.assert_close(filters.double(), expected, rtol=2e-2, atol=2e-2)
+    df = torch.randn(filters.shape).to(dtype)
+    filters.backward(df)
+    expected.backward(df.double())
+    error = (half.weight.grad - reference.weight.grad).norm() / reference.weight.grad.norm()
+    assert error < torch.finfo(dtype).eps / 3  # what rounding it once leaves
 
 
 @pytest.mark.parametrize("kind", KINDS)

@@ -1,61 +1,24 @@
-"""Population statistics: `estimate`, `using` and `apply` (layerwise has a file of its own)."""
-
-import copy
+"""`population.estimate` in one process (layerwise and cheap have files of their own, ranks too)."""
 
 import numpy as np
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from populations import (
+    ESTIMATORS,
+    assert_statistics,
+    assert_unchanged,
+    everything,
+    exact,
+    network,
+)
 from torch import nn
 
 from normlab.norms import BatchNorm, GhostBatchNorm, GroupNorm
-from normlab.population import Statistics, apply, estimate, using
-from normlab.population.accumulate import Mean, Pooled
+from normlab.population import estimate, using
 
 SPLIT = [2, 2, 4, 8, 16, 32, 64]
-
-
-def exact(x):
-    """Mean and biased variance per channel, in numpy's float64."""
-    rows = x.double().movedim(1, -1).reshape(-1, x.size(1)).numpy()
-    return rows.mean(0), rows.var(0)
-
-
-def assert_statistics(statistics, mean, var, rtol=1e-12, atol=1e-12):
-    assert statistics.mean.dtype == statistics.var.dtype == torch.float64
-    np.testing.assert_allclose(statistics.mean.numpy(), mean, rtol=rtol, atol=atol)
-    np.testing.assert_allclose(statistics.var.numpy(), var, rtol=rtol, atol=atol)
-
-
-def network():
-    torch.manual_seed(0)
-    return nn.Sequential(
-        nn.Conv2d(2, 4, 3),
-        BatchNorm(4),
-        nn.ReLU(),
-        nn.Dropout(0.5),
-        nn.Conv2d(4, 3, 3),
-        GhostBatchNorm(3, nbs=2),
-        nn.Flatten(),
-    )
-
-
-def everything(model):
-    """All of a model that an evaluation might disturb."""
-    settings = [
-        (m.training, *(getattr(m, k, None) for k in ("statistics", "update", "group_size")))
-        for m in model.modules()
-    ]
-    observers = [list(getattr(m, "observers", [])) for m in model.modules()]
-    grads = [p.grad for p in model.parameters()]
-    return settings, observers, grads, copy.deepcopy(model.state_dict())
-
-
-def assert_unchanged(model, before):
-    settings, observers, grads, state = everything(model)
-    assert (settings, observers, grads) == before[:3]
-    assert all(torch.equal(value, before[3][name]) for name, value in state.items())
 
 
 class TestPooled:
@@ -159,7 +122,7 @@ def batches_of(x, size):
     return Loader()
 
 
-@pytest.mark.parametrize("estimator", ["pooled", "mean", "layerwise", "cheap"])
+@pytest.mark.parametrize("estimator", ESTIMATORS)
 class TestEstimate:
     def test_leaves_the_model_alone(self, estimator):
         model = network()
@@ -310,192 +273,3 @@ def test_torch_s_own_batch_norms_are_refused_by_name():
         estimate(model, [torch.randn(4, 3)], estimator="pooled")
     model[1] = nn.BatchNorm1d(3, track_running_stats=False)
     assert list(estimate(model, [torch.randn(4, 3)], estimator="pooled")) == ["0"]
-
-
-class TestCheap:
-    def test_the_plain_average_is_torch_s_momentum_none(self):
-        """K4, P44: every forward counts the same, a smaller one too."""
-        x = torch.randn(30, 3, 4, 4, dtype=torch.float64)
-        theirs = nn.BatchNorm2d(3, momentum=None).double()
-        for part in x.split(8):
-            theirs(part)
-        result = estimate(BatchNorm(3).double(), x.split(8), estimator="cheap")[""]
-        assert_statistics(result, theirs.running_mean.numpy(), theirs.running_var.numpy(), 1e-11)
-        assert result.count == 480
-
-    def test_the_plain_average_is_mean_for_equal_batches(self):
-        model, x = network().double(), torch.randn(24, 2, 9, 9, dtype=torch.float64)
-        cheap = estimate(model, x.split(4), estimator="cheap")
-        mean = estimate(model, x.split(4), estimator="mean")
-        for name, statistics in mean.items():
-            assert_statistics(cheap[name], statistics.mean.numpy(), statistics.var.numpy(), 1e-10)
-
-    @pytest.mark.parametrize("decay", [0.0, 0.5, 0.99])
-    def test_the_running_average_in_closed_form(self, decay):
-        layer = BatchNorm(3).double()
-        layer.running_mean.fill_(5.0)
-        x = torch.randn(7, 8, 3, dtype=torch.float64)
-        result = estimate(layer, list(x), estimator="cheap", decay=decay)[""]
-        assert (layer.running_mean == 5).all()
-        weights = (1 - decay) * decay ** np.arange(6.0, -1, -1)
-        mean = 5 * decay**7 + weights @ x.mean(1).numpy()
-        var = decay**7 + weights @ x.var(1).numpy()
-        assert_statistics(result, mean, var, rtol=1e-10)
-
-    @pytest.mark.parametrize("rule", ["mean", "pooled", "first", "sequential"])
-    def test_it_is_what_training_would_leave_with_the_weights_fixed(self, rule):
-        layer = GhostBatchNorm(3, nbs=2, population=rule, decay=0.9).double()
-        x = torch.randn(5, 8, 3, 2, dtype=torch.float64)
-        result = estimate(layer, list(x), estimator="cheap", decay=0.9)[""]
-        for batch in x:
-            layer(batch)
-        assert_statistics(result, layer.running_mean.numpy(), layer.running_var.numpy())
-
-
-class TestMerge:
-    """P36: processes that each saw a part of the data end with the statistics of all of it."""
-
-    @pytest.mark.parametrize("kind", [Pooled, Mean])
-    def test_parts_of_unequal_size_merge_into_the_whole(self, kind):
-        x = 3 + torch.randn(64, 3, dtype=torch.float64) * torch.arange(1, 65).view(-1, 1)
-
-        def add(accumulation, parts):
-            for part in parts:
-                mean, var = (torch.from_numpy(value)[None] for value in exact(part))
-                counts = torch.full((1, 1), len(part), dtype=torch.float64)
-                accumulation.add(mean, var, counts, len(part))
-            return accumulation
-
-        like = torch.zeros(3)
-        parts = x.split([2, 30, 4, 8, 20])
-        mean, var = exact(x)
-        if kind is Mean:
-            var = sum(len(part) * part.var(0).numpy() for part in parts) / len(x)
-        ranks = [add(kind(like), parts[:1]), add(kind(like), []), add(kind(like), parts[1:])]
-        merged = kind(like)
-        for rank in ranks:
-            merged.merge(rank)
-        assert_statistics(merged.result(), mean, var, rtol=1e-13)
-        assert merged.result().count == 64
-
-    @pytest.mark.parametrize("kind", [Pooled, Mean])
-    def test_nothing_and_nothing_is_nothing(self, kind):
-        nothing = kind(torch.zeros(3))
-        nothing.merge(kind(torch.zeros(3)))
-        assert nothing.result() is None
-
-
-class TestUsing:
-    def population(self, model):
-        return estimate(model, [torch.randn(8, 2, 9, 9)], estimator="pooled")
-
-    def test_evaluates_with_the_values_and_restores(self):
-        model = network().eval()
-        population = self.population(model)
-        before = everything(model)
-        with using(model, population):
-            torch.testing.assert_close(
-                model[1].running_mean, population["1"].mean.float(), rtol=0, atol=0
-            )
-            assert torch.equal(model[5].running_var, population["5"].var.float())
-        assert_unchanged(model, before)
-        with pytest.raises(KeyError), using(model, population):
-            raise KeyError
-        assert_unchanged(model, before)
-
-    def test_layers_that_are_not_named_stay(self):
-        model = network()
-        before = copy.deepcopy(model[5].state_dict())
-        with using(model, {"1": self.population(model)["1"]}):
-            assert all(torch.equal(v, model[5].state_dict()[k]) for k, v in before.items())
-
-    @pytest.mark.parametrize(
-        ("name", "channels", "message"),
-        [("7", 4, "is called '7'"), ("0", 4, "is called '0'"), ("5", 4, "has 3 channels")],
-    )
-    def test_refuses_before_any_change(self, name, channels, message):
-        model = network()
-        before = everything(model)
-        values = Statistics(torch.ones(channels).double(), torch.ones(channels).double(), 1)
-        population = {"1": Statistics(torch.ones(4).double(), torch.ones(4).double(), 1)}
-        with pytest.raises(ValueError, match=message), using(model, {**population, name: values}):
-            pass
-        assert_unchanged(model, before)
-
-
-class TestApply:
-    def test_it_is_using_for_good(self):
-        """P43: a checkpoint written after it holds what an evaluation `using` it has used."""
-        model = network().eval()
-        population = estimate(model, [torch.randn(8, 2, 9, 9)], estimator="pooled")
-        x = torch.randn(4, 2, 9, 9)
-        with using(model, population):
-            used, output = copy.deepcopy(model.state_dict()), model(x)
-        apply(model, population)
-        assert all(torch.equal(value, used[name]) for name, value in model.state_dict().items())
-        assert torch.equal(model(x), output)
-        assert model[1].num_batches_tracked == 0
-
-    def test_layers_that_are_not_named_stay(self):
-        model = network()
-        population = estimate(model, [torch.randn(8, 2, 9, 9)], estimator="pooled")
-        before = copy.deepcopy(model[5].state_dict())
-        apply(model, {"1": population["1"]})
-        assert all(torch.equal(value, before[k]) for k, value in model[5].state_dict().items())
-        assert model[1].running_mean.abs().sum() > 0
-
-    @pytest.mark.parametrize(("name", "message"), [("7", "is called '7'"), ("5", "has 3 channels")])
-    def test_refuses_before_any_change(self, name, message):
-        model = network()
-        before = everything(model)
-        values = Statistics(torch.ones(4).double(), torch.ones(4).double(), 1)
-        with pytest.raises(ValueError, match=message):
-            apply(model, {"1": values, name: values})
-        assert_unchanged(model, before)
-
-
-class Unlabelled(list):
-    """A batch of images whose labels must not be read."""
-
-    def __getitem__(self, index):
-        assert index == 0, "a label was read"
-        return super().__getitem__(index)
-
-    def __iter__(self):
-        raise AssertionError("a label was read")
-
-
-@pytest.mark.parametrize("estimator", ["pooled", "mean", "layerwise", "cheap"])
-class TestAdaptive:
-    """K6: Adaptive BN is an estimate on the target's images."""
-
-    def test_no_label_is_read_and_no_parameter_changes(self, estimator):
-        model = network()
-        before = everything(model)
-        images = torch.randn(12, 2, 9, 9)
-        target = [Unlabelled([x, None]) for x in images.split(4)]
-        adapted = estimate(model, target, estimator=estimator)
-        assert_unchanged(model, before)
-        apply(model, adapted)
-        for name, value in model.named_parameters():
-            assert torch.equal(value, before[3][name])
-        with pytest.raises(AssertionError, match="label"):
-            target[0][1]
-
-    def test_a_target_that_is_the_source_changes_nothing(self, estimator):
-        """K6: then it is the source's own statistics, to the bit."""
-        model, x = network(), torch.randn(12, 2, 9, 9)
-        apply(model, estimate(model, x.split(4), estimator=estimator))
-        before = everything(model)
-        apply(model, estimate(model, x.clone().split(4), estimator=estimator))
-        assert_unchanged(model, before)
-
-    def test_adapting_again_is_adapting_once_and_leaves_no_memory(self, estimator):
-        """P46: adapt(A), adapt(B) is adapt(B)."""
-        a, b = torch.randn(8, 2, 9, 9) + 2, torch.randn(8, 2, 9, 9)
-        model, fresh = network(), network()
-        apply(model, estimate(model, [a], estimator=estimator))
-        for _ in range(2):
-            apply(model, estimate(model, [b], estimator=estimator))
-        apply(fresh, estimate(fresh, [b], estimator=estimator))
-        assert all(torch.equal(v, fresh.state_dict()[k]) for k, v in model.state_dict().items())
