@@ -12,7 +12,7 @@ from normlab import experiment as experiments
 from normlab import runs as run_directories
 from normlab.experiment import Experiment
 from normlab.report import figures, provenance, tables, terminal
-from normlab.report.gather import Row, by_run, csv_text, merge, read, rows_of
+from normlab.report.gather import Row, by_run, csv_text, merge, read, rows_of, unite
 from normlab.report.grid import Grid, compose, results, sort_key
 from normlab.report.page import ExperimentReport, ScaleReport, page
 from normlab.report.verdicts import judge_all
@@ -24,8 +24,9 @@ __all__ = ["main"]
 def main(names: Sequence[str], *, runs: str, results: str, refresh: bool) -> int:
     """Write the reports under `results`, and print those of `names` (none: all).
 
-    Runs are taken into the reports of `names` alone: into another experiment's, which may share
-    some of them, only when it is asked for. What is committed is written anew for all.
+    Experiments share runs. Those of `names` take in what is theirs of the local runs and of every
+    other experiment's committed ones, as a sweep skips what any of them holds; the others are
+    written anew from their own committed runs alone.
 
     runs: directory of run directories; may be absent. refresh: a local run replaces the committed
     one of the same id and torch version. Returns 0, also with nothing run.
@@ -36,11 +37,17 @@ def main(names: Sequence[str], *, runs: str, results: str, refresh: bool) -> int
         experiments.load(name)
     root = Path(results)
     local = rows_of(run_directories.table(Path(runs)))
+    records = {path.parent.name: read(path) for path in sorted(root.glob("*/runs.csv"))}
     reports: list[ExperimentReport] = []
     written: dict[str, list[Path]] = {}
     for name in experiments.names():
-        taken = local if not names or name in names else []
-        report, paths = report_experiment(experiments.load(name), taken, root, refresh=refresh)
+        own, others, taken = records.get(name, []), [], []
+        if not names or name in names:
+            others = [rows for other, rows in records.items() if other != name]
+            taken = local
+        report, paths = report_experiment(
+            experiments.load(name), own, others, taken, root, refresh=refresh
+        )
         reports.append(report)
         written[name] = paths
     reports = judged(reports)
@@ -73,19 +80,30 @@ def judged(reports: list[ExperimentReport]) -> list[ExperimentReport]:
 
 
 def report_experiment(
-    experiment: Experiment, local: list[Row], root: Path, *, refresh: bool
+    experiment: Experiment,
+    own: list[Row],
+    others: list[list[Row]],
+    local: list[Row],
+    root: Path,
+    *,
+    refresh: bool,
 ) -> tuple[ExperimentReport, list[Path]]:
-    """One experiment's report, not yet judged, and the files written under ``root/<name>/``."""
+    """One experiment's report, not yet judged, and the files written under ``root/<name>/``.
+
+    own, others: its record and those of other experiments.
+    """
     folder = root / experiment.name
-    committed = read(folder / "runs.csv")
     # Composing a grid takes a tenth of a second a cell: only scales with runs are worth it.
-    labels = {row["scale"] for row in (*committed, *local)}
+    labels = {row["scale"] for rows in (own, local, *others) for row in rows}
     grids = {
         scale: compose(experiment, scale) if scale in labels else Grid({}, ())
         for scale in experiment.scales
     }
-    mine = [row for row in local if any(row in grid for grid in grids.values())]
-    rows, again = merge(committed, mine, refresh=refresh)
+
+    def mine(rows: list[Row]) -> list[Row]:
+        return [row for row in rows if any(row in grid for grid in grids.values())]
+
+    rows, again = merge(unite(own, map(mine, others)), mine(local), refresh=refresh)
     rows = sorted(rows, key=sort_key(grids))
     written = [write(folder / "runs.csv", csv_text(rows, COLUMNS))] if rows else []
 

@@ -41,6 +41,8 @@ class Again:
     runs: int
     difference: float
     replaced: bool
+    lacking: tuple[str, ...] = ()
+    """Runs that were to replace the record but lack evaluations that it has, and which."""
 
     def __str__(self) -> str:
         if math.isnan(self.difference):
@@ -50,7 +52,13 @@ class Again:
         else:
             outcome = f"largest difference {self.difference:.3g} points"
         fate = ""
-        if self.replaced:
+        if self.lacking:
+            named = ", ".join(self.lacking[:3]) + (", ..." if len(self.lacking) > 3 else "")
+            fate = (
+                f"; the new numbers replaced {self.runs - len(self.lacking)}, the record stands "
+                f"for {len(self.lacking)} that lack evaluations it has: {named}"
+            )
+        elif self.replaced:
             fate = "; the new numbers replaced them"
         elif self.difference != 0:
             fate = "; the record stands (--refresh takes the new numbers)"
@@ -130,12 +138,12 @@ def merge(
     """The committed rows and what the local ones add, and how runs that are in both compare.
 
     A finished local run takes the place of a committed one that failed (a failed run holds no
-    result) and, with `refresh`, of any. Without, a run that was executed again is only compared;
-    its further evaluations are added if all that both have are identical. Local runs that have
-    not ended are left out.
+    result) and, with `refresh`, of any whose evaluations it has all (a diverged one has no more to
+    give). Else a run that was executed again is only compared; its further evaluations are added if
+    all that both have are identical. Local runs that have not ended are left out.
     """
     merged = by_run(committed)
-    again, differences = 0, []
+    again, differences, lacking = 0, [], []
     for key, new in by_run(local).items():
         old = merged.get(key)
         if old is None:
@@ -152,19 +160,55 @@ def merge(
             if not same:
                 again += 1
                 differences.append(difference)
-            if refresh:
+            gone = _evaluations(old) - _evaluations(new) if new[0]["status"] == "done" else set()
+            if refresh and not gone:
                 merged[key] = new
-            elif same or difference == 0:
+                continue
+            if refresh and not same:
+                lacking.append(f"{key[0]} without {_spelled(gone)}")
+            if same or difference == 0:
                 merged[key] = _add_evaluations(old, new)
     rows = [row for run in merged.values() for row in run]
     if not again:
         return rows, None
     comparable = [value for value in differences if not math.isnan(value)]
-    return rows, Again(again, max(comparable, default=math.nan), refresh)
+    return rows, Again(again, max(comparable, default=math.nan), refresh, tuple(lacking))
+
+
+def unite(own: list[Row], others: Iterable[list[Row]]) -> list[Row]:
+    """One record and what further ones, in their order, hold of the same or other runs.
+
+    Evaluations of a run that stands in several are united under what the first says of it. Two
+    executions that contradict each other are not mixed: the first stands.
+    """
+    united = by_run(own)
+    for record in others:
+        for key, new in by_run(record).items():
+            old = united.get(key)
+            if old is None or (old[0]["status"] not in FINISHED and new[0]["status"] in FINISHED):
+                united[key] = new
+            elif old[0]["status"] == new[0]["status"] and not _difference(old, new) > 0:
+                united[key] = _add_evaluations(old, new)
+    return [row for run in united.values() for row in run]
 
 
 def _evaluation(row: Row) -> tuple[str, ...]:
     return tuple(row[column] for column in ("protocol", "epoch", "batch", "samples", "order"))
+
+
+def _evaluations(rows: list[Row]) -> set[tuple[str, ...]]:
+    return {_evaluation(row) for row in rows if row["protocol"]}
+
+
+def _spelled(evaluations: Iterable[tuple[str, ...]]) -> str:
+    """For example "test:ema of epochs 14, 15"."""
+    epochs: dict[str, set[int]] = {}
+    for protocol, epoch, *_ in evaluations:
+        epochs.setdefault(protocol, set()).add(int(epoch or 0))
+    return " and ".join(
+        f"{protocol} of epoch{'s' * (len(of) > 1)} {', '.join(map(str, sorted(of)))}"
+        for protocol, of in sorted(epochs.items())
+    )
 
 
 def _difference(old: list[Row], new: list[Row]) -> float:

@@ -92,7 +92,11 @@ class Results:
     surplus: int
     """Finished runs whose cell and seed another run of the same environment fills already."""
     by_epoch: Mapping[tuple[Point, str], Mapping[int, Mapping[int, float]]]
-    """What was evaluated along the way: by point and protocol, then by epoch, then by seed."""
+    """Errors along the way: by point and protocol, then by epoch, then by seed.
+
+    Of the seeds that count (those in `values`), and only epochs that all of them have: a mean over
+    other seeds at each epoch is no curve. A diverged run has chance error from where it ended.
+    """
 
     @property
     def points(self) -> list[Point]:
@@ -105,14 +109,20 @@ class Results:
     def sample(self, point: Point, protocol: str) -> Sample:
         return Sample.of(self.values.get((point, protocol), {}).values())
 
-    def baseline(self, point: Point) -> Point:
-        """The point that `point` is compared with: the baseline's values, its own elsewhere."""
+    def baseline(self, point: Point) -> Point | None:
+        """The point that `point` is compared with: the baseline's values, its own elsewhere.
+
+        None for a point that has none of the baseline's axes.
+        """
+        if not self.experiment.baseline.keys() & dict(point).keys():
+            return None
         return tuple((a, self.experiment.baseline.get(a, value)) for a, value in point)
 
     def change(self, point: Point, protocol: str) -> Sample:
         """The difference to the baseline in percentage points, taken within a seed."""
         here = self.values.get((point, protocol), {})
-        there = self.values.get((self.baseline(point), protocol), {})
+        base = self.baseline(point)
+        there = self.values.get((base, protocol), {}) if base is not None else {}
         return contrast([(1.0, here), (-1.0, there)])
 
     def contrast(self, wanted: Contrast) -> Sample:
@@ -144,7 +154,8 @@ def results(experiment: Experiment, scale: str, grid: Grid, rows: Iterable[Row])
     specs = {key: str(Protocol.parse(p.eval)) for key, p in experiment.protocols.items()}
     values: dict[tuple[Point, str], dict[int, float]] = {}
     taken: dict[tuple[str, int], Row] = {}
-    by_epoch: dict[tuple[Point, str], dict[int, dict[int, float]]] = {}
+    curves: dict[tuple[Point, str], dict[int, dict[int, float]]] = {}  # by seed, then by epoch
+    ends: dict[Point, dict[int, tuple[int, float]]] = {}
     lacking: dict[Point, list[int]] = {}
     surplus = 0
     for run in runs:
@@ -162,8 +173,10 @@ def results(experiment: Experiment, scale: str, grid: Grid, rows: Iterable[Row])
         for key, number in numbers.items():
             if not math.isnan(number):
                 values.setdefault((point, key), {})[seed] = number
-            for epoch, error in epoch_errors(run, specs[key]).items():
-                by_epoch.setdefault((point, key), {}).setdefault(epoch, {})[seed] = error
+                curves.setdefault((point, key), {})[seed] = epoch_errors(run, specs[key])
+        if row["status"] == "diverged":
+            last = max(_integer(one["epoch"]) for one in run)
+            ends.setdefault(point, {})[seed] = last, float(row["chance"] or math.nan)
 
     keys = {point: key for key, point in grid.points.items()}
     return Results(
@@ -185,8 +198,39 @@ def results(experiment: Experiment, scale: str, grid: Grid, rows: Iterable[Row])
         lacking={point: sorted(seeds) for point, seeds in lacking.items()},
         others={here: n for here, n in sorted(finished.items()) if here != judged and n},
         surplus=surplus,
-        by_epoch=by_epoch,
+        by_epoch=by_epoch(curves, ends),
     )
+
+
+def by_epoch(
+    curves: Mapping[tuple[Point, str], Mapping[int, Mapping[int, float]]],
+    ends: Mapping[Point, Mapping[int, tuple[int, float]]],
+) -> dict[tuple[Point, str], dict[int, dict[int, float]]]:
+    """Curves turned around: by epoch, then by seed, over epochs that every seed has.
+
+    curves: by point and protocol, then by seed, then by epoch. ends: of the diverged runs, by point
+    and seed, the last epoch that was evaluated (-1: none) and chance error, which holds from there
+    on at all epochs that the others evaluated (of the arm, or of any if the whole arm diverged).
+    """
+    everywhere: dict[str, set[int]] = {}
+    for (_, protocol), seeds in curves.items():
+        everywhere.setdefault(protocol, set()).update(*seeds.values())
+    found: dict[tuple[Point, str], dict[int, dict[int, float]]] = {}
+    for (point, protocol), seeds in curves.items():
+        diverged = ends.get(point, {})
+        known = everywhere[protocol] if seeds.keys() <= diverged.keys() else set[int]().union(
+            *seeds.values()
+        )  # fmt: skip
+        whole: dict[int, dict[int, float]] = {}
+        for seed, errors in seeds.items():
+            last, chance = diverged.get(seed, (math.inf, math.nan))
+            beyond = {epoch: chance for epoch in known if epoch > last}
+            for epoch, error in {**errors, **beyond}.items():
+                whole.setdefault(epoch, {})[seed] = error
+        found[point, protocol] = {
+            epoch: whole[epoch] for epoch in sorted(whole) if len(whole[epoch]) == len(seeds)
+        }
+    return found
 
 
 def run_number(run: list[Row], protocol: str, scale: str) -> float:

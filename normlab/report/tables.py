@@ -167,11 +167,14 @@ def texts(results: Results) -> list[Text]:
         for entry in row:
             one.append(estimate(entry.error))
             here = results.baseline(entry.point) == entry.point
-            two.append("0" if here else estimate(entry.change, sign=True))
+            two.append("0" if here and entry.error.n else estimate(entry.change, sign=True))
             if cited[entry.protocol]:
                 one.append(" / ".join(f"{p.error:g}" for p in entry.papers) or MISSING)
-                theirs = [number(p.change, sign=True, digits=1) for p in entry.papers]
-                two.append("0" if here else " / ".join(theirs) or MISSING)
+                theirs = [
+                    "0" if here and paper.change == 0 else number(paper.change, sign=True, digits=1)
+                    for paper in entry.papers
+                ]
+                two.append(" / ".join(theirs) or MISSING)
         errors.append(one)
         changes.append(two)
     return [
@@ -196,10 +199,10 @@ def baseline_name(experiment: Experiment) -> str:
 
 def sources(experiment: Experiment) -> list[str]:
     """Which source the "paper" columns quote, by protocol label, and of which split."""
-    said = [
+    said = list(dict.fromkeys(  # one source may stand in the file in parts
         f"{source.label}: {', '.join(experiment.protocols[p].label for p in source.values)}"
         for source in experiment.published
-    ]
+    ))  # fmt: skip
     quoted = {protocol for source in experiment.published for protocol in source.values}
     if any(Protocol.parse(experiment.protocols[p].eval).split == "test" for p in quoted):
         said.append(VALIDATION)

@@ -159,16 +159,18 @@ def judge(claim: Claim, results: Results) -> Verdict:
 def judge_all(every: Sequence[Results]) -> list[list[Verdict]]:
     """Every claim of the experiments at one scale, Holm's correction over all their primary ones.
 
-    The primary claims of an experiment with a run at this scale count in the correction, those
-    without runs with p = 1; an experiment that nobody has run here asks nothing. A verdict that
-    does not survive becomes "not resolved" and says what it was.
+    All primary claims of an experiment count in the correction, those without runs with p = 1, as
+    soon as a contrast of one of them has a seed: before, the experiment asks nothing here, also
+    where it shares runs with another. A verdict that does not survive becomes "not resolved" and
+    says what it was.
     """
     verdicts = [[judge(one, found) for one in found.experiment.claims.values()] for found in every]
     primary = [
         (i, j)
-        for i, found in enumerate(every)
-        for j, one in enumerate(verdicts[i])
-        if found.rows and one.claim.primary
+        for i, here in enumerate(verdicts)
+        if any(each.sample.n for one in here if one.claim.primary for each in one.contrasts)
+        for j, one in enumerate(here)
+        if one.claim.primary
     ]
     adjusted = holm([verdicts[i][j].p for i, j in primary])
     for (i, j), p_holm in zip(primary, adjusted, strict=True):

@@ -3,6 +3,7 @@
 import pytest
 
 from normlab import experiment as experiments
+from normlab.experiment import Published
 from normlab.report import figures, grid, tables
 from normlab.report.page import inline_svg
 
@@ -173,7 +174,36 @@ def test_the_table_says_where_an_arm_stands_and_what_the_paper_said_there(arms):
     assert errors.header == ["norm", "images", "n", "test error", "paper"]
     assert [row[:3] for row in errors.rows] == [["BN", "2", "3"], ["BN", "4", "3"], ["GN", "", "3"]]
     assert [row[-1] for row in errors.rows] == ["30", "20", "–"]
-    assert [row[-1] for row in changes.rows] == ["+10.0", "0", "0"]
+    assert [row[-1] for row in changes.rows] == ["+10.0", "0", "–"]
+    # A point that has none of the baseline's axes has no baseline, here and in the CSV.
+    assert [row[-2] for row in changes.rows] == ["+10.00 ± 0.00", "0", "–"]
+    assert arms.change((("norm", "GN"),), "test").n == 0
+
+
+def test_the_baseline_is_nothing_where_nobody_said_anything(arms):
+    """The paper's 0 needs a published number, ours a run."""
+    arms.experiment.published[:] = arms.experiment.published[1:]
+    arms.values.clear()
+    _, changes = tables.texts(arms)
+    assert [row[-2:] for row in changes.rows] == [["–", "–"]] * 3
+
+
+def test_a_source_that_stands_in_parts_is_named_once(arms):
+    assert len(arms.experiment.published) == 2
+    assert [said for said in tables.sources(arms.experiment) if "A paper" in said] == [
+        "A paper: test error"
+    ]
+
+
+def test_a_source_over_the_lines_has_its_place_on_the_axis(arms):
+    source = Published("B", "norm", {"test": {"BN": 30.0, "GN": 28.0}}, {"images": 2})
+    arms.experiment.published[:] = [source]
+    arms.experiment.baseline.clear()
+    arms.experiment.baseline["norm"] = "BN"
+    right = figures.draw(arms, "").axes[1]
+    lines = {line.get_label(): line.get_xydata().tolist() for line in right.get_lines()}
+    assert lines["paper test BN"] == [[2, 0]]
+    assert lines["paper test GN"] == [[2, -2]]
 
 
 def test_errors_over_the_epochs(arms):

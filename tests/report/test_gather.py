@@ -6,7 +6,7 @@ import numpy as np
 import pandas as pd
 import pytest
 
-from normlab.report.gather import csv_text, merge, read, rows_of, text
+from normlab.report.gather import csv_text, merge, read, rows_of, text, unite
 from normlab.runs import COLUMNS
 
 
@@ -114,6 +114,37 @@ def test_refresh_replaces_and_says_so(make_run):
     rows, again = merge(old, new, refresh=True)
     assert rows == new
     assert str(again).endswith("largest difference 0.5 points; the new numbers replaced them")
+
+
+def test_refresh_loses_no_evaluation(make_run):
+    errors = {"test_precise": [50.0, 40.0], "test_batch": [51.0, 42.0]}
+    old = make_run("desk", 2, 100, errors) + make_run("desk", 2, 101, errors)
+    poorer = make_run("desk", 2, 100, {"test_precise": 40.5}, started="later")
+    whole = make_run("desk", 2, 101, errors | {"test_precise": [50.0, 40.5]}, started="later")
+    rows, again = merge(old, poorer + whole, refresh=True)
+    assert rows == old[:4] + whole
+    assert str(again) == (
+        "2 committed runs were run again here: largest difference 0.5 points; the new numbers "
+        "replaced 1, the record stands for 1 that lack evaluations it has: "
+        f"{old[0]['id']} without test:batch of epochs 2, 3 and test:precise of epoch 2"
+    )
+    # Where a run diverged there is nothing left to evaluate.
+    diverged = make_run("desk", 2, 100, {}, started="later", status="diverged")
+    assert merge(old[:4], diverged, refresh=True)[0] == diverged
+
+
+def test_records_of_one_run_are_united(make_run):
+    own = make_run("desk", 2, 100, {"test_precise": 40.0}, source="own")
+    other = make_run("desk", 2, 100, {"test_precise": 40.0, "test_batch": 42.0}, source="other")
+    third = make_run("desk", 2, 100, {"train_batch": 30.0}, started="later")
+    rows = unite(own, [other, third])
+    assert [row["error"] for row in rows] == ["40.0", "42.0", "30.0"]
+    assert {row["source"] for row in rows} == {"own"}
+    assert unite(rows, [other, third]) == rows
+    contradicting = make_run("desk", 2, 100, {"test_precise": 41.0, "test_batch": 42.0})
+    assert unite(own, [contradicting]) == own
+    failed = make_run("desk", 2, 100, {}, status="failed")
+    assert unite(failed, [own]) == unite(own, [failed]) == unite([], [own]) == own
 
 
 def test_another_torch_is_another_run(make_run):

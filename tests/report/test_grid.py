@@ -79,6 +79,33 @@ def test_a_diverged_run_scores_chance(make_run, results_of):
     assert (found.diverged, found.lacking) == (1, {})
 
 
+def test_a_diverged_run_has_chance_error_where_the_others_of_its_arm_have_epochs(
+    make_run, results_of
+):
+    rows = make_run("desk", 2, 100, {"test_precise": [50.0, 45.0, 40.0]})
+    (first, *_) = make_run("desk", 2, 101, {"test_precise": [52.0, 1.0, 1.0]}, status="diverged")
+    found = results_of([*rows, first]).by_epoch[point(2), "test_precise"]
+    assert found == {
+        1: {100: 50.0, 101: 52.0},
+        2: {100: 45.0, 101: 90.0},
+        3: {100: 40.0, 101: 90.0},
+    }
+    alone = results_of([first, *make_run("desk", 8, 100, {"test_precise": [50.0, 45.0, 40.0]})])
+    assert alone.by_epoch[point(2), "test_precise"] == {
+        1: {101: 52.0},
+        2: {101: 90.0},
+        3: {101: 90.0},
+    }
+
+
+def test_a_curve_has_the_epochs_and_the_seeds_that_all_its_numbers_have(make_run, results_of):
+    rows = make_run("desk", 2, 100, {"test_precise": [50.0, 45.0, 40.0]})
+    rows += make_run("desk", 2, 101, {"test_precise": [46.0, 41.0]})
+    rows += make_run("desk", 2, 102, {"train_batch": [9.0, 8.0, 7.0]})
+    found = results_of(rows).by_epoch[point(2), "test_precise"]
+    assert found == {2: {100: 45.0, 101: 46.0}, 3: {100: 40.0, 101: 41.0}}
+
+
 def test_a_failed_run_is_missing_and_counted(make_run, results_of):
     rows = make_run("desk", 2, 100, {}, status="failed")
     rows += make_run("desk", 2, 101, {"test_precise": 40.0})

@@ -215,7 +215,8 @@ def test_runs_of_other_cells_stay_out_of_the_record(make_run, tmp_path: Path):
 def test_running_the_record_again_is_compared_and_refreshed_on_request(
     recorded: Path, make_run, tmp_path: Path, capsys
 ):
-    rows = make_run("desk", 8, 100, {"test_precise": 99.0}, started="later")
+    errors = {"test_precise": 99.0, "test_batch": 42.0, "train_batch": 14.0}
+    rows = make_run("desk", 8, 100, errors, started="later")
     local_run(tmp_path / "runs", rows[0], rows)
     before = (recorded / "small" / "runs.csv").read_bytes()
     write_report(recorded)
@@ -232,8 +233,8 @@ def test_running_the_record_again_is_compared_and_refreshed_on_request(
 
 @pytest.mark.usefixtures("no_figures")
 def test_all_experiments_of_a_scale_share_the_correction(recorded: Path, make_run, monkeypatch):
-    def p_holm() -> str:
-        write_report(recorded)
+    def p_holm(*names: str) -> str:
+        report.main(names, runs="none", results=str(recorded), refresh=False)
         with (recorded / "verdicts.csv").open() as file:
             lines = [row for row in csv.DictReader(file) if row["claim"] == "bottom_is_flat"]
         return next(row["p_holm"] for row in lines if row["scale"] == "desk")
@@ -241,11 +242,41 @@ def test_all_experiments_of_a_scale_share_the_correction(recorded: Path, make_ru
     alone = p_holm()
     small = HERE / "fixture" / "small.yaml"
     monkeypatch.setattr(experiments, "files", lambda: {"small": small, "twin": small})
-    assert p_holm() == alone  # nobody has run the other one
+    assert p_holm("small") == alone  # nobody has run the other one
     (recorded / "twin").mkdir()
-    rows = make_run("desk", 2, 100, {"test_precise": 40.0})
+    rows = make_run("desk", 2, 100, {"test_batch": 41.0, "test_precise": 40.0})
     (recorded / "twin" / "runs.csv").write_text(gather.csv_text(rows, COLUMNS))
-    assert float(p_holm()) > float(alone)
+    assert float(p_holm("small")) > float(alone)
+
+
+@pytest.mark.usefixtures("no_figures")
+def test_what_another_experiment_recorded_is_reported_and_not_asked_for(
+    make_run, tmp_path: Path, monkeypatch, capsys
+):
+    """A sweep skips what any record holds: a report that asked for it would ask for ever."""
+    small = HERE / "fixture" / "small.yaml"
+    monkeypatch.setattr(experiments, "files", lambda: {"small": small, "twin": small})
+    results = tmp_path / "results"
+    (results / "small").mkdir(parents=True)
+    rows = make_run("desk", 2, 100, {"train_batch": 30.0, "test_batch": 41.0, "test_precise": 40.0})
+    rows += make_run("desk", 2, 0, {"test_precise": 10.0})  # no seed of the twin's
+    (results / "small" / "runs.csv").write_text(gather.csv_text(rows, COLUMNS))
+    options = {"runs": "none", "results": str(results), "refresh": False}
+    report.main(["small"], **options)
+    assert not (results / "twin").exists()
+    report.main(["twin"], **options)
+    assert "NBS 2: seeds 101-109: normlab sweep twin" in capsys.readouterr().out
+    taken = gather.read(results / "twin" / "runs.csv")
+    assert sorted(map(repr, taken)) == sorted(map(repr, rows[:3]))
+    before = files(results)
+    report.main([], **options)
+    assert files(results) == before
+    # A record whose experiment is gone counts as well.
+    shutil.rmtree(results / "twin")
+    (results / "small").rename(results / "gone")
+    report.main(["twin"], **options)
+    assert gather.read(results / "twin" / "runs.csv") == taken
+    assert "seeds 101-109" in capsys.readouterr().out
 
 
 @pytest.mark.usefixtures("no_figures")
@@ -385,5 +416,5 @@ def test_the_real_experiment_recognises_its_own_runs(tmp_path: Path):
         "claims": f"nbs:{loaded.claims_digest('demo')}",
     }  # fmt: skip
     (folder / "runs.csv").write_text(gather.csv_text([run], COLUMNS))
-    write_report(tmp_path / "results")
+    report.main(["nbs"], runs="none", results=str(tmp_path / "results"), refresh=False)
     assert "| 2   | 0-1 |" in (folder / "table-demo.md").read_text()

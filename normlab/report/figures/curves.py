@@ -97,9 +97,15 @@ def papers(
     drawn = []
     for source in results.experiment.published:
         base = paper_baseline(results.experiment, source, protocol)
-        if source.x != x or math.isnan(base) or not source.at.items() <= which.items():
+        numbers, at = source.values.get(protocol, {}), dict(source.at)
+        if source.x == x:
+            points = sorted(numbers.items())
+        elif x in at and which.get(source.x) in numbers:  # told over what the lines differ in
+            points = [(at.pop(x), numbers[which[source.x]])]
+        else:
             continue
-        points = sorted(source.values[protocol].items())
+        if math.isnan(base) or not at.items() <= which.items():
+            continue
         axes.plot(
             [at for at, _ in points], [error - base for _, error in points], color=look["color"],
             marker=look["marker"], markersize=3, markerfacecolor="white", zorder=2,
