@@ -43,6 +43,7 @@ _FORMS: dict[str, tuple[object, str]] = {
     "norm.population": ("mean", "the population rules with the routes they reproduce, all at once"),
     "micro_batch": (None, "micro-batches of one chunk with a forward of all chunks"),
     "world_size": (1, "as many ranks as there are chunks"),
+    "order": ("shuffled", "the routes on samples as they come"),
 }
 """What forms a batch in a run and is given here, with what that is."""
 

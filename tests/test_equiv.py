@@ -122,6 +122,7 @@ def test_the_command_prints_the_table(capsys):
         ("norm.population=pooled", "leave norm.population out"),
         ("micro_batch=16", "micro_batch=16: equiv compares micro-batches of one chunk"),
         ("world_size=2", "world_size=2"),
+        ("order=4x4", "leave order out"),
     ],
 )
 def test_the_command_refuses_in_one_line(argument, said, capsys):

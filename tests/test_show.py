@@ -2,6 +2,7 @@
 
 import inspect
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -51,11 +52,32 @@ def test_a_card_is_the_docstring_of_the_layer(capsys: pytest.CaptureFixture[str]
     assert "nbs: samples per chunk, at least 2" in "\n".join(card)
 
 
-def test_every_norm_has_a_card_of_more_than_a_sentence(capsys: pytest.CaptureFixture[str]) -> None:
-    for name in config.options("norm"):
-        card = said(capsys, name)
-        assert f"\nnorm={name}\n" in card
-        assert len(card.split()) > 40, name
+SAID = {part: rf"(^|[.)]\s+){part}:\s" for part in ("Limits", "Peers", "Source")}
+PARTS = {
+    "norm": {
+        "formula": r"\by(_c)? = ",
+        "variance": r"\b(un)?biased\b|\b[Nn]o\s+variance\b",
+        "population": r"(^|[.)]\s+)Population:\s|\b[Nn]o\s+population\b",
+        **SAID,
+        "errors": r"(^|[.)]\s+)Errors:\s|\bRaises\s",
+    },
+    # What normalizes filters keeps no statistics; its errors are Conv2d's.
+    "conv": {"formula": r" / (\|.\||sqrt\()", **SAID},
+}
+"""What a card has, by its headings, each at the beginning of a sentence."""
+
+LAYERS = [(group, name) for group in PARTS for name in config.options(group) if name != "plain"]
+
+
+@pytest.mark.parametrize(("group", "name"), LAYERS)
+def test_every_card_has_all_its_parts(
+    group: str, name: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    card = said(capsys, name)
+    assert f"\n{group}={name}\n" in card
+    parts = PARTS[group].items()
+    missing = [part for part, pattern in parts if not re.search(pattern, card, re.MULTILINE)]
+    assert missing == [], f"{name}: {', '.join(missing)}"
 
 
 def test_the_page_of_all_cards_is_what_the_command_prints(
