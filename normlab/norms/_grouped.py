@@ -143,14 +143,46 @@ def group_norm(
         return group_norm(x.float(), groups, weight=weight, bias=bias, eps=eps).to(x.dtype)
     samples, channels = x.shape[:2]
     weight, bias = float32_affine(x, weight, bias)
+    y: Tensor
     if _is_channels_last(x):
         last = x.movedim(1, -1)
+        if groups == 1:
+            shape = last.shape[1:]  # a row per sample, whose moments torch takes accurately
+            weight = None if weight is None else weight.expand(shape)
+            bias = None if bias is None else bias.expand(shape)
+            return F.layer_norm(last, shape, weight, bias, eps).movedim(-1, 1)
+        if is_half(x):
+            rows = _Laid.apply(x, False)
+            spatial = rows[0, 0].numel()
+            y = torch.native_group_norm(
+                rows, weight, bias, samples, channels, spatial, groups, eps
+            )[0]
+            y = _Laid.apply(y, True)
+            return y
         z = last.reshape(samples, -1, channels)
-        y: Tensor = _CenteredNorm.apply(z, *_affine(x, weight, bias), groups, eps)[0]
+        y = _CenteredNorm.apply(z, *_affine(x, weight, bias), groups, eps)[0]
         return y.view(last.shape).movedim(-1, 1)
     x = x.contiguous()
     spatial = x[0, 0].numel() if samples else 1
     return torch.native_group_norm(x, weight, bias, samples, channels, spatial, groups, eps)[0]
+
+
+class _Laid(torch.autograd.Function):
+    """The values of x (N, C, ...) laid out with the channels last, or contiguous; dx as x was."""
+
+    generate_vmap_rule = True
+
+    @staticmethod
+    def forward(x: Tensor, last: bool) -> Tensor:
+        return x.movedim(1, -1).contiguous().movedim(-1, 1) if last else x.contiguous()
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:  # noqa: ARG004
+        _, ctx.last = inputs
+
+    @staticmethod
+    def backward(ctx: Any, dy: Tensor) -> tuple[Tensor, None]:
+        return _Laid.apply(dy, not ctx.last), None
 
 
 def layer_norm(
