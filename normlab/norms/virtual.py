@@ -239,7 +239,7 @@ class _ConstantHere(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, dy: Tensor) -> tuple[Tensor, None]:
         dx = dy.clone()
-        dx[ctx.own :] = 0
+        dx[ctx.own :].zero_()
         return dx, None
 
 
