@@ -175,7 +175,7 @@ def group_norm(
             weight = None if weight is None else weight.expand(shape)
             bias = None if bias is None else bias.expand(shape)
             return F.layer_norm(last, shape, weight, bias, eps).movedim(-1, 1)
-        if is_half(x):
+        if is_half(x) and x[0].numel() >= 256 * groups:  # below, that operator is slow itself
             rows = _Laid.apply(x, False)
             spatial = rows[0, 0].numel()
             y = torch.native_group_norm(

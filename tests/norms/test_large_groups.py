@@ -72,3 +72,17 @@ def test_a_second_derivative_is_refused_not_wrong(monkeypatch):
     (dx,) = torch.autograd.grad(y.square().sum(), x, create_graph=True)
     with pytest.raises(RuntimeError, match="once_differentiable"):
         dx.sum().backward()
+
+
+@pytest.mark.parametrize("name", ["gn", "instance"])
+def test_half_group_norm_of_large_maps(name):
+    layer = norms.find(name)(4, **({"groups": 2} if name == "gn" else {}))
+    with torch.no_grad():
+        for seed, parameter in enumerate(layer.parameters()):
+            parameter.copy_(data(seed, parameter.shape) + 2)
+    x, dy = ((data(seed, (3, 4, 16, 16)) * 300).bfloat16() for seed in (1, 2))
+    expected = run(in_float64(layer), x.double(), dy.double())
+    laid = lay_out(x, "channels_last")
+    found = run(layer, laid, lay_out(dy, "channels_last"))
+    close(found, expected, 4 * torch.finfo(torch.bfloat16).eps)
+    assert found["y"].stride() == found["dx"].stride() == laid.stride()
