@@ -1,14 +1,17 @@
-"""Normalizing many groups in one call, in either memory layout, without a loop over the groups.
+"""Normalizing many groups in either memory layout, without a loop unless the groups are large.
 
-Three routes, chosen by layout and precision, because no operator of torch is both quick and
+Routes are chosen by layout, precision and size, because no operator of torch is both quick and
 accurate on a CPU in all of them:
 
-- NCHW: each group's channels gathered into rows, then group norm of one channel per group; of
-  large maps on a CPU, `_chunked`.
-- channels_last: `_CenteredNorm` below. torch's own channels_last group norm on a CPU computes
-  E[x^2] - E[x]^2 in float32: wrong by 3e-1 at mean 1e3 and by 1e3 at mean 1e4 for a spread of 1.
-- channels_last, half precision, statistics per channel: batch norm with one channel per group and
-  channel, which needs no float32 copy of the input.
+- NCHW: each group's channels gathered into rows, then group norm of one channel per group; of large
+  maps on a CPU, `_chunked`; where groups interleave, half inputs go through batch norm on a view.
+- channels_last, one group of all channels: layer norm.
+- channels_last, large groups of samples: torch's batch norm of each (`_EachGroup`).
+- channels_last otherwise: `_CenteredNorm` below. torch's own channels_last group norm on a CPU
+  computes E[x^2] - E[x]^2 in float32: wrong by 3e-1 at mean 1e3 and by 1e3 at mean 1e4 for a spread
+  of 1.
+- channels_last, half precision: statistics per channel by batch norm with one channel per group and
+  channel, which needs no float32 copy of the input; group norm through a contiguous copy.
 
 Statistics are float32 at least, whatever the input's dtype.
 """
@@ -66,6 +69,17 @@ def variance(rstd: Tensor, eps: float) -> Tensor:
     return rstd.detach().pow(-2).sub_(eps).clamp_(min=0)
 
 
+def _transformed() -> bool:
+    return torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active()
+
+
+def _worth_a_call_each(x: Tensor, groups: int, interleaved: bool) -> bool:
+    """Whether groups of channels_last are so large that a call for each costs less than copies."""
+    if x.device.type != "cpu" or _transformed() or (interleaved and is_half(x)):
+        return False
+    return x.numel() // groups >= (2**17 if is_half(x) else 2**16)
+
+
 def _is_channels_last(x: Tensor) -> bool:
     return not x.is_contiguous() and x.movedim(1, -1).is_contiguous()
 
@@ -100,7 +114,9 @@ def grouped_batch_norm(
         z = last.reshape(*split, -1, channels)
         if interleaved:
             z = z.transpose(0, 1)
-        if is_half(x):
+        if _worth_a_call_each(x, groups, interleaved):
+            y, mean, rstd = _EachGroup.apply(z.reshape(groups, -1, channels), weight, bias, eps)
+        elif is_half(x):
             rows = z.reshape(groups, -1, channels).transpose(0, 1).reshape(-1, groups * channels)
             assert weight is not None
             assert bias is not None
@@ -118,6 +134,13 @@ def grouped_batch_norm(
         return chunked_batch_norm(
             x, groups, interleaved=interleaved, weight=weight, bias=bias, eps=eps
         )
+    elif interleaved and is_half(x):  # no copies: a group's channels are channels of their own
+        assert weight is not None
+        assert bias is not None
+        w, b = (v.flatten() if own else v.repeat(groups) for v in (weight, bias))
+        view = x.reshape(split[0], groups * channels, *x.shape[2:])
+        y, mean, rstd = torch.native_batch_norm(view, w, b, None, None, True, 0.0, eps)
+        y = y.view(x.shape)
     else:
         z = x.reshape(*split, channels, -1)
         z = z.permute(1, 2, 0, 3) if interleaved else z.transpose(1, 2)
@@ -150,14 +173,46 @@ def group_norm(
         return group_norm(x.float(), groups, weight=weight, bias=bias, eps=eps).to(x.dtype)
     samples, channels = x.shape[:2]
     weight, bias = float32_affine(x, weight, bias)
+    y: Tensor
     if _is_channels_last(x):
         last = x.movedim(1, -1)
+        if groups == 1:
+            shape = last.shape[1:]  # a row per sample, whose moments torch takes accurately
+            weight = None if weight is None else weight.expand(shape)
+            bias = None if bias is None else bias.expand(shape)
+            return F.layer_norm(last, shape, weight, bias, eps).movedim(-1, 1)
+        if is_half(x) and x[0].numel() >= 256 * groups:  # below, that operator is slow itself
+            rows = _Laid.apply(x, False)
+            spatial = rows[0, 0].numel()
+            y = torch.native_group_norm(
+                rows, weight, bias, samples, channels, spatial, groups, eps
+            )[0]
+            y = _Laid.apply(y, True)
+            return y
         z = last.reshape(samples, -1, channels)
-        y: Tensor = _CenteredNorm.apply(z, *_affine(x, weight, bias), groups, eps)[0]
+        y = _CenteredNorm.apply(z, *_affine(x, weight, bias), groups, eps)[0]
         return y.view(last.shape).movedim(-1, 1)
     x = x.contiguous()
     spatial = x[0, 0].numel() if samples else 1
     return torch.native_group_norm(x, weight, bias, samples, channels, spatial, groups, eps)[0]
+
+
+class _Laid(torch.autograd.Function):
+    """The values of x (N, C, ...) laid out with the channels last, or contiguous; dx as x was."""
+
+    generate_vmap_rule = True
+
+    @staticmethod
+    def forward(x: Tensor, last: bool) -> Tensor:
+        return x.movedim(1, -1).contiguous().movedim(-1, 1) if last else x.contiguous()
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:  # noqa: ARG004
+        _, ctx.last = inputs
+
+    @staticmethod
+    def backward(ctx: Any, dy: Tensor) -> tuple[Tensor, None]:
+        return _Laid.apply(dy, not ctx.last), None
 
 
 def layer_norm(
@@ -177,6 +232,63 @@ def _affine(x: Tensor, weight: Tensor | None, bias: Tensor | None) -> tuple[Tens
     weight = x.new_ones(x.size(1)) if weight is None else weight
     bias = x.new_zeros(x.size(1)) if bias is None else bias
     return weight, bias
+
+
+class _EachGroup(torch.autograd.Function):
+    """torch's batch norm of each z[k] (M, C) of z (G, M, C), by its kernel for channels_last.
+
+    A loop, for groups that are large enough to be worth a call each: nothing is transposed. weight
+    and bias are (C,) or (G, C). Returned are y, and mean and rstd (G, C) without gradient.
+    """
+
+    @staticmethod
+    def forward(
+        ctx: Any, z: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        groups, channels = z.size(0), z.size(2)
+        y = torch.empty_like(z)
+        mean = z.new_empty(groups, channels, dtype=torch.promote_types(z.dtype, torch.float32))
+        rstd = torch.empty_like(mean)
+        weights, biases = _each(weight, groups), _each(bias, groups)
+        outs = zip(y.unbind(), mean.unbind(), rstd.unbind(), strict=True)
+        for z_k, w, b, out in zip(z.unbind(), weights, biases, outs, strict=True):
+            torch.native_batch_norm(z_k, w, b, None, None, True, 0.0, eps, out=out)
+        ctx.save_for_backward(z, weight, mean, rstd)
+        ctx.eps = eps
+        ctx.own = weight is not None and weight.dim() == 2
+        ctx.mark_non_differentiable(mean, rstd)
+        return y, mean, rstd
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx: Any, dy: Tensor, *_: Tensor) -> tuple[Tensor | None, ...]:
+        z, weight, mean, rstd = ctx.saved_tensors
+        needed = ctx.needs_input_grad[:3]
+        dz = torch.empty_like(z)
+        known = _each(weight, z.size(0)), mean.unbind(), rstd.unbind()
+        affine = []
+        each = zip(dz.unbind(), dy.unbind(), z.unbind(), *known, strict=True)
+        for dz_k, dy_k, z_k, w, m, r in each:
+            own, *sums = torch.ops.aten.native_batch_norm_backward(
+                dy_k, z_k, w, None, None, m, r, True, ctx.eps, needed
+            )
+            if needed[0]:
+                dz_k.copy_(own)
+            affine.append(sums)
+        dweight, dbias = (
+            torch.stack(values) if wanted else None
+            for values, wanted in zip(zip(*affine, strict=True), needed[1:], strict=True)
+        )
+        if not ctx.own:
+            dweight, dbias = (None if v is None else v.sum(0) for v in (dweight, dbias))
+        return (dz if needed[0] else None), dweight, dbias, None
+
+
+def _each(values: Tensor | None, groups: int) -> Sequence[Tensor | None]:
+    """`values` (C,) or (G, C) or none of each group."""
+    if values is None or values.dim() == 1:
+        return [values] * groups
+    return values.unbind()
 
 
 class _CenteredNorm(torch.autograd.Function):

@@ -1,17 +1,35 @@
-"""The statistics that a population follows where they are not the ones that normalized."""
+"""Mean and variance of a batch, where they are not a by-product of normalizing it."""
 
 import torch
 from torch import Tensor
 
+from normlab.norms._grouped import is_half
 from normlab.norms.base import BatchStatistics
 
-__all__ = ["moments"]
+__all__ = ["group_statistics", "moments"]
 
 
 @torch.no_grad()
 def moments(x: Tensor, population: str = "") -> BatchStatistics:
     """Mean and biased variance of x (N, C, ...) over all but the channels, float32 at least."""
-    x = x.to(torch.promote_types(x.dtype, torch.float32))
-    over = [d for d in range(x.dim()) if d != 1]
-    var, mean = torch.var_mean(x, over, correction=0)
-    return BatchStatistics(mean[None], var[None], x.numel() // x.size(1), population)
+    mean, var = group_statistics(x, 1)
+    return BatchStatistics(mean, var, x.numel() // x.size(1), population)
+
+
+@torch.no_grad()
+def group_statistics(x: Tensor, groups: int) -> tuple[Tensor, Tensor]:
+    """Mean and biased variance (G, C) of consecutive groups of samples, float32 at least.
+
+    Of centered values, in the order of the memory: for float32 in NCHW on a CPU a third of the time
+    of torch's operator, which is the quicker one elsewhere. torch.var_mean is the slowest.
+    """
+    precision = torch.promote_types(x.dtype, torch.float32)
+    if groups == 1 and (is_half(x) or not (x.is_contiguous() and x.device.type == "cpu")):
+        unused = x.new_zeros(x.size(1), dtype=precision)
+        mean, var = torch.batch_norm_update_stats(x, unused, unused, 0.0)
+        return mean[None], var[None]
+    z = x.unflatten(0, (groups, -1))
+    others = (1, *range(3, z.dim()))
+    mean = z.mean(others, keepdim=True, dtype=precision)
+    var = (z - mean).square_().mean(others)
+    return mean.view(var.shape), var

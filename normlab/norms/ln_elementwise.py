@@ -74,8 +74,8 @@ class ElementwiseLayerNorm(nn.Module):
         bias: Tensor | None = self.bias
         if x.dim() > 2 and not x.is_contiguous() and x.movedim(1, -1).is_contiguous():
             last = x.movedim(1, -1)
-            if weight is not None and bias is not None:
-                weight, bias = weight.movedim(0, -1), bias.movedim(0, -1)
+            weight = None if weight is None else weight.movedim(0, -1)
+            bias = None if bias is None else bias.movedim(0, -1)
             return layer_norm(last, last.shape[1:], weight, bias, self.eps).movedim(-1, 1)
         return layer_norm(x, x.shape[1:], weight, bias, self.eps)
 

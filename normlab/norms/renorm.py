@@ -11,6 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from normlab.norms._grouped import grouped_batch_norm
+from normlab.norms._moments import group_statistics
 from normlab.norms.base import BatchStatistics, PopulationNorm, Source, check_nbs, recomputing
 
 __all__ = ["BatchRenorm"]
@@ -139,16 +140,16 @@ class BatchRenorm(PopulationNorm):
     def _normalize(
         self, x: Tensor, groups: int, interleaved: bool, count: int
     ) -> tuple[Tensor, BatchStatistics | None]:
-        mean, var = _statistics(x, groups)
+        mean, var = group_statistics(x, groups)
         r, d = self._correction(mean, var)
         y: Tensor
         if groups == 1 and not torch._C._are_functorch_transforms_active():
             known = r[0], d[0], mean[0], var[0]
             y = _BatchNorm.apply(x, self.weight, self.bias, *known, self.eps)
         else:
-            weight, bias = r, d
-            if self.weight is not None and self.bias is not None:
-                weight, bias = r * self.weight, d * self.weight + self.bias
+            weight = r if self.weight is None else r * self.weight
+            bias = d if self.weight is None else d * self.weight
+            bias = bias if self.bias is None else bias + self.bias
             y, _, _ = grouped_batch_norm(
                 x, groups, interleaved=interleaved, weight=weight, bias=bias, eps=self.eps
             )
@@ -222,25 +223,6 @@ class _Recent:
     """By how many recomputations."""
 
 
-@torch.no_grad()
-def _statistics(x: Tensor, groups: int) -> tuple[Tensor, Tensor]:
-    """Mean and biased variance (G, C) of consecutive groups of samples, float32 at least.
-
-    Of centered values, in the order of the memory: in NCHW on a CPU a third of the time of torch's
-    operator, which is the quicker one elsewhere.
-    """
-    precision = torch.promote_types(x.dtype, torch.float32)
-    if groups == 1 and not (x.is_contiguous() and x.device.type == "cpu"):
-        unused = x.new_zeros(x.size(1), dtype=precision)
-        mean, var = torch.batch_norm_update_stats(x, unused, unused, 0.0)
-        return mean[None], var[None]
-    z = x.unflatten(0, (groups, -1))
-    others = (1, *range(3, z.dim()))
-    mean = z.mean(others, keepdim=True, dtype=precision)
-    var = (z - mean).square_().mean(others)
-    return mean.view(var.shape), var
-
-
 class _BatchNorm(torch.autograd.Function):
     """weight * (r * (x - mean) / sqrt(var + eps) + d) + bias of x (N, C, ...), all others (C,).
 
@@ -262,19 +244,23 @@ class _BatchNorm(torch.autograd.Function):
     ) -> Tensor:
         ctx.save_for_backward(x, weight, r, d, mean, (var + eps).rsqrt())
         ctx.eps = eps
+        ctx.bias_dtype = None if bias is None else bias.dtype
         if weight is not None and bias is not None:
             r, d = r * weight, torch.addcmul(bias.to(d.dtype), d, weight)
+        elif weight is not None:
+            r, d = r * weight, d * weight
+        elif bias is not None:
+            d = d + bias
         return F.batch_norm(x, mean, var, r, d, False, eps=eps)
 
     @staticmethod
     def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
         x, weight, r, d, mean, rstd = ctx.saved_tensors
-        learnt = weight is not None
+        for_x, for_weight, for_bias = ctx.needs_input_grad[:3]
         dx, dscale, dshift = torch.ops.aten.native_batch_norm_backward(
-            dy, x, r * weight if learnt else r, None, None, mean, rstd, True, ctx.eps,
-            [ctx.needs_input_grad[0], learnt, learnt],
+            dy, x, r if weight is None else r * weight, None, None, mean, rstd, True, ctx.eps,
+            [for_x, for_weight, for_weight or for_bias],
         )  # fmt: skip
-        if not learnt:
-            return dx, *[None] * 7
-        dweight = torch.addcmul(r * dscale, d, dshift)
-        return dx, dweight.to(weight.dtype), dshift.to(weight.dtype), *[None] * 5
+        dweight = torch.addcmul(r * dscale, d, dshift).to(weight.dtype) if for_weight else None
+        dbias = dshift.to(ctx.bias_dtype) if for_bias else None
+        return dx, dweight, dbias, *[None] * 5

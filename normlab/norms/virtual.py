@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from normlab.norms._grouped import float32_affine, is_half
+from normlab.norms._grouped import float32_affine
 from normlab.norms._moments import moments
 from normlab.norms.base import BatchStatistics, PopulationNorm, Source
 
@@ -140,7 +140,7 @@ class VirtualBatchNorm(PopulationNorm):
         if self.group_size is not None or virtual == 0:
             return super()._normalize(x, groups, interleaved, count)
         own = x.size(0) - virtual
-        if self.gradient == "own":
+        if self.gradient == "own" and not self.reference:
             x = _constant_from(x, own)
         if not self.reference and self.population == "all":
             y, statistics = super()._normalize(x, groups, interleaved, count)
@@ -151,9 +151,8 @@ class VirtualBatchNorm(PopulationNorm):
                 statistics = moments(x if self.population == "all" else x[:own])
             if self.updates and statistics is not None:
                 self.ema_step(self.running_mean, self.running_var, statistics, self.decay)
-        if self.gradient == "own" and y.requires_grad:
-            # A copy, no view: what follows a norm may work in place, as a ReLU likes to.
-            y = torch.cat([y[:own], y[own:].detach()])
+        if self.gradient == "own" and not self.reference and y.requires_grad:
+            y = _constant_output(y, own)
         return y, statistics
 
     def _by_batch(self, x: Tensor) -> Tensor:
@@ -163,26 +162,27 @@ class VirtualBatchNorm(PopulationNorm):
 
     def _by_reference(self, x: Tensor, own: int) -> Tensor:
         """Each of the first `own` samples by {reference, itself}, the reference by itself."""
-        z = x.float() if is_half(x) else x
-        mine, reference = z[:own], z[own:]
-        positions = list(range(2, z.dim()))
-        var, mean = torch.var_mean(reference, [0, *positions], correction=0)
-        if positions:
-            own_var, own_mean = torch.var_mean(mine, positions, correction=0)
-        else:
-            own_var, own_mean = torch.zeros_like(mine), mine
+        last = not x.is_contiguous() and x.movedim(1, -1).is_contiguous()
+        # Parts taken in the order of the memory have their gradients put together in it, too.
+        parts = (x.movedim(1, -1) if last else x).split([own, x.size(0) - own])
+        mine, reference = (part.movedim(-1, 1) for part in parts) if last else parts
+        with torch.set_grad_enabled(torch.is_grad_enabled() and self.gradient == "all"):
+            y_reference = self._by_batch(reference)
+            _, mean, var = _centered(reference, [0, *range(2, x.dim())])
+        centered, own_mean, own_var = _centered(mine, list(range(2, x.dim())))
         share = 1 / (len(reference) + 1)
         difference = own_mean - mean
         blended = (1 - share) * var + share * own_var
         blended = blended + share * (1 - share) * difference.square()
         scale = (blended + self.eps).rsqrt()
+        per_channel = (-1, *[1] * (x.dim() - 2))
         if self.weight is not None:
-            scale = scale * self.weight
-        each = (*scale.shape, *[1] * len(positions))
-        y = (mine - (mean + share * difference).reshape(each)) * scale.reshape(each)
+            scale = scale * self.weight.view(per_channel)
+        shift = (1 - share) * difference * scale
         if self.bias is not None:
-            y = y + self.bias.reshape(-1, *each[2:])
-        return torch.cat([y.to(x.dtype), self._by_batch(x[own:])])
+            shift = shift + self.bias.view(per_channel)
+        y = torch.addcmul(shift, centered, scale)
+        return torch.cat([y.to(x.dtype), y_reference])
 
     def __getstate__(self) -> dict[str, Any]:
         # The context is about this object, not about its copies.
@@ -196,9 +196,23 @@ class VirtualBatchNorm(PopulationNorm):
         )
 
 
+def _centered(x: Tensor, over: list[int]) -> tuple[Tensor, Tensor, Tensor]:
+    """x less its mean, the mean and the biased variance, float32 at least, of the same rank."""
+    z = x.to(torch.promote_types(x.dtype, torch.float32))
+    if not over:
+        return torch.zeros_like(z), z, torch.zeros_like(z)
+    mean = z.mean(over, keepdim=True)
+    centered = z - mean
+    return centered, mean, centered.square().mean(over, keepdim=True)
+
+
 def _check_number(name: str, value: object) -> None:
     if isinstance(value, bool) or not isinstance(value, int) or value < 0:
         raise ValueError(f"{name} must be a whole number from 0 on, not {value!r}")
+
+
+def _transformed() -> bool:
+    return torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active()
 
 
 class _ConstantFrom(torch.autograd.Function):
@@ -216,14 +230,39 @@ class _ConstantFrom(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, dy: Tensor) -> tuple[Tensor, None]:
-        dx = dy.clone()
+        # Outside of double backward dy is new, made by what normalizes: nobody else reads it.
+        dx = dy.clone() if torch.is_grad_enabled() or _transformed() else dy
         dx[ctx.own :] = 0
+        return dx, None
+
+
+class _ConstantHere(torch.autograd.Function):
+    """_ConstantFrom in the memory of x: no view, which what follows could not change in place."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, own: int) -> Tensor:
+        ctx.own = own
+        ctx.mark_dirty(x)
+        return x
+
+    @staticmethod
+    def backward(ctx: Any, dy: Tensor) -> tuple[Tensor, None]:
+        dx = dy.clone()
+        dx[ctx.own :].zero_()
         return dx, None
 
 
 def _constant_from(x: Tensor, own: int) -> Tensor:
     y: Tensor = _ConstantFrom.apply(x, own)
     return y
+
+
+def _constant_output(y: Tensor, own: int) -> Tensor:
+    """y (N, C, ...), of which nothing else has a need, with samples from `own` on detached."""
+    if _transformed():
+        return torch.cat([y[:own], y[own:].detach()])  # such Functions are not taken there
+    constant: Tensor = _ConstantHere.apply(y, own)
+    return constant
 
 
 @contextmanager

@@ -1,8 +1,11 @@
 """Centered weight normalization (Huang, Liu, Liu, Lang & Tao 2017)."""
 
+from typing import Any
+
+import torch
 from torch import Tensor
 
-from normlab.norms.conv.wn import WeightNormConv2d
+from normlab.norms.conv.wn import WeightNormConv2d, _norm
 
 __all__ = ["CenteredWeightNormConv2d"]
 
@@ -25,5 +28,30 @@ class CenteredWeightNormConv2d(WeightNormConv2d):
     """
 
     def _vectors(self) -> Tensor:
-        v = super()._vectors()
+        centered: Tensor = _Centered.apply(super()._vectors())
+        return centered
+
+    def _fused(self) -> Tensor:
+        return self._vectors()
+
+    def _rounding(self, v: Tensor) -> Tensor:
+        # What rounding leaves of a difference is no direction.
+        return 8 * torch.finfo(v.dtype).eps * _norm(self.weight.detach())
+
+
+class _Centered(torch.autograd.Function):
+    """Filters less their means, a projection: so is its derivative, which autograd takes apart."""
+
+    generate_vmap_rule = True
+
+    @staticmethod
+    def forward(v: Tensor) -> Tensor:
         return v - v.mean((1, 2, 3), keepdim=True)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+        pass
+
+    @staticmethod
+    def backward(ctx: Any, dy: Tensor) -> Any:  # noqa: ARG004
+        return _Centered.apply(dy)

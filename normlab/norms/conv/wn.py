@@ -1,5 +1,7 @@
 """Weight normalization (Salimans & Kingma 2016)."""
 
+from typing import Any
+
 import torch
 from torch import Tensor, nn
 
@@ -43,22 +45,70 @@ class WeightNormConv2d(ReparametrizedConv2d):
 
     def filters(self) -> Tensor:
         """g times the directions of the filters, (O, I / groups, kh, kw)."""
+        # Asking for a norm's value would wait for a GPU, and torch's transformations have none.
+        transformed = torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active()
+        if self.weight.device.type == "cpu" and not transformed:
+            v = self._fused()
+            filters, norm = _weight_norm(v, self.weight_g.to(v.dtype))
+            if bool((norm > self._rounding(v)).all()):
+                return filters.to(self.weight.dtype)
         v = self._vectors()
-        norm, length = _norm(v), _norm(self.weight)
-        # What rounding leaves of a difference is no direction.
-        none = norm <= 8 * torch.finfo(v.dtype).eps * length
-        filters: Tensor = v * (self.weight_g / norm.masked_fill(none, 1.0))
+        norm = _norm(v)
+        filters = v * (self.weight_g / norm.masked_fill(norm <= self._rounding(v), 1.0))
         return filters.to(self.weight.dtype)
 
     def _vectors(self) -> Tensor:
         """What the filters have the direction of, float32 at least."""
         return self.weight.to(torch.promote_types(self.weight.dtype, torch.float32))
 
+    def _fused(self) -> Tensor:
+        """The same for torch's operator, whose statistics are float32 for half filters too."""
+        return self.weight
+
+    def _rounding(self, v: Tensor) -> Tensor | float:  # noqa: ARG002
+        """The norms (O, 1, 1, 1) up to which `_vectors` are no directions."""
+        return 0.0
+
     def _adopt(self) -> None:
         self.weight_g = nn.Parameter(self._lengths(), self.weight.requires_grad)
 
     def _lengths(self) -> Tensor:
         return _norm(self._vectors().detach()).to(self.weight.dtype)
+
+
+def _weight_norm(v: Tensor, g: Tensor) -> tuple[Tensor, Tensor]:
+    """g v / |v| in the memory layout of v, and |v| (O, 1, 1, 1) without gradient."""
+    last = not v.is_contiguous() and v.movedim(1, -1).is_contiguous()
+    filters, norm = _WeightNorm.apply(v.movedim(1, -1) if last else v.contiguous(), g)
+    return filters.movedim(-1, 1) if last else filters, norm
+
+
+class _WeightNorm(torch.autograd.Function):
+    """torch's operator, which reads contiguous v (O, ...) once, with the derivative it is due.
+
+    torch's own second derivative takes the norms for constants.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, v: Tensor, g: Tensor) -> tuple[Tensor, Tensor]:
+        filters, norm = torch._weight_norm_interface(v, g)
+        ctx.save_for_backward(v, g, norm)
+        ctx.mark_non_differentiable(norm)
+        return filters, norm
+
+    @staticmethod
+    def backward(ctx: Any, dy: Tensor, _: Tensor) -> tuple[Tensor, Tensor]:
+        v, g, norm = ctx.saved_tensors
+        dv: Tensor
+        dg: Tensor
+        if not torch.is_grad_enabled():
+            dv, dg = torch.ops.aten._weight_norm_interface_backward(dy.contiguous(), v, g, norm, 0)
+            return dv, dg
+        length = _norm(v)
+        directions = v / length
+        dg = (dy * directions).sum((1, 2, 3), keepdim=True)
+        dv = (dy - directions * dg) * (g / length)
+        return dv.to(v.dtype), dg.to(g.dtype)
 
 
 def _norm(filters: Tensor) -> Tensor:

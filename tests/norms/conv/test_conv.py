@@ -91,6 +91,7 @@ def test_gradients_agree_with_numerical_ones(kind):
         return torch.func.functional_call(layer, dict(zip(names, parameters, strict=True)), (x,))
 
     assert torch.autograd.gradcheck(function, (x, *values))
+    assert torch.autograd.gradgradcheck(function, (x, *values))
 
 
 @pytest.mark.parametrize("kind", KINDS)
