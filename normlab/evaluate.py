@@ -15,7 +15,7 @@ from torch.nn import functional as F
 from tqdm import tqdm
 
 from normlab.data.base import Dataset
-from normlab.norms.base import normalization, population_layers
+from normlab.norms.base import normalization, population_layers, refuse_strangers
 from normlab.orders import SHUFFLED, Order
 from normlab.population import (
     EmaBank,
@@ -104,14 +104,14 @@ class Evaluator:
             protocol.split, batch_size=_BLOCK, order=None,
             device=self.device, channels_last=self.channels_last,
         )  # fmt: skip
-        with statistics:
+        with statistics, self._on_population():
             return row | self._score(batches, protocol)
 
     def check(self, protocol: Protocol) -> None:
         """Refuse what cannot be evaluated, before anything is trained for it.
 
-        Raises ValueError for a batch larger than what it is taken from, for an untracked decay, and
-        for layers that cannot be measured layer by layer.
+        Raises ValueError for a batch larger than what it is taken from, for an untracked decay, for
+        batch norms of torch's, and for layers that cannot be measured layer by layer.
         """
         decays = self.bank.decays if self.bank else ()
         if protocol.decay is not None and protocol.decay not in decays:
@@ -132,11 +132,12 @@ class Evaluator:
                 f"evals: '{protocol}' takes batches of {self._batch(protocol)}, and {split} "
                 f"offers {available}: write /batch:<n>, or choose a smaller nbs"
             )
-        if protocol.statistics == "precise_layerwise":
-            try:
+        try:
+            refuse_strangers(self.model, "chosen")
+            if protocol.statistics == "precise_layerwise":
                 check_layerwise(self.model)
-            except ValueError as error:
-                raise ValueError(f"evals: '{protocol}': {error}") from None
+        except ValueError as error:
+            raise ValueError(f"evals: '{protocol}': {error}") from None
 
     def _check_pattern(self, protocol: Protocol) -> None:
         """Refuse a pattern that its batches would cut in pieces, or that the labels do not allow.
@@ -160,10 +161,16 @@ class Evaluator:
         except ValueError as error:
             raise ValueError(f"evals: '{protocol}': {error}") from None
 
+    def _on_population(self) -> AbstractContextManager[None]:
+        """Population statistics, where layers that were made for others would not take them."""
+        layers = population_layers(self.model).values()
+        if any(layer.own.statistics == "batch" or layer.own.update for layer in layers):
+            return normalization(self.model, statistics="population", update=False)
+        return nullcontext()
+
     def _has_population(self) -> bool:
         """Whether any layer has statistics to choose; those of a frozen one are constants."""
-        layers = population_layers(self.model).values()
-        return any(layer.statistics != "population" for layer in layers)
+        return any(not layer.frozen for layer in population_layers(self.model).values())
 
     def _batch(self, protocol: Protocol) -> int:
         """Samples that share one set of statistics in an evaluation: the run's NBS unless given."""

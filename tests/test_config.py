@@ -190,6 +190,13 @@ def test_device_data_and_kernels_are_part_of_the_identity() -> None:
     assert len(ids) == 8
 
 
+def test_the_choices_of_a_batch_norm_change_the_id_where_they_are_made() -> None:
+    """They came later: an id from before them stays."""
+    assert known_as("norm.statistics=null", "norm.update=null") == known_as()
+    made = [known_as("norm.statistics=population"), known_as("norm.update=false")]
+    assert len({each[-8:] for each in (*made, known_as())}) == 3
+
+
 def test_a_cumulative_average_has_no_decay() -> None:
     """P5: it is an option of norm=bn, which changes the id; what it does not use changes none."""
     mine = known_as("norm.cumulative=true")

@@ -11,6 +11,7 @@ from normlab import build, checkpoint, config, evaluate, worker
 from normlab.data.patterns import arranged
 from normlab.data.streams import Stream, generator
 from normlab.evaluate import Evaluator
+from normlab.norms.base import population_layers
 from normlab.orders import Order
 from normlab.protocols import Protocol
 from normlab.train import Trainer
@@ -137,6 +138,30 @@ def test_layer_by_layer_no_batch_matters_and_it_is_precise_with_all_in_one(train
     assert [row["batch"] for row in rows] == [2, 8, 96]
     small = evaluator(trained).run(Protocol.parse("val:precise/samples:96/batch:2"))
     assert small["loss"] != pytest.approx(whole["loss"], rel=2e-4)
+
+
+@pytest.mark.parametrize("made", [("batch", None), ("batch", True), (None, True), (None, False)])
+def test_a_protocol_says_which_statistics_whatever_the_layers_were_made_for(trained, made):
+    """Layers made for batch statistics, or to update, do neither in an evaluation by others."""
+    expected = evaluator(trained).run(Protocol.parse("val:ema"))
+    job = copy.copy(trained)
+    job.model = copy.deepcopy(trained.model).eval()
+    for layer in population_layers(job.model).values():
+        layer.statistics, layer.update = made
+    before = copy.deepcopy(job.model.state_dict())
+    assert evaluator(job).run(Protocol.parse("val:ema")) == expected
+    assert all(torch.equal(v, before[k]) for k, v in job.model.state_dict().items())
+
+
+def test_torch_s_own_batch_norms_are_refused_beforehand_where_a_protocol_would_pass_them_by(
+    trained,
+):
+    job = copy.copy(trained)
+    job.model = torch.nn.Sequential(copy.deepcopy(trained.model), torch.nn.BatchNorm1d(10))
+    evaluator(job).check(Protocol.parse("val:ema"))
+    for protocol in ("val:batch", "val:precise"):
+        with pytest.raises(ValueError, match=f"evals: '{protocol}': 1 is torch's BatchNorm1d"):
+            evaluator(job).check(Protocol.parse(protocol))
 
 
 def test_what_cannot_be_measured_layer_by_layer_is_refused_beforehand():

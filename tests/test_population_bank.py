@@ -9,7 +9,8 @@ from populations import assert_statistics, network
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
-from normlab.norms import BatchNorm, GhostBatchNorm, population_layers
+from normlab import convert
+from normlab.norms import BatchNorm, GhostBatchNorm, normalization, population_layers
 from normlab.population import EmaBank, estimate
 
 
@@ -107,6 +108,26 @@ class TestEmaBank:
         assert list(bank.population(0.9)) == ["1", "5"]
         model[1].statistics = "population"
         assert list(bank.population(0.9)) == ["5"]
+
+    def test_follows_the_layer_that_convert_put_there(self):
+        """Its mode, not that of the one before: an evaluation with batch statistics is no step."""
+        model = network()
+        bank = EmaBank(model, [0.9])
+        convert(model, "ghost", nbs=4, population="pooled", decay=0.9)
+        train(model, torch.randn(2, 8, 2, 9, 9))
+        followed = bank.population(0.9)
+        for name in ("1", "5"):
+            buffer = model.get_submodule(name).running_var.double()
+            torch.testing.assert_close(followed[name].var, buffer, rtol=1e-5, atol=1e-6)
+        model.eval()
+        with normalization(model, statistics="batch"):
+            model(torch.randn(8, 2, 9, 9))
+        assert torch.equal(bank.population(0.9)["1"].var, followed["1"].var)
+        bank.detach()
+        assert all(layer.observers == [] for layer in population_layers(model).values())
+        convert(model, "gn", groups=1, lossy=True)
+        with pytest.raises(ValueError, match="1 no longer is the batch norm that it was"):
+            bank.population(0.9)
 
     def test_resumed_equals_uninterrupted(self, tmp_path):
         batches = torch.randn(6, 8, 2, 9, 9)

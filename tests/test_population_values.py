@@ -1,11 +1,14 @@
 """Statistics as a value: `using`, `apply`, and adapting to another domain with them."""
 
 import copy
+from contextlib import nullcontext
 
 import pytest
 import torch
 from populations import ESTIMATORS, assert_unchanged, everything, network
 
+from normlab import convert
+from normlab.norms import BatchNorm
 from normlab.population import Statistics, apply, estimate, using
 
 
@@ -35,6 +38,58 @@ class TestUsing:
             model.double().float()
             assert not torch.equal(model[1].running_mean, before[3]["1.running_mean"])
         assert_unchanged(model, before)
+
+    @pytest.mark.parametrize("fails", [True, False])
+    @pytest.mark.parametrize(
+        "change",
+        [
+            lambda model: model.double(),
+            lambda model: model.load_state_dict(network().double().state_dict(), assign=True),
+            lambda model: convert(model, "bn"),
+        ],
+        ids=["cast", "assigned", "converted"],
+    )
+    def test_restores_what_was_replaced_meanwhile(self, change, fails):
+        model = network()
+        model[1].running_mean.add_(0.1)
+        before = everything(model)[3]
+        with (
+            pytest.raises(KeyError) if fails else nullcontext(),
+            using(model, self.population(model)),
+        ):
+            change(model)
+            if fails:
+                raise KeyError
+        for name, value in model.state_dict().items():
+            if "running" in name:
+                assert torch.equal(value, before[name].to(value.dtype))
+
+    @pytest.mark.parametrize("fails", [True, False])
+    def test_a_layer_that_is_gone_is_named(self, fails):
+        model = network()
+        before = model[1].running_mean.clone()
+
+        def lose():
+            with using(model, self.population(model)):
+                model[5] = torch.nn.Identity()
+                if fails:
+                    raise KeyError
+
+        with pytest.raises(KeyError if fails else RuntimeError) as raised:
+            lose()
+        said = raised.value.__notes__[0] if fails else str(raised.value)
+        assert said.startswith("'5' held other population statistics")
+        assert torch.equal(model[1].running_mean, before)
+
+    def test_any_name_of_a_shared_layer_will_do(self):
+        model = torch.nn.Sequential(BatchNorm(2))
+        model.add_module("z", model[0])
+        values = Statistics(torch.ones(2).double(), torch.ones(2).double(), 1)
+        with using(model, {"z": values}):
+            assert (model[0].running_mean == 1).all()
+        assert (model[0].running_mean == 0).all()
+        with pytest.raises(ValueError, match="'0' and 'z' are one layer"):
+            apply(model, {"0": values, "z": values})
 
     def test_layers_that_are_not_named_stay(self):
         model = network()

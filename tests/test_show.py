@@ -47,7 +47,7 @@ def test_a_card_is_the_docstring_of_the_layer(capsys: pytest.CaptureFixture[str]
     card = said(capsys, "ghost").splitlines()
     assert card[:2] == ["from normlab.norms import GhostBatchNorm", "norm=ghost"]
     assert card[2].startswith("norm.grouping=contiguous norm.population=mean")
-    assert "\n".join(card[4:]) == inspect.getdoc(GhostBatchNorm)
+    assert "\n".join(card[card.index("") + 1 :]) == inspect.getdoc(GhostBatchNorm)
     assert "nbs: samples per chunk, at least 2" in "\n".join(card)
 
 

@@ -16,6 +16,8 @@ SCHEMA_VERSION = 1
 
 LATER: dict[str, Any] = {
     "norm.cumulative": False,
+    "norm.statistics": None,
+    "norm.update": None,
     "conv": {"name": "plain"},
     "init": "default",
     "order": "shuffled",

@@ -8,15 +8,22 @@ their defaults.
 """
 
 import warnings
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any, ClassVar, Literal
+from typing import Any, ClassVar
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from normlab.norms._choices import (
+    Choosing,
+    Source,
+    check_update,
+    normalization,
+    own_choices,
+    refuse_strangers,
+)
 from normlab.norms._grouped import float32_affine, group_norm, grouped_batch_norm, is_half, variance
 from normlab.norms._recomputation import leaving_no_trace, recomputing
 
@@ -26,13 +33,14 @@ __all__ = [
     "SampleNorm",
     "Source",
     "check_nbs",
+    "check_update",
     "move_towards",
     "normalization",
+    "own_choices",
     "population_layers",
     "recomputing",
+    "refuse_strangers",
 ]
-
-Source = Literal["batch", "population"]
 
 
 @dataclass(frozen=True)
@@ -75,12 +83,7 @@ def _check_input(x: Tensor, num_features: int, layer: str) -> None:
         raise ValueError(f"{layer}({num_features}) got {x.size(1)} channels: {tuple(x.shape)}")
 
 
-def _check_update(update: bool | None, statistics: Source | None) -> None:
-    if update and statistics == "population":
-        raise ValueError("update=True needs statistics='batch'; they are 'population'")
-
-
-class PopulationNorm(nn.Module):
+class PopulationNorm(Choosing):
     """A batch norm over one or more groups of samples: the base of the BatchNorm family.
 
     y = weight * (x - mean) / sqrt(var + eps) + bias, per channel, with either the group's mean and
@@ -93,7 +96,8 @@ class PopulationNorm(nn.Module):
     The state_dict is that of torch.nn.BatchNorm2d: weight, bias, running_mean, running_var and
     num_batches_tracked.
 
-    Attributes that may be set at any time, better through `normalization`:
+    Attributes that may be set at any time, for a while through `normalization`; the first two are
+    arguments, too:
         statistics: what normalizes, "batch" or "population"; None: batch in train(), population in
             eval(). A layer set to "population" is frozen: it keeps that through `normalization` and
             `population.estimate`, and through train().
@@ -108,10 +112,10 @@ class PopulationNorm(nn.Module):
     that are set then; where they come from `normalization`, call backward inside it too. With
     torch.compile, checkpoint inside what is compiled: around it, the graph updates in both runs.
 
-    Raises ValueError for a decay outside [0, 1), and in forward, before any state changes, for a
-    batch that the groups do not divide, for one element per group and channel, for a wrong shape,
-    and for `update` without batch statistics. A decay below 0.5 warns: it usually is torch's
-    momentum.
+    Raises ValueError for a decay outside [0, 1) and for update=True with statistics="population";
+    in forward, before any state changes, for a batch that the groups do not divide, for one element
+    per group and channel, for a wrong shape, and for `update` without batch statistics. A decay
+    below 0.5 warns: it usually is torch's momentum.
     """
 
     batch: ClassVar[str] = "per_rank"
@@ -128,9 +132,16 @@ class PopulationNorm(nn.Module):
     num_batches_tracked: Tensor
 
     def __init__(
-        self, num_features: int, *, eps: float = 1e-5, decay: float = 0.9, affine: bool = True
+        self,
+        num_features: int,
+        *,
+        eps: float = 1e-5,
+        decay: float = 0.9,
+        affine: bool = True,
+        statistics: Source | None = None,
+        update: bool | None = None,
     ) -> None:
-        super().__init__()
+        super().__init__(statistics, update)
         _check_common(num_features, eps)
         if not 0 <= decay < 1:
             raise ValueError(
@@ -150,27 +161,12 @@ class PopulationNorm(nn.Module):
         self.register_buffer("running_mean", torch.zeros(num_features))
         self.register_buffer("running_var", torch.ones(num_features))
         self.register_buffer("num_batches_tracked", torch.tensor(0, dtype=torch.long))
-        self.statistics: Source | None = None
-        self.update: bool | None = None
-        self.group_size: int | None = None
         self.observers: list[Callable[[BatchStatistics], None]] = []
 
     @property
     def momentum(self) -> float:
         """The weight of the newest batch, torch's `momentum`."""
         return round(1 - self.decay, 12)
-
-    @property
-    def source(self) -> Source:
-        """Which statistics a forward normalizes with now."""
-        if self.statistics not in (None, "batch", "population"):
-            raise ValueError(f"statistics is 'batch' or 'population', not {self.statistics!r}")
-        return self.statistics or ("batch" if self.training else "population")
-
-    @property
-    def updates(self) -> bool:
-        """Whether a forward that uses batch statistics moves the buffers now."""
-        return self.training if self.update is None else self.update
 
     def forward(self, x: Tensor) -> Tensor:
         """x (N, C), (N, C, L), (N, C, H, W) or (N, C, D, H, W) to the same shape and dtype."""
@@ -182,7 +178,7 @@ class PopulationNorm(nn.Module):
     def _forward(self, x: Tensor) -> Tensor:
         _check_input(x, self.num_features, type(self).__name__)
         if self.source == "population":
-            _check_update(self.update, self.source)
+            check_update(self.update, self.source)
             return self._apply_population(x)
         groups, interleaved = self._groups(x)
         y, statistics = self._normalize(x, groups, interleaved, self._count(x, groups))
@@ -300,7 +296,7 @@ class PopulationNorm(nn.Module):
 
     def __getstate__(self) -> dict[str, Any]:
         # An observer watches this object: a copy must not report to it (and it need not pickle).
-        return {**self.__dict__, "observers": []}
+        return {**super().__getstate__(), "observers": []}
 
     def extra_repr(self) -> str:
         affine = self.weight is not None
@@ -363,38 +359,3 @@ def population_layers(model: nn.Module) -> dict[str, PopulationNorm]:
     return {
         name: module for name, module in model.named_modules() if isinstance(module, PopulationNorm)
     }
-
-
-@contextmanager
-def normalization(
-    model: nn.Module,
-    *,
-    statistics: Source | None = None,
-    update: bool | None = None,
-    group_size: int | None = None,
-) -> Iterator[None]:
-    """Within the context, set these choices on every PopulationNorm of `model` that is not frozen.
-
-    None leaves a choice as each layer has it. A layer whose own `statistics` is "population" is
-    frozen and stays as it is. What was set before comes back at the end, also after an exception.
-    Raises ValueError for an unknown source, for an update that is no bool, for update=True with
-    population statistics and for a group_size below 1.
-    """
-    if statistics not in (None, "batch", "population"):
-        raise ValueError(f"statistics is 'batch' or 'population', not {statistics!r}")
-    if update not in (None, True, False):
-        raise ValueError(f"update is True, False or None, not {update!r}")
-    _check_update(update, statistics)
-    if group_size is not None and group_size < 1:
-        raise ValueError(f"group_size must be at least 1, not {group_size}")
-    layers = [v for v in population_layers(model).values() if v.statistics != "population"]
-    before = [(layer.statistics, layer.update, layer.group_size) for layer in layers]
-    try:
-        for layer in layers:
-            layer.statistics = layer.statistics if statistics is None else statistics
-            layer.update = layer.update if update is None else update
-            layer.group_size = layer.group_size if group_size is None else group_size
-        yield
-    finally:
-        for layer, own in zip(layers, before, strict=True):
-            layer.statistics, layer.update, layer.group_size = own

@@ -4,7 +4,7 @@ import torch
 from torch import Tensor
 
 from normlab.norms._grouped import grouped_batch_norm
-from normlab.norms.base import BatchStatistics, PopulationNorm, move_towards
+from normlab.norms.base import BatchStatistics, PopulationNorm, Source, move_towards
 
 __all__ = ["BatchNorm"]
 
@@ -23,6 +23,7 @@ class BatchNorm(PopulationNorm):
         eps: added to the variance.
         decay: share of the running statistics that stays at each update (torch's 1 - momentum).
         affine: learn a weight and a bias per channel.
+        statistics, update: choices of a batch norm, see PopulationNorm.
         cumulative: the running statistics are the plain averages of all batches' (torch's
             momentum=None), r += (b - r) / t at the t-th update, t kept in num_batches_tracked;
             `decay` is not used then. Setting that buffer to 0 starts the average anew.
@@ -50,9 +51,13 @@ class BatchNorm(PopulationNorm):
         eps: float = 1e-5,
         decay: float = 0.9,
         affine: bool = True,
+        statistics: Source | None = None,
+        update: bool | None = None,
         cumulative: bool = False,
     ) -> None:
-        super().__init__(num_features, eps=eps, decay=decay, affine=affine)
+        super().__init__(
+            num_features, eps=eps, decay=decay, affine=affine, statistics=statistics, update=update
+        )
         self.cumulative = cumulative
 
     @property

@@ -5,7 +5,7 @@ from typing import ClassVar, Literal, get_args
 import torch
 from torch import Tensor
 
-from normlab.norms.base import BatchStatistics, PopulationNorm, check_nbs, move_towards
+from normlab.norms.base import BatchStatistics, PopulationNorm, Source, check_nbs, move_towards
 
 __all__ = ["GhostBatchNorm"]
 
@@ -48,6 +48,7 @@ class GhostBatchNorm(PopulationNorm):
         eps: added to the variance.
         decay: share of the running statistics that stays at each forward (torch's 1 - momentum).
         affine: learn a weight and a bias per channel, shared by all chunks.
+        statistics, update: choices of a batch norm, see PopulationNorm.
 
     Limits: with nbs == N it is BatchNorm; with one sample per chunk it would be InstanceNorm, and
     is refused. Errors: ValueError for the arguments above; in forward see PopulationNorm. Second
@@ -70,8 +71,12 @@ class GhostBatchNorm(PopulationNorm):
         eps: float = 1e-5,
         decay: float = 0.9,
         affine: bool = True,
+        statistics: Source | None = None,
+        update: bool | None = None,
     ) -> None:
-        super().__init__(num_features, eps=eps, decay=decay, affine=affine)
+        super().__init__(
+            num_features, eps=eps, decay=decay, affine=affine, statistics=statistics, update=update
+        )
         check_nbs(nbs, "ghost batch norm")
         if grouping not in get_args(Grouping):
             raise ValueError(f"grouping is one of {get_args(Grouping)}, not {grouping!r}")

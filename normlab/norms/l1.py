@@ -40,6 +40,7 @@ class L1BatchNorm(PopulationNorm):
         eps: added to s.
         decay: share of the running statistics that stays at each update (torch's 1 - momentum).
         affine: learn a weight and a bias per channel.
+        statistics, update: choices of a batch norm, see PopulationNorm.
 
     Limits: BatchNorm on normal data of many elements; values of +-a have s = sqrt(pi/2) a, where
     BatchNorm has a. Errors: see PopulationNorm.

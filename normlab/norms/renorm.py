@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from normlab.norms._grouped import grouped_batch_norm
-from normlab.norms.base import BatchStatistics, PopulationNorm, check_nbs, recomputing
+from normlab.norms.base import BatchStatistics, PopulationNorm, Source, check_nbs, recomputing
 
 __all__ = ["BatchRenorm"]
 
@@ -58,6 +58,7 @@ class BatchRenorm(PopulationNorm):
         eps: added to the variance.
         decay: share of the running statistics that stays at each update (torch's 1 - momentum).
         affine: learn a weight and a bias per channel, shared by all chunks.
+        statistics, update: choices of a batch norm, see PopulationNorm.
 
     Batch statistics in eval() (`statistics="batch"`) are corrected as in training; observers and
     `population.estimate` get the chunk's own m and v. A recomputation (activation checkpointing)
@@ -88,8 +89,12 @@ class BatchRenorm(PopulationNorm):
         eps: float = 1e-5,
         decay: float = 0.9,
         affine: bool = True,
+        statistics: Source | None = None,
+        update: bool | None = None,
     ) -> None:
-        super().__init__(num_features, eps=eps, decay=decay, affine=affine)
+        super().__init__(
+            num_features, eps=eps, decay=decay, affine=affine, statistics=statistics, update=update
+        )
         if nbs is not None:
             check_nbs(nbs, "batch renorm")
         if not r_max >= 1:

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from normlab.norms._domains import Labels, Sets, read
 from normlab.norms._grouped import grouped_batch_norm, is_half
 from normlab.norms._moments import moments
-from normlab.norms.base import BatchStatistics, PopulationNorm, _check_input, _check_update
+from normlab.norms.base import BatchStatistics, PopulationNorm, Source, _check_input, check_update
 
 __all__ = ["SeparateBatchNorm", "domains"]
 
@@ -70,6 +70,7 @@ class SeparateBatchNorm(PopulationNorm):
         eps: added to the variance.
         decay: share of the running statistics that stays at each step (torch's 1 - momentum).
         affine: learn weights and biases.
+        statistics, update: choices of a batch norm, see PopulationNorm.
 
     Limits: one domain, or everything shared, is BatchNorm; everything specific, that many
     BatchNorms. Source: Wu & Johnson 2021, section 5 and table 5; Chang et al. 2019. Peers:
@@ -91,8 +92,12 @@ class SeparateBatchNorm(PopulationNorm):
         eps: float = 1e-5,
         decay: float = 0.9,
         affine: bool = True,
+        statistics: Source | None = None,
+        update: bool | None = None,
     ) -> None:
-        super().__init__(num_features, eps=eps, decay=decay, affine=affine)
+        super().__init__(
+            num_features, eps=eps, decay=decay, affine=affine, statistics=statistics, update=update
+        )
         if isinstance(num_domains, bool) or not isinstance(num_domains, int) or num_domains < 1:
             raise ValueError(f"num_domains must be a whole number from 1 on, not {num_domains!r}")
         if not (share_affine or affine):
@@ -124,7 +129,7 @@ class SeparateBatchNorm(PopulationNorm):
         own_affine = self.weight is not None and self.weight.dim() == 2
         if self.source == "population":
             if own_population or own_affine:
-                _check_update(self.update, self.source)
+                check_update(self.update, self.source)
                 return self._apply_populations(x, self._known(x).sets(x))
             return super()._forward(x)
         if several and not self.share_statistics:

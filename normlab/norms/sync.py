@@ -11,7 +11,7 @@ from torch.distributed import ProcessGroup
 
 from normlab import dist
 from normlab.norms._grouped import float32_affine
-from normlab.norms.base import BatchStatistics, PopulationNorm, _check_input
+from normlab.norms.base import BatchStatistics, PopulationNorm, Source, _check_input
 
 __all__ = ["SyncBatchNorm"]
 
@@ -47,6 +47,7 @@ class SyncBatchNorm(PopulationNorm):
         eps: added to the variance.
         decay: share of the running statistics that stays at each update (torch's 1 - momentum).
         affine: learn a weight and a bias per channel.
+        statistics, update: choices of a batch norm, see PopulationNorm.
 
     All ranks must call the same layers in the same order, forward and backward, and use batch
     statistics, update and compute gradients alike; a rank that is frozen ("population") exchanges
@@ -86,8 +87,12 @@ class SyncBatchNorm(PopulationNorm):
         eps: float = 1e-5,
         decay: float = 0.9,
         affine: bool = True,
+        statistics: Source | None = None,
+        update: bool | None = None,
     ) -> None:
-        super().__init__(num_features, eps=eps, decay=decay, affine=affine)
+        super().__init__(
+            num_features, eps=eps, decay=decay, affine=affine, statistics=statistics, update=update
+        )
         dist.place(group)
         self._shared = _Shared(group)
         self._number: int | None = None

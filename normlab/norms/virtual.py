@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from normlab.norms._grouped import float32_affine, is_half
 from normlab.norms._moments import moments
-from normlab.norms.base import BatchStatistics, PopulationNorm
+from normlab.norms.base import BatchStatistics, PopulationNorm, Source
 
 __all__ = ["VirtualBatchNorm", "forward_only", "forward_with"]
 
@@ -58,6 +58,7 @@ class VirtualBatchNorm(PopulationNorm):
         eps: added to the variance.
         decay: share of the running statistics that stays at each forward (torch's 1 - momentum).
         affine: learn a weight and a bias per channel.
+        statistics, update: choices of a batch norm, see PopulationNorm.
 
     Limits: V = 0 is BatchNorm. The state_dict is that of BatchNorm2d. Source: the talk above;
     Salimans et al. 2016, section 3.4. Peers: TensorFlow's `virtual_batch_size` is neither
@@ -81,8 +82,12 @@ class VirtualBatchNorm(PopulationNorm):
         eps: float = 1e-5,
         decay: float = 0.9,
         affine: bool = True,
+        statistics: Source | None = None,
+        update: bool | None = None,
     ) -> None:
-        super().__init__(num_features, eps=eps, decay=decay, affine=affine)
+        super().__init__(
+            num_features, eps=eps, decay=decay, affine=affine, statistics=statistics, update=update
+        )
         _check_number("extra", extra)
         _check_number("reference", reference)
         if extra and reference:

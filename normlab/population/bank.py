@@ -6,7 +6,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from normlab.norms.base import BatchStatistics, population_layers
+from normlab.norms.base import BatchStatistics, PopulationNorm, population_layers
 from normlab.population.values import Population, Statistics
 
 __all__ = ["EmaBank"]
@@ -21,6 +21,10 @@ class EmaBank:
     d^T. With the layer's own decay the bank follows its buffers up to their float32 rounding.
     Watching changes nothing in the training, to the bit.
 
+    A layer is who has its name in `model`: what `normlab.convert` puts there is followed on, by its
+    own rule. Only a `model` that is itself a norm cannot change: attach the bank to what convert
+    returns.
+
     Raises ValueError for decays that repeat or lie outside [0, 1).
     """
 
@@ -31,12 +35,13 @@ class EmaBank:
                 raise ValueError(f"ema_bank: a decay must be in [0, 1), not {decay}")
         if len(set(self.decays)) < len(self.decays):
             raise ValueError(f"ema_bank: decays repeat: {list(self.decays)}")
-        self._layers = population_layers(model)
+        self._model = model
+        self._names = list(population_layers(model))
         self._count: dict[str, int] = {}
         self._mean: dict[str, Tensor] = {}
         self._var: dict[str, Tensor] = {}
         self._observers: dict[str, Callable[[BatchStatistics], None]] = {}
-        for name, layer in self._layers.items():
+        for name, layer in population_layers(model).items():
             rows = (len(self.decays), 1)
             for key, (mean, var) in layer.populations().items():
                 self._count[name + key] = 0
@@ -45,8 +50,20 @@ class EmaBank:
             self._observers[name] = partial(self._follow, name)
             layer.observers.append(self._observers[name])
 
+    def _layer(self, name: str) -> PopulationNorm:
+        """The layer that has the name now, with the populations it had."""
+        layer = self._model.get_submodule(name)
+        if not isinstance(layer, PopulationNorm) or not all(
+            name + key in self._count for key in layer.populations()
+        ):
+            raise ValueError(
+                f"ema_bank: {name or 'the model'} no longer is the batch norm that it was, nor one "
+                "with the same populations: make the bank after the model's layers are final"
+            )
+        return layer
+
     def _follow(self, name: str, batch: BatchStatistics) -> None:
-        layer = self._layers[name]
+        layer = self._layer(name)
         if not layer.updates:  # an evaluation with batch statistics, not training
             return
         key = name + batch.population
@@ -67,8 +84,8 @@ class EmaBank:
         row = self.decays.index(decay)
         names = [
             name + key
-            for name, layer in self._layers.items()
-            if layer.statistics != "population"
+            for name in self._names
+            if not (layer := self._layer(name)).frozen
             for key in layer.populations()
         ]
         return {
@@ -110,6 +127,7 @@ class EmaBank:
     def detach(self) -> None:
         """Stop watching; the averages stay. Further calls do nothing."""
         for name, observer in self._observers.items():
-            watching = self._layers[name].observers
-            self._layers[name].observers = [o for o in watching if o is not observer]
+            layer = self._model.get_submodule(name)
+            if isinstance(layer, PopulationNorm):
+                layer.observers = [other for other in layer.observers if other is not observer]
         self._observers = {}

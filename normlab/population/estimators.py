@@ -9,7 +9,14 @@ from typing import Any, Literal, get_args
 import torch
 from torch import nn
 
-from normlab.norms.base import BatchStatistics, PopulationNorm, normalization, population_layers
+from normlab.norms.base import (
+    BatchStatistics,
+    PopulationNorm,
+    normalization,
+    own_choices,
+    population_layers,
+    refuse_strangers,
+)
 from normlab.population.accumulate import Collector, Mean, Pooled, Watcher
 from normlab.population.cheap import Cheap
 from normlab.population.layerwise import check_layerwise, layerwise
@@ -80,18 +87,19 @@ def estimate(
     A layer that mixes batch and running statistics (BatchRenorm) goes on doing so, and what follows
     it depends on its buffers; not so in "layerwise".
 
-    A layer used several times in a pass pools what it saw. Frozen layers (`statistics` set to
-    "population") keep their constants and, like layers that were never reached, are absent from the
-    result. Parameters, buffers, modes and settings are as before afterwards, also after an
-    exception; no random number is drawn. Only the means are limited by the input's precision: a
-    float32 layer knows them to about 1e-7 of their size (1e-6 in channels_last, as torch sums).
+    A layer used several times in a pass pools what it saw. Frozen layers (whose owner set
+    `statistics` to "population") keep their constants and, like layers that were never reached, are
+    absent from the result. What a `normalization` around the call chose counts for nothing in it.
+    Parameters, buffers, modes and settings are as before afterwards, also after an exception; no
+    random number is drawn. Only the means are limited by the input's precision: a float32 layer
+    knows them to about 1e-7 of their size (1e-6 in channels_last, as torch sums).
 
     Raises ValueError without any batch, for an unknown estimator, for a decay that does not belong,
-    for a model with torch's own batch norms, which it would leave as they are, and what the layers
-    raise; "layerwise" also for batches that can be passed over only once, where batches reach the
-    layers in different orders, and for layers of several populations or whose statistic is no
-    variance. Over ranks also where their estimators or layers differ, and for a decay; RuntimeError
-    for what failed on another rank.
+    for a model with torch's own batch norms, which it would leave as they are, for one whose batch
+    norms are all frozen, and what the layers raise; "layerwise" also for batches that can be passed
+    over only once, where batches reach the layers in different orders, and for layers of several
+    populations or whose statistic is no variance. Over ranks also where their estimators or layers
+    differ, and for a decay; RuntimeError for what failed on another rank.
     """
     together = Together(model, group)
     layers: dict[str, PopulationNorm] = {}
@@ -105,7 +113,7 @@ def estimate(
     if not layers:
         return {}
     run = _run if forward is None else forward
-    with torch.no_grad(), _evaluating(model), without_broadcasts(model):
+    with torch.no_grad(), own_choices(model), _evaluating(model), without_broadcasts(model):
         if estimator == "layerwise":
             return layerwise(model, layers, batches, run, group_size, together)
         watchers = {
@@ -139,8 +147,14 @@ def _checked(
             "decay weighs batches by their order, and those of several ranks have none: leave it "
             "out, or estimate on each rank alone (group='alone')"
         )
-    _refuse_strangers(model)
-    layers = {k: v for k, v in population_layers(model).items() if v.statistics != "population"}
+    refuse_strangers(model, "estimated")
+    found = population_layers(model)
+    layers = {name: layer for name, layer in found.items() if not layer.frozen}
+    if found and not layers:
+        raise ValueError(
+            f"nothing to estimate: all {len(found)} batch norms of the model are frozen "
+            "(statistics='population')"
+        )
     if layers and estimator == "layerwise":
         check_layerwise(model)
         if iter(batches) is batches:
@@ -206,16 +220,6 @@ def _observe(
 
 def _hand_on(name: str, watchers: Mapping[str, Watcher], batch: BatchStatistics) -> None:
     watchers[name + batch.population].observe(batch)
-
-
-def _refuse_strangers(model: nn.Module) -> None:
-    """An estimate for a part of the batch norms only would pass for one of the whole model."""
-    for name, module in model.named_modules():
-        if isinstance(module, nn.modules.batchnorm._BatchNorm) and module.track_running_stats:
-            raise ValueError(
-                f"{name or 'the model'} is torch's {type(module).__name__}, whose statistics "
-                "cannot be estimated here: convert the model first (normlab.convert)"
-            )
 
 
 def _run(model: nn.Module, batch: Any) -> object:

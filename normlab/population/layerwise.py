@@ -28,7 +28,7 @@ def check_layerwise(model: nn.Module) -> None:
     statistic is no mean and variance (`PopulationNorm.pools`).
     """
     for name, layer in population_layers(model).items():
-        if layer.statistics == "population":
+        if layer.frozen:
             continue
         if not layer.pools:
             raise ValueError(

@@ -9,7 +9,7 @@ from torch import nn
 
 from normlab.norms import find
 from normlab.norms._hooks import move_hooks
-from normlab.norms.base import PopulationNorm, SampleNorm
+from normlab.norms.base import PopulationNorm, SampleNorm, check_update
 from normlab.norms.frozen import FrozenBatchNorm
 from normlab.norms.none import NoNorm
 from normlab.surgery._kinds import (
@@ -283,7 +283,8 @@ def _rule(old: nn.Module, origin: Origin | None, cumulative: bool) -> dict[str, 
 
 
 def _chosen(layer: nn.Module) -> tuple[Any, ...]:
-    return tuple(getattr(layer, name, None) for name in ("statistics", "update", "group_size"))
+    """Statistics, update and group_size as the layer's owner has them, in a context too."""
+    return tuple(layer.own) if isinstance(layer, PopulationNorm) else (None, None, None)
 
 
 def _choices(old: nn.Module, new: PopulationNorm, untracked: bool) -> None:
@@ -291,12 +292,15 @@ def _choices(old: nn.Module, new: PopulationNorm, untracked: bool) -> None:
     if isinstance(old, PopulationNorm):
         new.observers = old.observers
         if not isinstance(old, FrozenBatchNorm):
-            new.statistics = new.statistics or old.statistics
-            new.update = old.update if new.update is None else new.update
-        new.group_size = old.group_size
+            new.statistics = new.statistics or old.own.statistics
+            new.update = old.own.update if new.update is None else new.update
+            check_update(new.update, new.statistics)
+        new.group_size = old.own.group_size
     elif untracked:
         if new.statistics == "population":
             raise ValueError("it has no running statistics, and a frozen norm needs them")
+        if new.update:
+            raise ValueError("it has no running statistics, and update=True moves them")
         new.statistics, new.update = "batch", False
     elif not getattr(old, "track_running_stats", True):
         new.update = False

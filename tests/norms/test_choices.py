@@ -2,13 +2,13 @@
 
 import copy
 from contextlib import nullcontext
-from itertools import product
+from itertools import combinations, product
 
 import pytest
 import torch
 from torch import nn
 
-from normlab.norms import normalization
+from normlab.norms import L1BatchNorm, normalization
 from normlab.population import EmaBank, estimate, using
 
 from .zoo import FAMILY, IMAGES, arguments, make, uses_batch
@@ -44,6 +44,18 @@ def population_of(layer: nn.Module, kind: str):
     return bank.population(0.5)
 
 
+def by_population(layer: nn.Module, x: torch.Tensor, values=None) -> torch.Tensor:
+    """The formula in float64, with `values` or what the buffers hold."""
+    mean, var = layer.populations()[""] if values is None else (values.mean, values.var)
+    deviation = (var.double() + layer.eps).sqrt()
+    if isinstance(layer, L1BatchNorm):
+        deviation = var.double().sqrt() + layer.eps
+    weight, bias, mean, deviation = (
+        v.detach().double()[:, None, None] for v in (layer.weight, layer.bias, mean, deviation)
+    )
+    return weight * (x.double() - mean) / deviation + bias
+
+
 def legal(statistics: str | None, update: bool | None, training: bool) -> bool:
     """update=True asks for batch statistics; everything else is allowed."""
     used = statistics or ("batch" if training else "population")
@@ -57,6 +69,10 @@ def test_every_combination_runs_a_step_or_is_refused_by_name(variant):
     if not uses_batch(fresh):
         pytest.skip("constant statistics: see test_a_layer_of_constants_refuses_by_name")
     populations = {kind: population_of(copy.deepcopy(fresh), kind) for kind in POPULATION}
+    outputs = [
+        by_population(fresh, data(1), (populations[k] or {"": None})[""]) for k in POPULATION
+    ]
+    assert all((one - other).abs().max() > 1e-2 for one, other in combinations(outputs, 2))
     for statistics, update, group_size, kind, training in CHOICES:
         layer = copy.deepcopy(fresh)
         asked = f"{statistics=} {update=} {group_size=} {kind=} {training=}"
@@ -83,6 +99,10 @@ def test_every_combination_runs_a_step_or_is_refused_by_name(variant):
         assert moved == updates, asked
         assert y.isfinite().all(), asked
         assert x.grad.isfinite().all(), asked
+        if used == "population":
+            values = None if kind == "own" else populations[kind][""]
+            expected = by_population(layer, x.detach(), values)
+            torch.testing.assert_close(y.double(), expected, rtol=1e-5, atol=1e-5, msg=asked)
         # Samples see each other exactly where batch statistics normalize.
         layer.update = None if used == "population" else False
         other = data(1)
@@ -124,6 +144,30 @@ def test_contradictions_are_refused_where_they_are_set(variant, arguments, messa
     layer = make(variant)
     with pytest.raises(ValueError, match=message), normalization(layer, **arguments):
         pass
+
+
+@pytest.mark.parametrize("variant", FAMILY)
+def test_the_choices_are_arguments_too(variant):
+    """P50: what contradicts itself is refused at construction; what is constant has no choice."""
+    layer, given = type(make(variant)), arguments(variant)
+    if not uses_batch(make(variant)):
+        with pytest.raises(TypeError, match="statistics"):
+            layer(6, statistics="batch", **given)
+        return
+    for statistics, update in product(STATISTICS, UPDATE):
+        asked = {"statistics": statistics, "update": update, **given}
+        if statistics == "population" and update:
+            with pytest.raises(ValueError, match="update=True needs statistics='batch'"):
+                layer(6, **asked)
+            continue
+        made, assigned = layer(6, **asked), layer(6, **given)
+        assigned.statistics, assigned.update = statistics, update
+        assert made.frozen == (statistics == "population")
+        assert torch.equal(made(data(1)), assigned(data(1)))
+        assert same(state(made), state(assigned))
+    for wrong in ({"statistics": "ema"}, {"update": "no"}):
+        with pytest.raises(ValueError, match=r"not '(ema|no)'"):
+            layer(6, **wrong, **given)
 
 
 @pytest.mark.parametrize("variant", FAMILY)
@@ -169,6 +213,19 @@ def test_training_on_population_statistics_has_frozen_batch_norm_s_gradient(vari
     if layer.weight.requires_grad:
         torch.testing.assert_close(layer.weight.grad, (dy * h).sum((0, 2, 3)))
         torch.testing.assert_close(layer.bias.grad, dy.sum((0, 2, 3)))
+
+
+@pytest.mark.parametrize("variant", FAMILY)
+def test_an_estimate_leaves_every_layer_alone(variant):
+    """P53: watching is not updating, whichever way a layer gets at its statistics."""
+    layer = make(variant).train()
+    if not uses_batch(layer):
+        pytest.skip("nothing to estimate")
+    for estimator in ("pooled", "mean", "cheap"):
+        before = state(layer)
+        estimate(layer, [data(1), data(2)], estimator=estimator)
+        assert same(state(layer), before)
+        assert layer.training
 
 
 @pytest.mark.parametrize("variant", FAMILY)
