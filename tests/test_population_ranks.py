@@ -248,6 +248,11 @@ def failing(loader):
     raise KeyError("broken")
 
 
+class Unreadable:
+    def __iter__(self):
+        raise KeyError("broken")
+
+
 def mistaken(rank, of_ranks, estimator, mistake):
     """What each rank raises where rank 1 is mistaken; afterwards all can go on."""
     model, odd, options = network(), rank == 1, {}
@@ -258,10 +263,14 @@ def mistaken(rank, of_ranks, estimator, mistake):
         model, given = Choosing(), [torch.randn(2 if odd else 4, 2).double()]
     elif mistake == "decay":
         options = {"decay": 0.9}
-    if mistake == "step":
+    if mistake in ("step", "start"):
         model = network(SyncBatchNorm(4))
     if odd and mistake in ("loader", "step"):
         given = failing(given)
+    elif odd and mistake == "start":
+        given = Unreadable()
+    elif odd and mistake == "group_size":
+        options = {"group_size": 2}
     elif odd and mistake == "batch":
         given = [given[0], given[0][:3]]  # not a multiple of the ghost's chunks
     elif odd and mistake == "later":
@@ -293,9 +302,11 @@ def mistaken(rank, of_ranks, estimator, mistake):
         *((name, "nothing", ValueError, "need at least one batch") for name in ESTIMATORS),
         ("pooled", "loader", KeyError, "broken"),
         ("pooled", "step", KeyError, "broken"),
+        ("pooled", "start", KeyError, "broken"),
+        ("mean", "group_size", ValueError, "their estimators, group_size or layers differ"),
         ("cheap", "batch", ValueError, "not a multiple of nbs=2"),
-        ("pooled", "estimator", ValueError, "their estimators or layers differ"),
-        ("mean", "layers", ValueError, "their estimators or layers differ"),
+        ("pooled", "estimator", ValueError, "their estimators, group_size or layers differ"),
+        ("mean", "layers", ValueError, "their estimators, group_size or layers differ"),
         ("mean", "torch", ValueError, "1 is torch's BatchNorm2d"),
         ("cheap", "decay", ValueError, "those of several ranks have none"),
         ("layerwise", "later", RuntimeError, "channels"),
@@ -306,7 +317,7 @@ def mistaken(rank, of_ranks, estimator, mistake):
 def test_a_failure_of_one_rank_is_one_of_all(ranks, estimator, mistake, kind, message):
     """P36, P27: nobody waits for a rank that raised, and nobody takes a part for the whole."""
     results = ranks.run(mistaken, batches([[2], [4], [2], [2]]), estimator, mistake)
-    of_all = mistake in ("nothing", "estimator", "layers", "decay", "order")
+    of_all = mistake in ("nothing", "estimator", "group_size", "layers", "decay", "order")
     for rank, (raised, said) in enumerate(results):
         if of_all or rank == 1:
             assert raised is kind

@@ -285,6 +285,11 @@ class PopulationNorm(Choosing):
             last = x.new_zeros((2, self.num_features), dtype=running[0].dtype)
             y = F.batch_norm(x, last[0], last[1], weight, bias, True, 1.0, self.eps)
             last[1].mul_((count - 1) / count)
+            if _large_means(last) and x.dtype == torch.float32 and x.device.type == "cpu":
+                y, batch_mean, batch_var = grouped_batch_norm(
+                    x, 1, interleaved=False, weight=weight, bias=bias, eps=self.eps
+                )
+                return y, BatchStatistics(batch_mean, batch_var, count, population)
             return y, BatchStatistics(last[:1], last[1:], count, population)
         # The operator behind F.batch_norm, which also returns the statistics: an observer must not
         # change a bit of the buffers either.
@@ -301,6 +306,17 @@ class PopulationNorm(Choosing):
     def extra_repr(self) -> str:
         affine = self.weight is not None
         return f"{self.num_features}, eps={self.eps}, decay={self.decay}, affine={affine}"
+
+
+def _large_means(statistics: Tensor) -> bool:
+    """Whether a mean is so large beside its spread, (2, C), that sums in float32 lose the spread.
+
+    torch's batch norm takes such sums in channels_last and of (N, C) on a CPU. A compiled graph
+    cannot branch on values.
+    """
+    if torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active():
+        return False
+    return bool((statistics[0].square() > 100 * statistics[1]).any())
 
 
 def move_towards(

@@ -52,7 +52,7 @@ class GhostBatchNorm(PopulationNorm):
 
     Limits: with nbs == N it is BatchNorm; with one sample per chunk it would be InstanceNorm, and
     is refused. Errors: ValueError for the arguments above; in forward see PopulationNorm. Second
-    derivatives exist for contiguous inputs only.
+    derivatives exist for contiguous inputs only, forward-mode ones for small ones of those.
 
     Source: Hoffer, Hubara & Soudry 2017, Algorithm 1. Peers: the table above; in composer a batch
     that nbs does not divide has chunks of another size, here it is an error, and the state_dict

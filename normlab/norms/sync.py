@@ -274,5 +274,8 @@ class _SynchronizedNorm(torch.autograd.Function):
             scale = rstd if weight is None else rstd * weight
             dx = torch.addcmul((-scale * constant).view(shape), dy, scale.view(shape))
             dx = dx.addcmul_(centered, (-scale * rstd * slope).view(shape)).to(x.dtype)
-        affine = (None, None) if weight is None else (dots, sums)
-        return dx, *affine, None, None, None, None
+        dweight, dbias = (
+            value if wanted else None
+            for value, wanted in zip((dots, sums), ctx.needs_input_grad[1:3], strict=True)
+        )
+        return dx, dweight, dbias, None, None, None, None

@@ -91,25 +91,29 @@ def estimate(
     `statistics` to "population") keep their constants and, like layers that were never reached, are
     absent from the result. What a `normalization` around the call chose counts for nothing in it.
     Parameters, buffers, modes and settings are as before afterwards, also after an exception; no
-    random number is drawn. Only the means are limited by the input's precision: a float32 layer
-    knows them to about 1e-7 of their size (1e-6 in channels_last, as torch sums).
+    random number is drawn. A float32 layer knows means to about 1e-7 of their size, and variances
+    to that and the mean's last places. Where torch's batch norm sums in float32 (channels_last and
+    (N, C) on a CPU) its error of 1e-5 to 1e-4 of a variance stays for means up to ten spreads;
+    about larger ones, where that error would grow, another route is taken.
 
     Raises ValueError without any batch, for an unknown estimator, for a decay that does not belong,
     for a model with torch's own batch norms, which it would leave as they are, for one whose batch
     norms are all frozen, and what the layers raise; "layerwise" also for batches that can be passed
     over only once, where batches reach the layers in different orders, and for layers of several
-    populations or whose statistic is no variance. Over ranks also where their estimators or layers
-    differ, and for a decay; RuntimeError for what failed on another rank.
+    populations or whose statistic is no variance. Over ranks also where their estimators, layers or
+    group_size differ, and for a decay; RuntimeError for what failed on another rank.
     """
     together = Together(model, group)
     layers: dict[str, PopulationNorm] = {}
-    facts = [0.0] * 3
+    facts = [0.0] * 4
     with together.attempt() as checked:
         layers = _checked(model, batches, estimator, decay, together)
-        facts = _facts(estimator, layers)
+        facts = _facts(estimator, layers, group_size)
     of_ranks = together.exchange(facts, checked)
     if (of_ranks != of_ranks[0]).any():
-        raise ValueError("ranks estimate different things: their estimators or layers differ")
+        raise ValueError(
+            "ranks estimate different things: their estimators, group_size or layers differ"
+        )
     if not layers:
         return {}
     run = _run if forward is None else forward
@@ -165,7 +169,9 @@ def _checked(
     return layers
 
 
-def _facts(estimator: Estimator, layers: dict[str, PopulationNorm]) -> list[float]:
+def _facts(
+    estimator: Estimator, layers: dict[str, PopulationNorm], group_size: int | None
+) -> list[float]:
     """What all ranks must agree on."""
     shapes = [
         (name, key, len(mean))
@@ -174,7 +180,7 @@ def _facts(estimator: Estimator, layers: dict[str, PopulationNorm]) -> list[floa
     ]
     digest = hashlib.sha256(repr(shapes).encode()).digest()
     exact = int.from_bytes(digest[:6], "big")  # as a float64
-    return [get_args(Estimator).index(estimator), len(shapes), exact]
+    return [get_args(Estimator).index(estimator), group_size or 0, len(shapes), exact]
 
 
 def _watcher(

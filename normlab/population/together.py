@@ -90,10 +90,12 @@ class Together:
 
         Raises ValueError, on all ranks, where only some have another one.
         """
-        rest, end = iter(batches), object()
+        rest: Iterator[Any] | None = None
+        end = object()
         while True:
             batch: Any = end
             with self.attempt() as made:
+                rest = iter(batches) if rest is None else rest
                 batch = next(rest, end)
             have = self.exchange([batch is not end], made)[:, 0].tolist()
             if not any(have):

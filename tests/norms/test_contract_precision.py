@@ -43,8 +43,8 @@ def test_half_inputs_have_float32_statistics(variant, dtype, training):
 def test_offsets_cost_what_float32_rounds_off_a_mean(variant, training, offset):
     """P64: no difference of squares. A spread of 1 about a mean of 1e6 is known to 0.06 in float32.
 
-    The bound is a few units of the mean's own last place. torch's batch norm keeps it too; its
-    group norm of channels_last on a CPU is off by 1e3 at a mean of 1e4.
+    The bound is a few units of the mean's own last place. torch's batch norm keeps it too, of so
+    few elements; its group norm of channels_last on a CPU is off by 1e3 at a mean of 1e4.
     """
     fresh = make(variant).train(training)
     x, dy = (data(1) + offset).float(), data(2).float()

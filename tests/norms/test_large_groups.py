@@ -54,9 +54,7 @@ def test_groups_one_by_one(name, dtype, monkeypatch):
 def test_which_groups_are_worth_it():
     x = lay_out(torch.randn(8, 64, 32, 32), "channels_last")
     for half, groups, interleaved, expected in (
-        (False, 8, False, True),
-        (False, 16, False, False),
-        (False, 8, True, True),
+        (False, 4, False, False),  # float32 sums of so many lose a spread about a large mean
         (True, 8, False, False),
         (True, 4, False, True),
         (True, 4, True, False),

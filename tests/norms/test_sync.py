@@ -85,6 +85,28 @@ def check(results, expected, atol, rtol=0.0):
     assert {result["count"] for result in results} == {expected["count"]}
 
 
+def lone(rank, xs, dys, absent):
+    layer = made(SyncBatchNorm(6))
+    layer.register_parameter(absent, None)
+    return used(layer, xs[rank], dys[rank])
+
+
+@pytest.mark.parametrize(("absent", "kept"), [("weight", "bias"), ("bias", "weight")])
+def test_a_weight_without_a_bias_and_the_reverse(ranks, absent, kept):
+    """What convert makes of torch's BatchNorm2d(bias=False)."""
+    xs, dys = parts(SHAPES["equal"])
+    results = ranks.run(lone, xs, dys, absent)
+    x, dy = (torch.cat([rows(part) for part in all_]) for all_ in (xs, dys))
+    layer = made(BatchNorm(6))
+    layer.register_parameter(absent, None)
+    expected = used(layer, x, dy)
+    for key in ("y", "dx"):
+        found = torch.cat([rows(result[key]) for result in results])
+        torch.testing.assert_close(found, expected[key], rtol=0, atol=1e-12)
+    total = sum(result[kept] for result in results)
+    torch.testing.assert_close(total, expected[kept], rtol=0, atol=1e-11)
+
+
 @pytest.mark.parametrize("shapes", SHAPES.values(), ids=SHAPES)
 def test_is_the_batch_norm_of_all_elements(ranks, shapes):
     """P19, P20, P22, P32, P33: unequal counts and positions, empty ranks, one sample per rank.
