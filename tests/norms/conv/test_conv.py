@@ -68,8 +68,8 @@ def test_filters_and_output_are_the_definitions(kind, shape):
 @pytest.mark.parametrize("kind", KINDS)
 def test_gradients_agree_with_numerical_ones(kind):
     torch.manual_seed(0)
-    layer = make(kind, 2, 3, 2).double()
-    x = torch.randn(2, 2, 3, 3, dtype=torch.float64, requires_grad=True)
+    layer = make(kind, 2, 2, 2).double()
+    x = torch.randn(2, 2, 3, 2, dtype=torch.float64, requires_grad=True)
     names, values = zip(*layer.named_parameters(), strict=True)
 
     def function(x, *parameters):
