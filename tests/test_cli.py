@@ -96,7 +96,7 @@ def test_plan_tells_of_each_arm(capfd: pytest.CaptureFixture[str]) -> None:
         ("br-4", "renorm", "4"),
         ("gn", "gn", "-"),
     ]
-    code, out, _ = run("plan", "experiment=nbs_forms", "nbs=8", capture=capfd)
+    code, out, _ = run("plan", "experiment=nbs_forms", "lr=1", capture=capfd)
     assert code == 0
     told = [line.split()[1] for line in out.splitlines() if line.startswith("arm ")]
     assert told == list(experiment.load("nbs_forms").scale("demo").arms)

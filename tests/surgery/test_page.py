@@ -2,8 +2,13 @@ import re
 from pathlib import Path
 
 import torch
+import torchvision
 
-PAGE = Path(__file__).resolve().parents[2] / "docs" / "your-own-model.md"
+from normlab.norms import GhostBatchNorm
+
+ROOT = Path(__file__).resolve().parents[2]
+PAGE = ROOT / "docs" / "your-own-model.md"
+README = ROOT / "README.md"
 
 
 def test_the_page_on_ones_own_model_runs(capsys):
@@ -17,3 +22,13 @@ def test_the_page_on_ones_own_model_runs(capsys):
     assert capsys.readouterr().out == "Pair(layer='conv1', norm='bn1', obstacle=None)\n"
     assert names["options"] == {"eps": 0.001, "momentum": 0.01}
     assert names["state_dict"].keys() == {f"bn.{name}" for name in names["tensors"]}
+
+
+def test_the_readme_s_example_runs():
+    (block,) = re.findall(r"^```python\n(.*?)^```$", README.read_text(), re.DOTALL | re.MULTILINE)
+    torch.manual_seed(0)
+    names = {"torchvision": torchvision, "images": torch.randn(32, 3, 32, 32)}
+    exec(block, names)
+    layer = names["model"].bn1
+    assert isinstance(layer, GhostBatchNorm)
+    assert not layer.running_mean.any()  # neither step nor estimate stayed in it

@@ -17,7 +17,7 @@ from matplotlib.lines import Line2D
 from normlab.report.figures import COLOURS, MARKERS, nice_powers
 from normlab.report.grid import Point, Results
 from normlab.report.statistics import Sample
-from normlab.report.tables import baseline_name, paper_baseline
+from normlab.report.tables import axis_name, baseline_name, paper_baseline
 
 Curve = list[tuple[float, Sample]]
 Statistic = Callable[[Point, str], Sample]
@@ -52,7 +52,7 @@ def draw(results: Results, subtitle: str) -> Figure:
             for point in points:
                 level(left, results.sample(point, protocol), name, look)
         marker = {"marker": look["marker"], "markersize": 4} if over else LEVEL
-        said = list(map(str, which.values()))
+        said = said_of(which)
         if not said or len(options["series"]) > 1:
             said.append(experiment.protocols[protocol].label)
         handles.append(Line2D([], [], color=look["color"], label=", ".join(said), **marker))
@@ -76,6 +76,12 @@ def lines(results: Results, by: list[str]) -> list[tuple[dict[str, Any], list[Po
         which = {axis: value for axis, value in point if axis in by}
         found.setdefault(repr(which), (which, []))[1].append(point)
     return list(found.values())
+
+
+def said_of(which: dict[str, Any]) -> list[str]:
+    """What a line is, in words: a bare word would not say which further axis it is of."""
+    words = [f"{axis_name(axis)} {value}" for axis, value in which.items()]
+    return [str(value) for value in which.values()][:1] + words[1:]
 
 
 def look_of(i: int) -> dict[str, Any]:

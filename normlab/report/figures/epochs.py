@@ -44,7 +44,7 @@ def draw(results: Results, subtitle: str) -> Figure:
     handles = [
         Line2D(
             [], [], color=line.get_color(), marker=line.get_marker(), markersize=3.5,
-            linestyle=line.get_linestyle(), label=", ".join(map(str, which.values())),
+            linestyle=line.get_linestyle(), label=", ".join(curves.said_of(which)),
         )
         for line, (which, _) in zip(panels[0].get_lines(), arms, strict=True)
     ]  # fmt: skip
