@@ -4,6 +4,7 @@ import copy
 
 import numpy as np
 import torch
+from oracles.moments import of_channels
 from torch import nn
 
 from normlab.norms import BatchNorm, GhostBatchNorm
@@ -13,8 +14,7 @@ ESTIMATORS = ("pooled", "mean", "layerwise", "cheap")
 
 def exact(x):
     """Mean and biased variance per channel, in numpy's float64."""
-    rows = x.double().movedim(1, -1).reshape(-1, x.size(1)).numpy()
-    return rows.mean(0), rows.var(0)
+    return of_channels(x.double().numpy())
 
 
 def assert_statistics(statistics, mean, var, rtol=1e-12, atol=1e-12):

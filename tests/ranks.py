@@ -5,7 +5,6 @@ returns comes back, one value per rank. Tasks are pickled by name, so they are n
 """
 
 import faulthandler
-import multiprocessing
 import os
 import pickle
 import signal
@@ -14,6 +13,8 @@ import traceback
 from datetime import timedelta
 from multiprocessing.connection import Connection, wait
 from pathlib import Path
+
+from forked import CONTEXT
 
 START = 120.0
 """Seconds for the processes to start, on a busy machine."""
@@ -30,7 +31,7 @@ class RankError(AssertionError):
 class Ranks:
     """`size` ranks; started by the first task, and anew by the next one after a failure.
 
-    Without `connected` they form no process group, and start without torch.
+    Without `connected` they form no process group.
     """
 
     def __init__(self, size: int, folder: Path, *, connected: bool = True) -> None:
@@ -49,12 +50,11 @@ class Ranks:
 
     def _start(self) -> None:
         self.starts += 1
-        context = multiprocessing.get_context("spawn")
         for rank in range(self.size):
-            ours, theirs = context.Pipe()
+            ours, theirs = CONTEXT.Pipe()
             meeting = f"{self.folder}/meeting-{self.starts}" if self.connected else None
             arguments = (rank, self.size, meeting, self._stack_file(rank), theirs)
-            process = context.Process(target=_serve, args=arguments, daemon=True)
+            process = CONTEXT.Process(target=_serve, args=arguments, daemon=True)
             process.start()
             theirs.close()  # the rank ends when ours closes, however that happens
             self.processes.append(process)
@@ -79,9 +79,10 @@ class Ranks:
             return [answers[rank][0] for rank in range(self.size)]
         told = []
         for rank in range(self.size):
-            _, error = answers.get(rank, (None, f"no answer; it is at\n{self._stack(rank)}"))
-            if error is not None:
-                told.append(f"rank {rank}: {error}")
+            if rank not in answers:
+                told.append(f"rank {rank}: no answer; it is at\n{self._stack(rank)}")
+            elif answers[rank][1] is not None:
+                told.append(f"rank {rank}: {answers[rank][1]}")
         self.stop()
         raise RankError("\n".join(told))
 

@@ -7,6 +7,7 @@ import sys
 from pathlib import Path
 
 import pytest
+from compositions import composed
 
 from normlab import __version__, app, cli, config, experiment, launch, show
 from normlab.plugins import package_dir
@@ -191,7 +192,7 @@ def test_every_experiment_sweeps_what_its_cells_say(monkeypatch: pytest.MonkeyPa
             axes = [f"{key}={value}" for key, value in first.axes.items()]
             assert cli.main(["sweep", name, f"scale={scale}", *axes]) == 0
             (ran,) = seen
-            expected = config.compose(first.overrides)
+            expected = composed(*first.overrides)
             assert config.cell_key(ran) == config.cell_key(expected)
 
 

@@ -154,6 +154,39 @@ def test_what_importing_costs(modules: str, heavy: set[str]) -> None:
     assert done.stdout.split() == []
 
 
+# -- the tests' oracles ---------------------------------------------------------------------------
+
+ORACLES = Path(__file__).resolve().parent / "oracles"
+
+
+def borrowed(folder: Path) -> list[str]:
+    """One line for each import of an oracle that is of neither formulas nor arithmetic."""
+    fine = {*sys.stdlib_module_names, "numpy", "torch", "oracles"} - {"importlib"}
+    found = [(path, name) for path in folder.rglob("*.py") for name in imported(path, folder)]
+    return [f"{path.name} imports {name}" for path, name in found if name.split(".")[0] not in fine]
+
+
+def test_an_oracle_knows_nothing_of_what_it_judges() -> None:
+    assert len(list(ORACLES.glob("*.py"))) > 10
+    assert borrowed(ORACLES) == []
+
+
+@pytest.mark.parametrize(
+    ("line", "name"),
+    [
+        ("from normlab.norms import BatchNorm", "normlab.norms"),
+        ("def f():\n    import normlab.population", "normlab.population"),
+        ("from ..norms.zoo import make", "norms.zoo"),
+        ("from norms.zoo import make", "norms.zoo"),
+        ("__import__('normlab.norms')", "normlab.norms"),
+        ("import importlib", "importlib"),
+    ],
+)
+def test_an_oracle_that_borrows_is_caught(tmp_path: Path, line: str, name: str) -> None:
+    (tmp_path / "moments.py").write_text(f"import numpy as np\n{line}\n")
+    assert borrowed(tmp_path) == [f"moments.py imports {name}"]
+
+
 # -- files ----------------------------------------------------------------------------------------
 
 

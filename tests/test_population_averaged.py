@@ -4,6 +4,7 @@ import copy
 
 import pytest
 import torch
+from oracles.population import averaged_weights
 from torch import nn
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
@@ -53,13 +54,13 @@ def test_weights_and_buffers_are_the_formula_s(decay, buffers):
     for _ in steps(model, 5):
         averaged.update()
         seen.append(copy.deepcopy(model.state_dict()))
-    weights = [1 / 5] * 5 if decay is None else [decay**4, *(0.25 * decay**k for k in (3, 2, 1, 0))]
+    weights = averaged_weights(5, decay)
     result = averaged.model(buffers=buffers).state_dict()
     for name, value in result.items():
         if name.endswith("num_batches_tracked") or ("running" in name and buffers == "last"):
             assert torch.equal(value, seen[-1][name])
         else:
-            expected = sum(w * state[name] for w, state in zip(weights, seen, strict=True))
+            expected = sum(float(w) * state[name] for w, state in zip(weights, seen, strict=True))
             torch.testing.assert_close(value, expected, rtol=1e-12, atol=1e-12)
 
 

@@ -1,8 +1,8 @@
 """Running averages with the weights fixed (K4): the estimator "cheap"."""
 
-import numpy as np
 import pytest
 import torch
+from oracles.population import ema, plain_average
 from populations import assert_statistics, network
 from torch import nn
 
@@ -38,10 +38,7 @@ def test_the_running_average_in_closed_form(decay):
     x = torch.randn(7, 8, 3, dtype=torch.float64)
     result = estimate(layer, list(x), estimator="cheap", decay=decay)[""]
     assert (layer.running_mean == 5).all()
-    weights = (1 - decay) * decay ** np.arange(6.0, -1, -1)
-    mean = 5 * decay**7 + weights @ x.mean(1).numpy()
-    var = decay**7 + weights @ x.var(1).numpy()
-    assert_statistics(result, mean, var, rtol=1e-10)
+    assert_statistics(result, ema(5, x.mean(1), decay), ema(1, x.var(1), decay), rtol=1e-10)
 
 
 @pytest.mark.parametrize("rule", RULES)
@@ -65,11 +62,4 @@ def test_the_plain_average_is_of_what_the_layer_s_rule_makes_of_each_batch(rule)
     again = estimate(layer, list(x), estimator="cheap")[""]
     assert torch.equal(again.mean, result.mean)
     assert torch.equal(again.var, result.var)
-    shares = {"first": [1, 0, 0, 0], "sequential": [0.9**3, 0.9**2, 0.9, 1]}.get(rule, [1] * 4)
-    shares = np.array(shares) / np.sum(shares)
-    chunks = x.unflatten(1, (4, 2)).movedim(3, 2).flatten(3).numpy()  # (batches, chunks, C, 4)
-    mean = np.mean([shares @ own.mean(2) for own in chunks], axis=0)
-    var = np.mean([shares @ own.var(2, ddof=1) for own in chunks], axis=0)
-    if rule == "pooled":
-        var = np.mean([own.transpose(1, 0, 2).reshape(3, -1).var(1, ddof=1) for own in chunks], 0)
-    assert_statistics(result, mean, var)
+    assert_statistics(result, *plain_average(rule, x.numpy(), 4, 0.6))

@@ -5,6 +5,7 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from oracles.population import ema_weights as by_definition
 
 from normlab.norms import BatchNorm
 from normlab.population import EmaBank, ema_age, ema_noise, ema_weights, iterations_needed
@@ -17,6 +18,7 @@ def test_weights_are_those_of_the_recursion(decay, steps):
     for t in range(1, steps + 1):
         average = decay * average + (1 - decay) * np.eye(steps + 1)[t]
     np.testing.assert_allclose(ema_weights(decay, steps), average, rtol=1e-12, atol=0)
+    np.testing.assert_allclose(ema_weights(decay, steps), by_definition(decay, steps), rtol=1e-12)
     assert sum(ema_weights(decay, steps)) == pytest.approx(1, abs=1e-14)
 
 

@@ -7,6 +7,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from norms.zoo import FAMILY, make
+from oracles.layerwise import ByHand
 from torch import nn
 
 from normlab.norms import BatchNorm, GhostBatchNorm, L1BatchNorm
@@ -63,18 +64,11 @@ def assert_equal(actual, expected, rtol=1e-11):
 def by_hand(model, x):
     """One function after the other over all samples at once, from the definition."""
 
-    def moments(z):
-        return z.mean((0, 2, 3)), z.var((0, 2, 3), correction=0)
-
-    def normalized(z, layer, mean, var):
-        z = (z - mean[:, None, None]) / (var[:, None, None] + layer.eps).sqrt()
-        return z * layer.weight[:, None, None] + layer.bias[:, None, None]
-
-    found = {}
+    definition = ByHand()
 
     def through(name, z):
-        found.setdefault(name, []).append(moments(z))
-        return normalized(z, getattr(model, name), *found[name][-1])
+        layer = getattr(model, name)
+        return definition.through(name, z, layer.weight, layer.bias, layer.eps)
 
     with torch.no_grad():
         z = through("first", model.stem(x)).relu()
@@ -82,12 +76,7 @@ def by_hand(model, x):
         z = through("twice", z).relu()
         z = through("twice", model.conv(z)).relu()
         through("late", z)
-    means = {name: torch.stack([m for m, _ in uses]) for name, uses in found.items()}
-    squares = {name: torch.stack([v + m**2 for m, v in uses]) for name, uses in found.items()}
-    return {
-        name: (mean.mean(0), squares[name].mean(0) - mean.mean(0) ** 2)
-        for name, mean in means.items()
-    }
+    return definition.statistics()
 
 
 @pytest.mark.parametrize("split", [*range(1, SAMPLES + 1), [1, 4, 2, 5], [11, 1]])

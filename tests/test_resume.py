@@ -5,17 +5,19 @@ slow. Every row of the slow test's output says in which phase its kill fell.
 """
 
 import csv
+import os
 import random
 import signal
-import subprocess
-import sys
 import time
 from collections import Counter
 from dataclasses import dataclass
+from multiprocessing.process import BaseProcess
 from pathlib import Path
 
+import killable
 import pytest
 import torch
+from forked import CONTEXT
 
 BATCH = 32
 ARGUMENTS = [
@@ -40,32 +42,24 @@ class Length:
 
 
 SHORT = Length(epochs=4, eval_last=2, checkpoint_every=0)
-# Training and evaluating outlast the start of a process, so that kills fall there too.
+# Training and evaluating outlast the start of a run, so that kills fall there too.
 LONG = Length(epochs=24, eval_last=16, checkpoint_every=0)
 
 
-def start(where: Path, length: Length) -> subprocess.Popen[bytes]:
+def start(where: Path, length: Length) -> BaseProcess:
     where.mkdir(exist_ok=True)
-    return subprocess.Popen(
-        [
-            sys.executable,
-            str(Path(__file__).with_name("killable.py")),
-            str(where / "phase"),
-            *ARGUMENTS,
-            *length.arguments(),
-        ],
-        cwd=where,
-        stdout=subprocess.DEVNULL,
-        stderr=subprocess.PIPE,
-    )
+    arguments = where, [*ARGUMENTS, *length.arguments()], dict(os.environ)
+    process = CONTEXT.Process(target=killable.main, args=arguments, daemon=True)
+    process.start()
+    return process
 
 
 def finish(where: Path, length: Length) -> float:
     """Run to the end; returns the seconds it took."""
     began = time.monotonic()
     process = start(where, length)
-    _, stderr = process.communicate(timeout=180)
-    assert process.returncode == 0, stderr.decode()
+    process.join(180)
+    assert process.exitcode == 0, (where / "output.txt").read_text()
     return time.monotonic() - began
 
 
@@ -153,10 +147,10 @@ def reference(tmp_path_factory) -> Path:
 def test_a_kill_in_each_phase(tmp_path, reference, wanted):
     process = start(tmp_path, SHORT)
     while phase(tmp_path) != wanted or not list(tmp_path.glob("runs/*/checkpoint.pt")):
-        assert process.poll() is None, "ended before it could be killed"
+        assert process.is_alive(), "ended before it could be killed"
         time.sleep(0.0005)
     process.kill()
-    process.communicate()
+    process.join()
     assert run_directory(tmp_path) is not None
     assert not (run_directory(tmp_path) / "status.json").exists()
     assert_resumes(tmp_path, reference, SHORT)
@@ -166,11 +160,11 @@ def test_a_kill_in_each_phase(tmp_path, reference, wanted):
 def test_a_signal_saves_and_ends(tmp_path, reference, number, code):
     process = start(tmp_path, SHORT)
     while phase(tmp_path) != "epoch":
-        assert process.poll() is None
+        assert process.is_alive()
         time.sleep(0.0005)
-    process.send_signal(number)
-    process.communicate(timeout=60)
-    assert process.returncode == code
+    os.kill(process.pid, number)
+    process.join(60)
+    assert process.exitcode == code
     assert position(tmp_path) > 0
     assert_resumes(tmp_path, reference, SHORT)
 
@@ -189,9 +183,9 @@ def test_twenty_kills_uniform_over_the_wall_time(tmp_path, capsys):
         process = start(where, LONG)
         moment = rng.uniform(0, seconds)
         time.sleep(moment)
-        alive = process.poll() is None
+        alive = process.is_alive()
         process.kill()
-        process.communicate()
+        process.join()
         tries += 1
         if alive:
             fell[phase(where)] += 1

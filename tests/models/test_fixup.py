@@ -1,10 +1,9 @@
 """Fixup: what starts at zero, what starts smaller, and that it is the identity plus nothing."""
 
-import math
-
 import pytest
 import torch
-from torch import Tensor, nn
+from oracles import fixup as by_definition
+from torch import nn
 
 from normlab import models
 from normlab.models.fixup import Bias, FixupBlock, Scale, branch_factor
@@ -45,8 +44,7 @@ def test_first_convolutions_start_with_he_times_blocks_to_the_minus_half(
     """P71: the exponent of the authors' code, seen in the weights themselves."""
     torch.manual_seed(0)
     for block in blocks(network(depth=depth, width=32)):
-        fan_out = block.conv1.out_channels * 9
-        expected = math.sqrt(2 / fan_out) * count**-0.5
+        expected = by_definition.first_deviation(block.conv1.out_channels * 9, count)
         assert block.conv1.weight.std().item() == pytest.approx(expected, rel=0.05)
 
 
@@ -54,6 +52,9 @@ def test_the_exponent_for_basic_blocks_and_bottlenecks() -> None:
     """P71: -1/2 for m = 2 and -1/4 for m = 3, below 1 for more than one block."""
     assert branch_factor(16, 2) == pytest.approx(16**-0.5)
     assert branch_factor(16, 3) == pytest.approx(16**-0.25)
+    for blocks_, convolutions in ((16, 2), (16, 3), (27, 2), (9, 4)):
+        expected = by_definition.branch_factor(blocks_, convolutions)
+        assert branch_factor(blocks_, convolutions) == pytest.approx(expected)
     assert branch_factor(1, 2) == 1
 
 
@@ -86,15 +87,10 @@ def test_a_block_is_its_formula() -> None:
         for parameter in block.parameters():
             parameter.normal_()
     x = torch.randn(2, 3, 6, 6, dtype=torch.float64)
-    b1a, b1b, b2a, b2b = (getattr(block, f"bias{i}").bias for i in ("1a", "1b", "2a", "2b"))
-
-    def conv(weight: Tensor, x: Tensor, stride: int, padding: int) -> Tensor:
-        return nn.functional.conv2d(x, weight, stride=stride, padding=padding)
-
-    y = (conv(block.conv1.weight, x + b1a, 2, 1) + b1b).clamp(min=0)
-    y = block.scale.scale * conv(block.conv2.weight, y + b2a, 1, 1) + b2b
+    biases = [getattr(block, f"bias{i}").bias for i in ("1a", "1b", "2a", "2b")]
     assert isinstance(block.downsample, nn.Conv2d)
-    expected = (y + conv(block.downsample.weight, x + b1a, 2, 0)).clamp(min=0)
+    filters = block.conv1.weight, block.conv2.weight, block.downsample.weight
+    expected = by_definition.block(x, *filters, biases, block.scale.scale, 2)
     torch.testing.assert_close(block(x), expected, rtol=0, atol=1e-12)
 
 

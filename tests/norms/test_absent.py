@@ -5,7 +5,7 @@ import copy
 import pytest
 import torch
 
-from .formulas import lay_out
+from .inputs import lay_out
 from .zoo import LAYERS, close, data, make, run
 
 LEARNING = [variant for variant in LAYERS if variant.values[0][0] not in ("lrn", "none")]

@@ -11,7 +11,7 @@ from torch import nn
 
 from normlab.norms import BatchNorm, GhostBatchNorm, GroupNorm, normalization, population_layers
 
-from .formulas import LAYOUTS, lay_out
+from .inputs import LAYOUTS, lay_out
 
 FAMILY = [
     pytest.param(lambda: BatchNorm(3), id="bn"),

@@ -3,12 +3,15 @@ import copy
 import numpy as np
 import pytest
 import torch
+from oracles.moments import sets_per_channel
+from oracles.population import ema
 from torch import nn
 
 from normlab.norms import BatchNorm
 from normlab.population import EmaBank
 
-from .formulas import LAYOUTS, cases, check_against_formula, lay_out, sets_per_channel
+from .checks import check_against_formula
+from .inputs import LAYOUTS, cases, lay_out
 
 TORCH = {2: nn.BatchNorm1d, 3: nn.BatchNorm1d, 4: nn.BatchNorm2d, 5: nn.BatchNorm3d}
 
@@ -88,10 +91,9 @@ def test_running_average_closed_form():
     layer = BatchNorm(1, decay=0.8).double()
     for _ in range(7):
         layer(x)
-    left = 0.8**7
-    assert layer.running_mean.item() == pytest.approx((1 - left) * 2.5, rel=1e-12)
+    assert layer.running_mean.item() == pytest.approx(ema(0, [2.5] * 7, 0.8), rel=1e-12)
     unbiased = 4.5  # ((1 - 2.5)^2 + (4 - 2.5)^2) / (2 - 1); the biased one is half of it
-    assert layer.running_var.item() == pytest.approx(left + (1 - left) * unbiased, rel=1e-12)
+    assert layer.running_var.item() == pytest.approx(ema(1, [unbiased] * 7, 0.8), rel=1e-12)
 
 
 @pytest.mark.parametrize("observed", [False, True])

@@ -6,11 +6,13 @@ from itertools import combinations, product
 
 import pytest
 import torch
+from oracles import frozen, l1
 from torch import nn
 
 from normlab.norms import L1BatchNorm, normalization
 from normlab.population import EmaBank, estimate, using
 
+from .checks import numpy
 from .zoo import FAMILY, IMAGES, arguments, make, uses_batch
 
 STATISTICS = ("batch", "population", None)
@@ -47,13 +49,10 @@ def population_of(layer: nn.Module, kind: str):
 def by_population(layer: nn.Module, x: torch.Tensor, values=None) -> torch.Tensor:
     """The formula in float64, with `values` or what the buffers hold."""
     mean, var = layer.populations()[""] if values is None else (values.mean, values.var)
-    deviation = (var.double() + layer.eps).sqrt()
+    given = [numpy(value) for value in (x, mean, var, layer.weight, layer.bias)]
     if isinstance(layer, L1BatchNorm):
-        deviation = var.double().sqrt() + layer.eps
-    weight, bias, mean, deviation = (
-        v.detach().double()[:, None, None] for v in (layer.weight, layer.bias, mean, deviation)
-    )
-    return weight * (x.double() - mean) / deviation + bias
+        return torch.from_numpy(l1.at_test(*given, layer.eps))
+    return torch.from_numpy(frozen.forward_backward(given[0], given[0], *given[1:], layer.eps)[0])
 
 
 def legal(statistics: str | None, update: bool | None, training: bool) -> bool:
@@ -195,24 +194,25 @@ def test_a_discriminator_learns_the_population_of_real_data_alone(variant):
 def test_training_on_population_statistics_has_frozen_batch_norm_s_gradient(variant):
     """P74: dx = dy weight / sqrt(var + eps), no sample sees another; nothing moves."""
     layer = make(variant).double().train()
-    frozen = not uses_batch(layer)
+    constant = not uses_batch(layer)
     x = data(1).double().requires_grad_()
     dy = data(2).double()
-    with nullcontext() if frozen else normalization(layer, statistics="population"):
+    with nullcontext() if constant else normalization(layer, statistics="population"):
         before = state(layer)
         layer(x).backward(dy)
     assert same(state(layer), before)
-    mean, var = layer.populations()[""]
-    deviation = (var + layer.eps).sqrt()
+    mean, var = (numpy(value) for value in layer.populations()[""])
+    eps = layer.eps
     if variant[0] == "l1":
-        deviation = var.sqrt() + layer.eps
-    per_channel = (slice(None), None, None)
-    expected = dy * (layer.weight / deviation)[per_channel]
-    torch.testing.assert_close(x.grad, expected, rtol=1e-12, atol=1e-12)
-    h = (x.detach() - mean[per_channel]) / deviation[per_channel]
+        var, eps = l1.as_variance(var, eps), 0.0
+    expected = frozen.forward_backward(
+        numpy(x), numpy(dy), mean, var, numpy(layer.weight), numpy(layer.bias), eps
+    )
+    _, dx, dweight, dbias = (torch.from_numpy(value) for value in expected)
+    torch.testing.assert_close(x.grad, dx, rtol=1e-12, atol=1e-12)
     if layer.weight.requires_grad:
-        torch.testing.assert_close(layer.weight.grad, (dy * h).sum((0, 2, 3)))
-        torch.testing.assert_close(layer.bias.grad, dy.sum((0, 2, 3)))
+        torch.testing.assert_close(layer.weight.grad, dweight)
+        torch.testing.assert_close(layer.bias.grad, dbias)
 
 
 @pytest.mark.parametrize("variant", FAMILY)

@@ -17,7 +17,7 @@ from torch.utils.checkpoint import checkpoint
 from normlab import norms
 from normlab.norms import L1BatchNorm, PopulationNorm
 
-from .formulas import LAYOUTS, lay_out
+from .inputs import LAYOUTS, lay_out
 from .zoo import (
     ARGUMENTS,
     FAMILY,

@@ -11,7 +11,7 @@ import torch
 
 from normlab.norms import _grouped
 
-from .formulas import lay_out
+from .inputs import lay_out
 from .zoo import FAMILY, LAYERS, close, data, in_float64, make, run
 
 EPS32 = torch.finfo(torch.float32).eps

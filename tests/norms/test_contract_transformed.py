@@ -8,7 +8,7 @@ from torch import nn
 from torch.func import functional_call, grad, vmap
 from torch.utils.checkpoint import checkpoint
 
-from .formulas import lay_out
+from .inputs import lay_out
 from .zoo import LAYERS, close, data, make, uses_batch
 
 

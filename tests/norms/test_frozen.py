@@ -1,10 +1,12 @@
 import copy
 
+import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from oracles.frozen import forward_backward
 from torch import nn
 
 from normlab import build
@@ -15,7 +17,8 @@ from normlab.norms.base import normalization, population_layers
 from normlab.population import EmaBank, Statistics, estimate, using
 from normlab.protocols import Protocol
 
-from .formulas import LAYOUTS, cases, lay_out
+from .checks import numpy
+from .inputs import LAYOUTS, cases, lay_out
 
 AFFINE = ["frozen", "trainable", "none"]
 
@@ -30,14 +33,12 @@ def trained(channels=6, affine="frozen", eps=1e-5):
     return layer
 
 
-def constants(layer, dims):
-    """weight / sqrt(running_var + eps), and what is added, in float64 and shaped to broadcast."""
-    shape = (1, -1, *[1] * (dims - 2))
-    values = [v.detach().double() for v in (layer.running_mean, layer.running_var)]
-    weight = torch.ones_like(values[0]) if layer.weight is None else layer.weight.detach().double()
-    bias = torch.zeros_like(values[0]) if layer.bias is None else layer.bias.detach().double()
-    scale = weight / (values[1] + layer.eps).sqrt()
-    return scale.view(shape), (bias - values[0] * scale).view(shape)
+def constants(layer):
+    """Statistics, weight and bias in float64; 1 and 0 where the layer has none."""
+    mean, var = numpy(layer.running_mean), numpy(layer.running_var)
+    weight = np.ones_like(mean) if layer.weight is None else numpy(layer.weight)
+    bias = np.zeros_like(mean) if layer.bias is None else numpy(layer.bias)
+    return mean, var, weight, bias
 
 
 @pytest.mark.parametrize("affine", AFFINE)
@@ -51,19 +52,15 @@ def test_formula(shape, dtype, layout, affine):
     y = layer.train()(x)
     assert torch.equal(layer.eval()(x), y)
     y.backward(lay_out(dy, layout))
-    scale, shift = constants(layer, len(shape))
+    expected = forward_backward(numpy(x), numpy(dy), *constants(layer), layer.eps)
     atol = {torch.float64: 1e-13, torch.float32: 1e-5}.get(dtype, 4e-2)
     assert y.dtype == x.grad.dtype == dtype
-    exact = x.detach().double()
-    torch.testing.assert_close(y.detach().double(), exact * scale + shift, rtol=atol, atol=atol)
-    torch.testing.assert_close(x.grad.double(), dy.double() * scale, rtol=atol, atol=atol)
+    for tensor, values in zip((y, x.grad), expected[:2], strict=True):
+        np.testing.assert_allclose(numpy(tensor), values, rtol=atol, atol=atol)
     if affine == "trainable":
-        others = [axis for axis in range(len(shape)) if axis != 1]
-        mean = layer.running_mean.double().view(scale.shape)
-        h = (exact - mean) / (layer.running_var.double().view(scale.shape) + layer.eps).sqrt()
-        for gradient, terms in ((layer.weight.grad, dy.double() * h), (layer.bias.grad, dy)):
-            expected = terms.double().sum(others)
-            torch.testing.assert_close(gradient.double(), expected, rtol=10 * atol, atol=10 * atol)
+        gradients = layer.weight.grad, layer.bias.grad
+        for tensor, values in zip(gradients, expected[2:], strict=True):
+            np.testing.assert_allclose(numpy(tensor), values, rtol=10 * atol, atol=10 * atol)
     else:
         assert all(parameter.grad is None for parameter in layer.parameters())
 

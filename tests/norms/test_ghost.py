@@ -6,16 +6,15 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from oracles.ghost import GROUPING
+from oracles.moments import sets_per_channel, statistics
+from oracles.population import after_chunks
 from torch import nn
 
 from normlab.norms import BatchNorm, GhostBatchNorm
 
-from .formulas import LAYOUTS, cases, check_against_formula, lay_out, sets_per_channel, statistics
-
-GROUPING = {
-    "contiguous": lambda samples, nbs: np.arange(samples) // nbs,
-    "interleaved": lambda samples, nbs: np.arange(samples) % (samples // nbs),
-}
+from .checks import check_against_formula
+from .inputs import LAYOUTS, cases, lay_out
 
 
 @pytest.mark.parametrize(("nbs", "grouping"), [*product([2, 4], GROUPING), (8, "contiguous")])
@@ -91,28 +90,6 @@ def test_every_chunk_of_the_output_is_standardized():
         torch.testing.assert_close(chunk.var((0, 2, 3), correction=0), torch.ones(4).double())
 
 
-def population_rule(population, running, means, biased, elements, decay):
-    """Each rule in its own words, on numpy float64: the new running mean and variance."""
-    mean, var = running
-    unbiased = biased * elements / (elements - 1)
-    groups = len(means)
-    step = 1 - decay
-    if population == "mean":
-        return decay * mean + step * means.mean(0), decay * var + step * unbiased.mean(0)
-    if population == "pooled":
-        total = elements * groups
-        second = (biased + means**2).mean(0) - means.mean(0) ** 2
-        second = second * total / (total - 1)
-        return decay * mean + step * means.mean(0), decay * var + step * second
-    if population == "first":
-        return decay * mean + step * means[0], decay * var + step * unbiased[0]
-    keep = 1 - step / groups
-    weights = [step / groups * keep ** (groups - 1 - k) for k in range(groups)]
-    mean = keep**groups * mean + sum(w * m for w, m in zip(weights, means, strict=True))
-    var = keep**groups * var + sum(w * u for w, u in zip(weights, unbiased, strict=True))
-    return mean, var
-
-
 @pytest.mark.parametrize("grouping", GROUPING)
 @pytest.mark.parametrize("layout", LAYOUTS)
 @pytest.mark.parametrize("population", ["mean", "pooled", "first", "sequential"])
@@ -126,7 +103,7 @@ def test_population_rule(population, layout, grouping):
         x = torch.randn(shape, dtype=torch.float64) + step
         layer(lay_out(x, layout))
         means, biased = (v.reshape(-1, 3) for v in statistics(x.numpy(), sets))
-        running = population_rule(population, running, means, biased, nbs * 4, 0.7)
+        running = after_chunks(population, running, means, biased, nbs * 4, 0.7)
     np.testing.assert_allclose(layer.running_mean.numpy(), running[0], rtol=1e-12, atol=1e-13)
     np.testing.assert_allclose(layer.running_var.numpy(), running[1], rtol=1e-9)
     assert layer.num_batches_tracked == 3

@@ -7,6 +7,9 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from oracles.ghost import GROUPING
+from oracles.ghost import forward as by_definition
+from oracles.moments import forward_backward, sets_per_channel, statistics
 from torch import nn
 from torch.func import vmap
 from torch.utils.checkpoint import checkpoint
@@ -14,13 +17,8 @@ from torch.utils.checkpoint import checkpoint
 from normlab.norms import BatchRenorm, GhostBatchNorm, _chunked
 from normlab.norms._grouped import grouped_batch_norm
 
-from .formulas import check_against_formula, forward_backward, sets_per_channel, statistics
+from .checks import check_against_formula
 from .zoo import close, run
-
-GROUPING = {
-    "contiguous": lambda samples, nbs: np.arange(samples) // nbs,
-    "interleaved": lambda samples, nbs: np.arange(samples) % (samples // nbs),
-}
 
 
 def without_limits(patch):
@@ -106,14 +104,9 @@ def test_gradients_of_whatever_is_wanted(
             x, chunks, interleaved=interleaved, weight=weight, bias=bias, eps=1e-2
         )
     assert taken(y) == bool(leaves)
-    split = (nbs, chunks) if interleaved else (chunks, nbs)
-    z = x.view(*split, channels, -1).movedim(0 if interleaved else 1, 0)
-    expected_var, expected_mean = torch.var_mean(z, (0, 3), correction=0)
-    torch.testing.assert_close((mean, var), (expected_mean.detach(), expected_var.detach()))
-    h = (z - expected_mean[..., None]) / (expected_var[..., None] + 1e-2).sqrt()
-    h = h if weight is None else h * weight[..., None]
-    h = h if bias is None else h + bias[..., None]
-    expected = h.movedim(0, 0 if interleaved else 1).reshape(x.shape)
+    grouping = "interleaved" if interleaved else "contiguous"
+    expected, *moments = by_definition(x, chunks, grouping, weight, bias, 1e-2)
+    torch.testing.assert_close((mean, var), tuple(value.detach() for value in moments))
     torch.testing.assert_close(y, expected, rtol=0, atol=1e-12)
     if leaves:
         dy = torch.randn_like(y)

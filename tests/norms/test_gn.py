@@ -3,11 +3,13 @@ import torch
 import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from oracles.moments import sets_per_sample
 from torch import nn
 
 from normlab.norms import BatchRenorm, GroupNorm, InstanceNorm, LayerNorm
 
-from .formulas import LAYOUTS, cases, check_against_formula, lay_out, sets_per_sample
+from .checks import check_against_formula
+from .inputs import LAYOUTS, cases, lay_out
 
 
 @pytest.mark.parametrize("groups", [1, 2, 3])

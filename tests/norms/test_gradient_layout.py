@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from .formulas import lay_out
+from .inputs import lay_out
 from .zoo import LAYERS, data, make
 
 

@@ -1,10 +1,12 @@
 import pytest
 import torch
+from oracles.moments import sets_per_sample
 from torch import nn
 
 from normlab.norms import BatchNorm, InstanceNorm
 
-from .formulas import LAYOUTS, SHAPES, cases, check_against_formula, lay_out, sets_per_sample
+from .checks import check_against_formula
+from .inputs import LAYOUTS, SHAPES, cases, lay_out
 
 
 @cases(shapes=SHAPES[1:])

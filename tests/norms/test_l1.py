@@ -5,43 +5,18 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from oracles.l1 import K, at_test, forward_backward, squares
+from oracles.population import ema
 from torch import nn
 
 from normlab.norms import BatchNorm, L1BatchNorm
 from normlab.norms.base import normalization
 from normlab.population import EmaBank, Statistics, estimate, using
 
-from .formulas import cases, lay_out, random_affine
+from .checks import assert_values, numpy
+from .inputs import cases, lay_out, random_affine
 
-K = np.sqrt(np.pi / 2)
 TOLERANCE = {torch.float64: 1e-12, torch.float32: 3e-5, torch.bfloat16: 3e-2, torch.float16: 5e-3}
-
-
-def definition(x, weight, bias, dy, eps, groups=1):
-    """y, dx, dweight, dbias, mean (G, C) and s (G, C) in float64, one channel of a group at a time.
-
-    With h = x - mean, q = s + eps and g = dy weight: ds/dh_i = K sign(h_i) / n, so
-    v_i = g_i / q - sum(g h) / q^2 * K sign(h_i) / n, and dx = v - mean(v).
-    """
-    y, dx = np.empty_like(x), np.empty_like(x)
-    dweight, dbias = np.zeros(x.shape[1]), np.zeros(x.shape[1])
-    mean, scale = np.empty((groups, x.shape[1])), np.empty((groups, x.shape[1]))
-    size = len(x) // groups
-    for group in range(groups):
-        for c in range(x.shape[1]):
-            at = (slice(group * size, (group + 1) * size), c)
-            n = x[at].size
-            mean[group, c] = x[at].sum() / n
-            h = x[at] - mean[group, c]
-            scale[group, c] = K * np.abs(h).sum() / n
-            q = scale[group, c] + eps
-            y[at] = weight[c] * h / q + bias[c]
-            g = dy[at] * weight[c]
-            v = g / q - (g * h).sum() / q**2 * K * np.sign(h) / n
-            dx[at] = v - v.mean()
-            dweight[c] += (dy[at] * h / q).sum()
-            dbias[c] += dy[at].sum()
-    return y, dx, dweight, dbias, mean, scale
 
 
 @pytest.mark.parametrize("groups", [1, 2])
@@ -57,31 +32,22 @@ def test_formula(shape, dtype, layout, groups):
     layer.group_size = len(x) // groups
     y = layer(leaf)
     y.backward(lay_out(dy, layout))
-    weight, bias = (p.detach().double().numpy() for p in (layer.weight, layer.bias))
-    *expected, mean, scale = definition(
-        x.double().numpy(), weight, bias, dy.double().numpy(), layer.eps, groups
-    )
+    weight, bias = numpy(layer.weight), numpy(layer.bias)
+    *expected, mean, scale = forward_backward(numpy(x), weight, bias, numpy(dy), layer.eps, groups)
     assert y.dtype == dtype
-    for actual, values in zip(
-        (y, leaf.grad, layer.weight.grad, layer.bias.grad), expected, strict=True
-    ):
-        atol = TOLERANCE[dtype] * max(1.0, np.abs(values).max())
-        np.testing.assert_allclose(actual.detach().double().numpy(), values, rtol=0, atol=atol)
-    n = x[:, 0].numel() // groups
+    tensors = y, leaf.grad, layer.weight.grad, layer.bias.grad
+    assert_values(tensors, expected, TOLERANCE[dtype])
     kept = {"rtol": 0, "atol": min(TOLERANCE[dtype], 1e-5)}  # the statistics stay float32
-    square = (scale**2).mean(0) * n / (n - 1)
-    np.testing.assert_allclose(layer.running_mean.double().numpy(), 0.2 * mean.mean(0), **kept)
-    np.testing.assert_allclose(layer.running_var.double().numpy(), 0.8 + 0.2 * square, **kept)
+    square = squares(scale, x[:, 0].numel() // groups)
+    np.testing.assert_allclose(numpy(layer.running_mean), ema(0, mean.mean(0)[None], 0.8), **kept)
+    np.testing.assert_allclose(numpy(layer.running_var), ema(1, square.mean(0)[None], 0.8), **kept)
     assert layer.num_batches_tracked == 1
-    # At test: the root of running_var, in place of s.
-    h = x.double().numpy() - layer.running_mean.double().numpy().reshape(1, 6, *[1] * (x.dim() - 2))
-    q = np.sqrt(layer.running_var.double().numpy()) + layer.eps
-    per_channel = (slice(None), *[None] * (x.dim() - 2))
-    y = h / q[per_channel] * weight[per_channel] + bias[per_channel]
+    y = at_test(
+        numpy(x), numpy(layer.running_mean), numpy(layer.running_var), weight, bias, layer.eps
+    )
     np.testing.assert_allclose(
-        layer.eval()(lay_out(x, layout)).detach().double().numpy(), y, rtol=0,
-        atol=TOLERANCE[dtype] * np.abs(y).max(),
-    )  # fmt: skip
+        numpy(layer.eval()(lay_out(x, layout))), y, rtol=0, atol=TOLERANCE[dtype] * np.abs(y).max()
+    )
 
 
 def test_channels_last_stays():
@@ -151,7 +117,9 @@ def test_a_constant_channel_is_finite(value, training):
 def test_large_means_keep_precision(layout, offset):
     """P64: float32 of spread 1, errors below 8 times the rounding of the input."""
     x = lay_out(torch.randn(8, 3, 5, 5) + offset, layout)
-    expected = definition(x.double().numpy(), np.ones(3), np.zeros(3), np.ones(x.shape), 1e-5)[0]
+    expected = forward_backward(
+        x.double().numpy(), np.ones(3), np.zeros(3), np.ones(x.shape), 1e-5
+    )[0]
     y = L1BatchNorm(3)(x).detach().double().numpy()
     np.testing.assert_allclose(y, expected, rtol=0, atol=8 * offset * 2**-23)
 

@@ -9,7 +9,7 @@ from torch import nn
 from normlab import norms
 from normlab.norms import _grouped
 
-from .formulas import lay_out
+from .inputs import lay_out
 from .zoo import close, data, in_float64, run
 
 SHAPE, NBS = (8, 16, 4, 3), 4

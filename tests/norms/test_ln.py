@@ -1,10 +1,12 @@
 import pytest
 import torch
+from oracles.moments import sets_per_sample
 from torch import nn
 
 from normlab.norms import LayerNorm
 
-from .formulas import cases, check_against_formula, sets_per_sample
+from .checks import check_against_formula
+from .inputs import cases
 
 
 @cases()

@@ -1,17 +1,12 @@
-import numpy as np
 import pytest
 import torch
+from oracles.moments import sets_per_position
 from torch import nn
 
 from normlab.norms import ChannelsLayerNorm, LayerNorm
 
-from .formulas import cases, check_against_formula, lay_out
-
-
-def sets_per_position(shape):
-    sample = np.indices(shape)[0]
-    positions = int(np.prod(shape[2:], dtype=int))
-    return sample * positions + np.arange(positions).reshape(1, 1, *shape[2:])
+from .checks import check_against_formula
+from .inputs import cases, lay_out
 
 
 @cases()

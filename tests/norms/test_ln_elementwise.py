@@ -1,13 +1,14 @@
-import numpy as np
 import pytest
 import torch
+from oracles.moments import elementwise_forward_backward, sets_per_sample
 from torch import nn
 
 from normlab import build
 from normlab.config import compose
 from normlab.norms import ChannelsLayerNorm, ElementwiseLayerNorm, LayerNorm
 
-from .formulas import cases, forward_backward, lay_out, random_affine, sets_per_sample
+from .checks import assert_values, numpy
+from .inputs import cases, lay_out, random_affine
 
 TOLERANCE = {torch.float64: 1e-12, torch.float32: 2e-5, torch.bfloat16: 3e-2}
 
@@ -23,20 +24,14 @@ def test_formula(shape, dtype, layout):
     leaf = lay_out(x.clone(), layout).requires_grad_()
     y = layer(leaf)
     y.backward(lay_out(dy, layout))
-    weight, bias = (p.detach().double().numpy() for p in (layer.weight, layer.bias))
-    d = dy.double().numpy()
-    h, dx, _, _ = forward_backward(
-        x.double().numpy(), sets_per_sample(shape, 1), np.ones(6), np.zeros(6), d * weight
-    )
-    expected = (h * weight + bias, dx, (d * h).sum(0), d.sum(0))
+    weight, bias = numpy(layer.weight), numpy(layer.bias)
+    sets = sets_per_sample(shape, 1)
+    expected = elementwise_forward_backward(numpy(x), sets, weight, bias, numpy(dy))
     assert y.dtype == dtype
     if layout in ("contiguous", "channels_last"):
         assert y.stride() == leaf.stride()
-    for actual, values in zip(
-        (y, leaf.grad, layer.weight.grad, layer.bias.grad), expected, strict=True
-    ):
-        atol = TOLERANCE[dtype] * max(1.0, np.abs(values).max())
-        np.testing.assert_allclose(actual.detach().double().numpy(), values, rtol=0, atol=atol)
+    tensors = y, leaf.grad, layer.weight.grad, layer.bias.grad
+    assert_values(tensors, expected, TOLERANCE[dtype])
 
 
 def test_the_three_layers_called_layer_norm_are_three():

@@ -2,32 +2,14 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
+from oracles.lrn import forward_backward
 
 from normlab.norms import LocalResponseNorm
 
-from .formulas import cases, lay_out
+from .checks import assert_values, numpy
+from .inputs import cases, lay_out
 
 TOLERANCE = {torch.float64: 1e-12, torch.float32: 1e-5, torch.bfloat16: 3e-2, torch.float16: 5e-3}
-
-
-def definition(x, dy, size, alpha, beta, k, divided):
-    """y and dx in float64, one value and one neighbour at a time."""
-    channels = x.shape[1]
-    alpha = alpha / size if divided else alpha
-    window = [
-        [j for j in range(c - size // 2, c + (size - 1) // 2 + 1) if 0 <= j < channels]
-        for c in range(channels)
-    ]
-    base = np.stack([k + alpha * sum(x[:, j] ** 2 for j in window[c]) for c in range(channels)], 1)
-    y, dx = np.empty_like(x), np.empty_like(x)
-    for c in range(channels):
-        y[:, c] = x[:, c] * base[:, c] ** -beta
-        dx[:, c] = dy[:, c] * base[:, c] ** -beta
-        for i in range(channels):
-            if c in window[i]:
-                d = dy[:, i] * x[:, i] * -beta * base[:, i] ** (-beta - 1)
-                dx[:, c] += d * alpha * 2 * x[:, c]
-    return y, dx
 
 
 @pytest.mark.parametrize("squares", ["sum", "mean"])
@@ -42,15 +24,9 @@ def test_formula(shape, dtype, layout, size, squares):
     layer = LocalResponseNorm(6, size=size, alpha=0.7, beta=0.6, k=1.3, squares=squares)
     y = layer(leaf)
     y.backward(lay_out(dy, layout))
-    expected = definition(
-        x.double().numpy(), dy.double().numpy(), size, 0.7, 0.6, 1.3, squares == "mean"
-    )
+    expected = forward_backward(numpy(x), numpy(dy), size, 0.7, 0.6, 1.3, squares == "mean")
     assert y.dtype == dtype
-    for actual, values in zip((y, leaf.grad), expected, strict=True):
-        np.testing.assert_allclose(
-            actual.detach().double().numpy(), values, rtol=0,
-            atol=TOLERANCE[dtype] * max(1, np.abs(values).max()),
-        )  # fmt: skip
+    assert_values((y, leaf.grad), expected, TOLERANCE[dtype])
 
 
 @pytest.mark.parametrize("size", [1, 2, 4, 5])
@@ -81,7 +57,7 @@ def test_limits():
 
 def test_the_defaults_are_the_papers():
     x = 10 * torch.randn(2, 7, 3, dtype=torch.float64)
-    expected, _ = definition(x.numpy(), x.numpy(), 5, 1e-4, 0.75, 2, divided=False)
+    expected, _ = forward_backward(x.numpy(), x.numpy(), 5, 1e-4, 0.75, 2, divided=False)
     np.testing.assert_allclose(LocalResponseNorm(7)(x).numpy(), expected, rtol=1e-12)
 
 
@@ -90,7 +66,7 @@ def test_squares_of_half_inputs_do_not_overflow(dtype):
     x = (300 * torch.randn(8, 6, 4, 4)).to(dtype)
     y = LocalResponseNorm(6, alpha=1.0)(x)
     assert y.dtype == dtype
-    expected, _ = definition(x.double().numpy(), x.double().numpy(), 5, 1.0, 0.75, 2, False)
+    expected, _ = forward_backward(x.double().numpy(), x.double().numpy(), 5, 1.0, 0.75, 2, False)
     np.testing.assert_allclose(y.double().numpy(), expected, rtol=1e-2, atol=1e-3)
 
 

@@ -6,13 +6,17 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from oracles.moments import sets_per_channel, statistics
+from oracles.population import after_chunks
+from oracles.renorm import forward_backward
 from torch import nn
 
 from normlab.norms import BatchNorm, BatchRenorm, GhostBatchNorm
 from normlab.norms.base import normalization
 from normlab.population import EmaBank, estimate
 
-from .formulas import LAYOUTS, cases, lay_out, random_affine, sets_per_channel, statistics
+from .checks import assert_values, numpy
+from .inputs import LAYOUTS, cases, lay_out, random_affine
 
 NOW = {"start": 0.0, "r_end": 0.0, "d_end": 0.0}
 """Final limits from the first forward on."""
@@ -30,31 +34,6 @@ def moved(layer, seed=1):
     return layer
 
 
-def definition(x, dy, layer, nbs, r_limit, d_limit):
-    """Algorithm 1 of the paper element by element in float64, and its gradient.
-
-    With z = (x - m) / s: y = w (z r + d) + b, so with r and d constant dx is that of batch norm
-    with weight w r, dweight = sum dy (z r + d), dbias = sum dy.
-    """
-    x, dy = (v.detach().double().numpy() for v in (x, dy))
-    sets = sets_per_channel(x.shape, np.arange(len(x)) // nbs)
-    mean, var = statistics(x, sets)
-    channel = np.arange(len(mean)) % x.shape[1]
-    buffers = layer.running_mean.double().numpy(), layer.running_var.double().numpy()
-    mu, sigma = buffers[0][channel], np.sqrt(buffers[1][channel] + layer.eps)
-    s = np.sqrt(var + layer.eps)
-    r = np.clip(s / sigma, 1 / r_limit, r_limit)
-    d = np.clip((mean - mu) / sigma, -d_limit, d_limit)
-    shape = (1, -1, *[1] * (x.ndim - 2))
-    w, b = (p.detach().double().numpy().reshape(shape) for p in (layer.weight, layer.bias))
-    others = tuple(axis for axis in range(x.ndim) if axis != 1)
-    z = (x - mean[sets]) / s[sets]
-    hat = z * r[sets] + d[sets]
-    g = dy * w * r[sets]
-    dx = (g - statistics(g, sets)[0][sets] - z * statistics(g * z, sets)[0][sets]) / s[sets]
-    return hat * w + b, dx, (dy * hat).sum(others), dy.sum(others)
-
-
 @pytest.mark.parametrize("limits", [OFF, PARTLY, FREE], ids=["off", "partly", "free"])
 @pytest.mark.parametrize("nbs", [None, 4])
 @cases()
@@ -65,19 +44,18 @@ def test_formula(shape, nbs, dtype, layout, limits):
     torch.manual_seed(3)
     x = lay_out(torch.randn(shape, dtype=torch.float64).to(dtype), layout).requires_grad_()
     dy = torch.randn(shape, dtype=torch.float64).to(dtype)
-    expected = definition(x, dy, layer, nbs or len(x), limits["r_max"], limits["d_max"])
+    state = (layer.weight, layer.bias, layer.running_mean, layer.running_var)
+    expected = forward_backward(
+        *(numpy(value) for value in (x, dy, *state)),
+        eps=layer.eps, nbs=nbs or len(x), r_limit=limits["r_max"], d_limit=limits["d_max"],
+    )  # fmt: skip
     y = layer(x)
     y.backward(lay_out(dy, layout))
     assert y.dtype == dtype
     if layout == "channels_last" and len(shape) > 3:
         assert y.movedim(1, -1).is_contiguous()
     atol = {torch.float64: 1e-12, torch.float32: 3e-5, torch.bfloat16: 4e-2}[dtype]
-    actual = y, x.grad, layer.weight.grad, layer.bias.grad
-    for ours, values in zip(actual, expected, strict=True):
-        scale = max(1.0, np.abs(values).max())
-        np.testing.assert_allclose(
-            ours.detach().double().numpy(), values, rtol=0, atol=atol * scale
-        )
+    assert_values((y, x.grad, layer.weight.grad, layer.bias.grad), expected, atol)
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
@@ -172,8 +150,7 @@ def test_eps_does_not_reach_the_running_variance(nbs):
         layer(x)
         sets = sets_per_channel(shape, np.arange(8) // size)
         means, biased = (v.reshape(-1, 3) for v in statistics(x.numpy(), sets))
-        unbiased = biased * (size * 4) / (size * 4 - 1)
-        mean, var = 0.7 * mean + 0.3 * means.mean(0), 0.7 * var + 0.3 * unbiased.mean(0)
+        mean, var = after_chunks("mean", (mean, var), means, biased, size * 4, 0.7)
     np.testing.assert_allclose(layer.running_mean.numpy(), mean, rtol=1e-12)
     np.testing.assert_allclose(layer.running_var.numpy(), var, rtol=1e-12)
     assert layer.num_batches_tracked == 3

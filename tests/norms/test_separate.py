@@ -8,10 +8,12 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from oracles.separate import at_test, buffers, forward_backward
 
 from normlab.norms import BatchNorm, SeparateBatchNorm, domains
 
-from .formulas import LAYOUTS, SHAPES, lay_out, random_affine, sets_per_channel, statistics
+from .checks import assert_values, numpy
+from .inputs import LAYOUTS, SHAPES, lay_out, random_affine
 
 LABELS = [2, 0, 2, 2, 0, 2, 0, 2]  # of 8 samples; domain 1 is absent
 SWITCHES = list(product([False, True], repeat=3))  # statistics, population, affine: shared?
@@ -32,38 +34,6 @@ def same(one, other):
     return all(torch.equal(value, other[name]) for name, value in one.items())
 
 
-def numpy(tensor):
-    return tensor.detach().double().numpy().copy()
-
-
-def unbiased(part):
-    """Mean and unbiased variance per channel of samples (N, C, ...)."""
-    flat = np.moveaxis(part, 1, 0).reshape(part.shape[1], -1)
-    return flat.mean(1), flat.var(1, ddof=1)
-
-
-def expected_buffers(layer, x, labels, shared_statistics, shared_population):
-    """The buffers after one updating forward, by the definition of each combination."""
-    mean, var, a = numpy(layer.running_mean), numpy(layer.running_var), 1 - layer.decay
-    present = sorted(set(labels))
-    if shared_population:
-        parts = [x] if shared_statistics else [x[np.array(labels) == d] for d in present]
-        for part in parts:  # one population takes one step after another
-            m, u = unbiased(part)
-            mean, var = (1 - a) * mean + a * m, (1 - a) * var + a * u
-        return mean, var, len(parts)
-    steps = np.zeros(len(mean), dtype=int)
-    for d in present:
-        m, u = unbiased(x[np.array(labels) == d])
-        mean[d], var[d], steps[d] = (1 - a) * mean[d] + a * m, (1 - a) * var[d] + a * u, 1
-    return mean, var, steps
-
-
-def per_domain(parameter, number):
-    values = numpy(parameter)
-    return values if values.ndim == 2 else np.tile(values, (number, 1))
-
-
 def check_combination(layer, switches, shape, dtype, layout, labels=LABELS):
     """y, dx, dweight, dbias and buffers in train(), y and dx in eval(), from the definitions."""
     generator = torch.Generator().manual_seed(3)
@@ -75,23 +45,10 @@ def check_combination(layer, switches, shape, dtype, layout, labels=LABELS):
     random_affine(layer)
     x = lay_out(x.to(dtype), layout).requires_grad_()
     values, gradient = numpy(x), numpy(dy)
-    wide = (slice(None), slice(None), *[None] * (len(shape) - 2))
-    others = tuple(range(2, len(shape)))
-    weight, bias = (per_domain(p, 3)[labels][wide] for p in (layer.weight, layer.bias))
-    sets = sets_per_channel(shape, [0] * len(labels) if switches[0] else labels)
-    _, sets = np.unique(sets, return_inverse=True)
-    sets = sets.reshape(shape)
-    mean, var = statistics(values, sets)
-    rstd = 1 / np.sqrt(var + layer.eps)
-    h = (values - mean[sets]) * rstd[sets]
-    g = gradient * weight
-    dx = rstd[sets] * (g - statistics(g, sets)[0][sets] - h * statistics(g * h, sets)[0][sets])
-    dweight, dbias = np.zeros((3, shape[1])), np.zeros((3, shape[1]))
-    np.add.at(dweight, labels, (gradient * h).sum(others))
-    np.add.at(dbias, labels, gradient.sum(others))
-    if switches[2]:
-        dweight, dbias = dweight.sum(0), dbias.sum(0)
-    buffers = expected_buffers(layer, values, labels, *switches[:2])
+    affine = numpy(layer.weight), numpy(layer.bias)
+    expected = forward_backward(values, gradient, labels, *affine, layer.eps, switches[0])
+    kept = numpy(layer.running_mean), numpy(layer.running_var)
+    mean, var, steps = buffers(values, labels, *kept, layer.decay, switches[0])
 
     with domains(layer, labels):
         y = layer(x)
@@ -101,27 +58,17 @@ def check_combination(layer, switches, shape, dtype, layout, labels=LABELS):
         assert y.movedim(1, -1).is_contiguous()
     atol = {torch.float64: 1e-12, torch.float32: 2e-5, torch.bfloat16: 3e-2}[dtype]
 
-    def close(actual, wanted):
-        actual, scale = numpy(actual), max(1.0, np.abs(wanted).max())
-        np.testing.assert_allclose(actual, wanted, rtol=0, atol=atol * scale)
-
-    close(y, h * weight + bias)
-    close(x.grad, dx)
-    close(layer.weight.grad, dweight)
-    close(layer.bias.grad, dbias)
-    close(layer.running_mean, buffers[0])
-    close(layer.running_var, buffers[1])
-    assert layer.num_batches_tracked.tolist() == np.asarray(buffers[2]).tolist()
+    assert_values((y, x.grad, layer.weight.grad, layer.bias.grad), expected, atol)
+    assert_values((layer.running_mean, layer.running_var), (mean, var), atol)
+    assert layer.num_batches_tracked.tolist() == np.asarray(steps).tolist()
 
     layer.eval()
     x.grad = None
     with domains(layer, labels):
         y = layer(x)
     y.backward(dy)
-    mean, var = (per_domain(b, 3)[labels][wide] for b in (layer.running_mean, layer.running_var))
-    scale = weight / np.sqrt(var + layer.eps)
-    close(y, (values - mean) * scale + bias)
-    close(x.grad, gradient * scale)
+    kept = numpy(layer.running_mean), numpy(layer.running_var)
+    assert_values((y, x.grad), at_test(values, gradient, labels, *kept, *affine, layer.eps), atol)
 
 
 @pytest.mark.parametrize("layout", ["contiguous", "channels_last"])

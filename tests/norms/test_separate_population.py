@@ -10,7 +10,7 @@ from torch import nn
 from normlab.norms import BatchNorm, domains, normalization
 from normlab.population import EmaBank, estimate, using
 
-from .formulas import random_affine
+from .inputs import random_affine
 from .test_separate import LABELS, SWITCHES, same, separate, state
 
 

@@ -5,12 +5,15 @@ import pickle
 
 import pytest
 import torch
+from oracles.population import ema
+from oracles.sync import statistics, step
 from torch import distributed, nn
 
 from normlab import build, config
 from normlab.norms import BatchNorm, SyncBatchNorm
 
-from .formulas import LAYOUTS, lay_out, random_affine
+from .checks import numpy
+from .inputs import LAYOUTS, lay_out, random_affine
 
 EQUAL = [(4, 6, 3, 2)] * 4
 SHAPES = {
@@ -66,9 +69,19 @@ def rows(x):
 
 
 def in_one(xs, dys, steps=1):
-    """The same of BatchNorm on all elements, in float64."""
-    x, dy = (torch.cat([rows(part.double()) for part in all_]) for all_ in (xs, dys))
-    return used(made(BatchNorm(6)), x, dy, steps)
+    """The same by the definition: of one batch norm on all elements, in float64."""
+    layer = made(BatchNorm(6))
+    xs, dys = ([numpy(part) for part in parts] for parts in (xs, dys))
+    affine = numpy(layer.weight), numpy(layer.bias)
+    y, dx, dweight, dbias = step(xs, dys, *affine, layer.eps)
+    mean, var, count = statistics(xs)
+    values = {
+        "y": y, "dx": dx, "weight": dweight, "bias": dbias, "mean": mean[None], "var": var[None],
+        "running_mean": ema(0, [mean] * steps, layer.decay),
+        "running_var": ema(1, [statistics(xs, ddof=1)[1]] * steps, layer.decay),
+    }  # fmt: skip
+    found = {name: torch.from_numpy(value) for name, value in values.items()}
+    return {**found, "num_batches_tracked": torch.tensor(steps), "count": count}
 
 
 def check(results, expected, atol, rtol=0.0):

@@ -7,12 +7,15 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from oracles.population import ema
+from oracles.virtual import followed, forward_only_samples, own_samples
 from torch import nn
 
 from normlab.norms import BatchNorm, VirtualBatchNorm, forward_only
 from normlab.population import EmaBank, estimate
 
-from .formulas import LAYOUTS, SHAPES, lay_out, random_affine, statistics
+from .checks import numpy
+from .inputs import LAYOUTS, SHAPES, lay_out, random_affine
 
 EXTRA = 3  # of the 8 samples of a shape
 DTYPES = [torch.float64, torch.float32, torch.bfloat16, torch.float16]
@@ -26,35 +29,10 @@ def same(one, other):
     return all(torch.equal(value, other[name]) for name, value in one.items())
 
 
-def numpy(tensor):
-    return tensor.detach().double().numpy().copy()
-
-
 def made(shape, dtype, layout, offset=0.0, seed=3):
     generator = torch.Generator().manual_seed(seed)
     x = torch.randn(shape, generator=generator, dtype=torch.float64) + offset
     return lay_out(x.to(dtype), layout)
-
-
-def by_definition(z, own, definition, gradient, layer):
-    """y of the first `own` samples of z (N, C, ...), sample by sample, differentiable."""
-    constant = z[own:].detach() if gradient == "own" else z[own:]
-    per_channel = (-1, *[1] * (z.dim() - 2))
-    rows = []
-    for i in range(own):
-        among = z[:own] if definition == "extra" else z[i : i + 1]
-        together = torch.cat([among, constant]).movedim(1, 0).flatten(1)
-        mean = together.mean(1)
-        var = (together - mean[:, None]).square().mean(1)
-        h = (z[i] - mean.view(per_channel)) / (var + layer.eps).sqrt().view(per_channel)
-        rows.append(h * layer.weight.view(per_channel) + layer.bias.view(per_channel))
-    return torch.stack(rows)
-
-
-def followed(z, own, population):
-    """What the running statistics follow: mean and unbiased variance of float64 numpy z."""
-    flat = np.moveaxis(z if population == "all" else z[:own], 1, 0).reshape(z.shape[1], -1)
-    return flat.mean(1), flat.var(1, ddof=1)
 
 
 def check(definition, gradient, population, shape, dtype, layout, tolerance=None):
@@ -71,7 +49,9 @@ def check(definition, gradient, population, shape, dtype, layout, tolerance=None
     y = layer(z)
     y[:own].backward(dy)
     reference = z.detach().double().requires_grad_()
-    expected = by_definition(reference, own, definition, gradient, exact)
+    expected = own_samples(
+        reference, own, definition, gradient, exact.weight, exact.bias, exact.eps
+    )
     expected.backward(dy.double())
     atol = {torch.float64: 1e-12, torch.float32: 2e-5, torch.bfloat16: 3e-2, torch.float16: 4e-3}
     atol = tolerance or atol[dtype]
@@ -92,17 +72,12 @@ def check(definition, gradient, population, shape, dtype, layout, tolerance=None
     if gradient == "own":
         assert not z.grad[own:].any()
     # The forward-only samples: extra ones by the statistics of all, a reference by its own.
-    values = numpy(z)
-    among = values if definition == "extra" else values[own:]
-    sets = np.broadcast_to(np.indices(among.shape)[1], among.shape)
-    mean, var = statistics(among, sets)
-    mean, var = (v.reshape(-1, *[1] * (len(shape) - 2)) for v in (mean, var))
-    weight, bias = (numpy(p).reshape(mean.shape) for p in (layer.weight, layer.bias))
-    y_virtual = (values[own:] - mean) / np.sqrt(var + layer.eps) * weight + bias
+    values, affine = numpy(z), (numpy(layer.weight), numpy(layer.bias))
+    y_virtual = forward_only_samples(values, own, definition, *affine, layer.eps)
     np.testing.assert_allclose(numpy(y[own:]), y_virtual, rtol=0, atol=atol * 4)
     mean, var = followed(values, own, population)
-    np.testing.assert_allclose(numpy(layer.running_mean), 0.1 * mean, rtol=0, atol=1e-6)
-    np.testing.assert_allclose(numpy(layer.running_var), 0.9 + 0.1 * var, rtol=0, atol=1e-5)
+    np.testing.assert_allclose(numpy(layer.running_mean), ema(0, [mean], 0.9), rtol=0, atol=1e-6)
+    np.testing.assert_allclose(numpy(layer.running_var), ema(1, [var], 0.9), rtol=0, atol=1e-5)
     assert layer.num_batches_tracked == 1
 
 

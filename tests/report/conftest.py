@@ -7,6 +7,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+from compositions import composed
 
 from normlab import experiment as experiments
 from normlab import runs as run_directories
@@ -37,6 +38,12 @@ def small(monkeypatch: pytest.MonkeyPatch) -> Iterator[Experiment]:
     experiments.load.cache_clear()
     yield experiments.load("small")
     experiments.load.cache_clear()
+
+
+@pytest.fixture
+def composed_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Cells of real experiments, composed by the first test that asks for them."""
+    monkeypatch.setattr(grid.config, "compose", lambda overrides: composed(*overrides))
 
 
 MakeRun = Callable[..., list[Row]]

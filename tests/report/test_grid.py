@@ -1,10 +1,9 @@
 """A run's number, what may be pooled, and what is missing."""
 
 import math
-from functools import cache
-from typing import Any
 
 import pytest
+from compositions import composed
 
 from normlab import config, experiment
 from normlab.experiment import Contrast
@@ -180,17 +179,8 @@ def test_a_grid_that_cannot_be_composed_says_why(small, monkeypatch):
     assert found.problem == "its cells cannot be composed: nbs=2: no such thing"
 
 
-compose = config.compose
-
-
-@cache
-def composed(*overrides: str) -> dict[str, Any]:
-    """Composing a cell takes a tenth of a second, and two tests ask for those of one scale."""
-    return compose(list(overrides))
-
-
-def test_the_real_experiments_compose_into_distinct_cells(monkeypatch):
-    monkeypatch.setattr(grid.config, "compose", lambda overrides: composed(*overrides))
+@pytest.mark.usefixtures("composed_once")
+def test_the_real_experiments_compose_into_distinct_cells():
     for name in experiment.names():
         loaded = experiment.load(name)
         for scale in ("demo", "paper"):
@@ -216,7 +206,7 @@ def test_the_seed_is_no_part_of_a_cell():
     loaded = experiment.load("nbs")
     first, second = loaded.cells("demo")[:2]
     assert first.axes["seed"] != second.axes["seed"]
-    keys = {config.cell_key(config.compose(cell.overrides)) for cell in (first, second)}
+    keys = {config.cell_key(composed(*cell.overrides)) for cell in (first, second)}
     assert len(keys) == 1
 
 
@@ -225,6 +215,7 @@ def test_chance_without_a_record_is_nan(make_run):
     assert math.isnan(run_number(run, "test:precise", "desk"))
 
 
+@pytest.mark.usefixtures("composed_once")
 def test_a_term_names_the_cell_that_stands_exactly_there_or_the_only_one():
     norms = experiment.load("norms")
     found = grid.results(norms, "demo", grid.compose(norms, "demo"), [])
@@ -238,6 +229,7 @@ def test_a_term_names_the_cell_that_stands_exactly_there_or_the_only_one():
         read(norm="BN")
 
 
+@pytest.mark.usefixtures("composed_once")
 def test_a_figure_draws_only_what_it_says():
     norms = experiment.load("norms")
     found = grid.results(norms, "demo", grid.compose(norms, "demo"), [])

@@ -2,6 +2,7 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from oracles.conventions import Caffe, Keras
 from torch import nn
 
 from normlab.surgery import NormState, read, translate, with_eps, write
@@ -17,57 +18,6 @@ def batches(number=5):
     return torch.randn(shape, generator=generator, dtype=torch.float64) * 2 + 1
 
 
-def moments(x):
-    return x.mean((0, 2, 3)), x.var((0, 2, 3), correction=0)
-
-
-def normalized(x, mean, var, eps):
-    per_channel = (1, -1, 1, 1)
-    return (x - mean.view(per_channel)) / (var.view(per_channel) + eps).sqrt()
-
-
-class Keras:
-    """Its update, in its words: moving = moving * momentum + batch * (1 - momentum), biased."""
-
-    def __init__(self, momentum=0.99, eps=1e-3):
-        self.momentum, self.eps = momentum, eps
-        self.moving_mean = torch.zeros(CHANNELS, dtype=torch.float64)
-        self.moving_variance = torch.ones(CHANNELS, dtype=torch.float64)
-
-    def train(self, x):
-        mean, var = moments(x)
-        self.moving_mean = self.moving_mean * self.momentum + mean * (1 - self.momentum)
-        self.moving_variance = self.moving_variance * self.momentum + var * (1 - self.momentum)
-
-    def tensors(self):
-        return {"moving_mean": self.moving_mean, "moving_variance": self.moving_variance}
-
-    def __call__(self, x):
-        return normalized(x, self.moving_mean, self.moving_variance, self.eps)
-
-
-class Caffe:
-    """batch_norm_layer.cpp: three blobs, sums of fraction^t times a batch's mean, unbiased variance
-    and 1; global statistics are the first two over the third, or 0 where that is 0."""
-
-    def __init__(self, fraction=0.999, eps=1e-5):
-        self.fraction, self.eps = fraction, eps
-        self.blobs = [torch.zeros(n, dtype=torch.float64) for n in (CHANNELS, CHANNELS, 1)]
-
-    def train(self, x):
-        mean, var = moments(x)
-        m = x.numel() // CHANNELS
-        news = (mean, var * m / (m - 1), torch.ones(1))
-        self.blobs = [self.fraction * b + n for b, n in zip(self.blobs, news, strict=True)]
-
-    def tensors(self):
-        return dict(zip(("mean", "variance", "scale_factor"), self.blobs, strict=True))
-
-    def __call__(self, x):
-        scale = 0 if self.blobs[2] == 0 else 1 / self.blobs[2]
-        return normalized(x, self.blobs[0] * scale, self.blobs[1] * scale, self.eps)
-
-
 def torch_layer(state, **options):
     """torch's layer with the state that `write` gives."""
     tensors, settings = write("torch", state, **options)
@@ -79,7 +29,7 @@ def torch_layer(state, **options):
 @pytest.mark.parametrize("framework", [Keras, Caffe])
 def test_the_same_function_in_torch(framework):
     """E25: a checkpoint ported with its eps and its scale factor computes what it computed."""
-    theirs = framework()
+    theirs = framework(CHANNELS)
     for x in batches():
         theirs.train(x)
     state = read(framework.__name__.lower(), theirs.tensors())
@@ -90,7 +40,7 @@ def test_the_same_function_in_torch(framework):
 
 def test_what_an_unconverted_checkpoint_costs():
     """E25, P1: without n/(n-1) and with torch's eps the outputs are off by a computable factor."""
-    theirs = Keras()
+    theirs = Keras(CHANNELS)
     for x in batches():
         theirs.train(x)
     naive = nn.BatchNorm2d(CHANNELS, affine=False).double().eval()
@@ -115,10 +65,10 @@ def test_training_goes_on_as_it_would_have(decay):
     ours.num_batches_tracked.fill_(1)
     state = read("torch", ours.state_dict(), momentum=1 - decay)
     tensors, settings = write("keras", state, count=COUNT)
-    keras = Keras(settings["momentum"], settings["epsilon"])
+    keras = Keras(CHANNELS, settings["momentum"], settings["epsilon"])
     keras.moving_mean, keras.moving_variance = tensors["moving_mean"], tensors["moving_variance"]
     tensors, settings = write("caffe", state)
-    caffe = Caffe(settings["moving_average_fraction"], settings["eps"])
+    caffe = Caffe(CHANNELS, settings["moving_average_fraction"], settings["eps"])
     caffe.blobs = [tensors[name] for name in ("mean", "variance", "scale_factor")]
     for batch in x[1:]:
         for layer in (ours, keras.train, caffe.train):
@@ -145,7 +95,7 @@ def test_caffes_scale_factor():
         assert written["scale_factor"].tolist() == [factor]
     blobs = {"mean": mean, "variance": var, "scale_factor": torch.zeros(1)}
     assert not read("caffe", blobs).mean.any()
-    fresh = Caffe()
+    fresh = Caffe(CHANNELS)
     state = read("caffe", fresh.tensors())
     assert not state.var.any()
     x = batches()[0]
@@ -206,7 +156,7 @@ def test_names_and_defaults():
 @pytest.mark.parametrize("given", ["gamma", "beta"])
 def test_a_keras_layer_without_scale_or_center(given):
     """torch's layer loads what Keras has as scale=False or center=False, and is that function."""
-    keras = Keras()
+    keras = Keras(CHANNELS)
     keras.train(batches()[0])
     values = torch.linspace(0.5, 2, CHANNELS, dtype=torch.float64)
     state = read("keras", {**keras.tensors(), given: values})

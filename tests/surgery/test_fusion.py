@@ -3,6 +3,7 @@ import copy
 import pytest
 import torch
 import torchvision
+from oracles.fusion import folded as by_definition
 from torch import nn
 
 from normlab.norms import (
@@ -114,9 +115,9 @@ def test_the_definition():
     model, _ = pair(norm=nn.BatchNorm2d(6, eps=0.1))
     layer, norm = copy.deepcopy(model)
     fuse(model)
-    scale = norm.weight / (norm.running_var + 0.1).sqrt()
-    torch.testing.assert_close(model[0].weight, layer.weight * scale[:, None, None, None])
-    torch.testing.assert_close(model[0].bias, (layer.bias - norm.running_mean) * scale + norm.bias)
+    statistics = norm.running_mean, norm.running_var
+    expected = by_definition(layer.weight, layer.bias, norm.weight, norm.bias, *statistics, 0.1)
+    torch.testing.assert_close((model[0].weight, model[0].bias), expected)
 
 
 @pytest.mark.parametrize(
