@@ -8,9 +8,10 @@ import sys
 from pathlib import Path
 
 import pytest
+import yaml
 from test_runs import finished
 
-from normlab import cli, config, show
+from normlab import cli, config, norms, show
 from normlab.norms import GhostBatchNorm
 
 
@@ -98,6 +99,21 @@ def test_a_card_that_there_is_not_is_answered_with_those_there_are(
     message = capsys.readouterr().err
     assert len(message.splitlines()) == 1
     assert "ghost" in message or "show norm does" in message
+
+
+def test_the_table_of_norms_says_what_each_is(capsys: pytest.CaptureFixture[str]) -> None:
+    """In the first sentence of its docstring, word for word."""
+    assert show.main("norms", root="none") == 0
+    parts = re.split(r"^(\S+)\s", capsys.readouterr().out, flags=re.MULTILINE)[1:]
+    shown = {name: " ".join(row.split()) for name, row in zip(*[iter(parts)] * 2, strict=True)}
+    assert set(shown) == set(config.options("norm"))
+    for name, path in config.options("norm").items():
+        layer = norms.find(yaml.safe_load(path.read_text()).get("module", name))
+        doc = " ".join((inspect.getdoc(layer) or "").split())
+        said, _, keys = shown[name].partition(" batch=")
+        assert keys, name
+        assert said.endswith("."), name
+        assert doc.startswith(f"{said} "), name
 
 
 def test_tables_need_no_torch(tmp_path: Path) -> None:
