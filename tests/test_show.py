@@ -5,6 +5,7 @@ import os
 import re
 import subprocess
 import sys
+from importlib.metadata import EntryPoint
 from pathlib import Path
 
 import pytest
@@ -114,6 +115,29 @@ def test_the_table_of_norms_says_what_each_is(capsys: pytest.CaptureFixture[str]
         assert keys, name
         assert said.endswith("."), name
         assert doc.startswith(f"{said} "), name
+
+
+@pytest.mark.parametrize(
+    ("file", "place", "said"),
+    [
+        ("deep/rms.py", "mine.deep.rms:Rms", "Scales only, by 1.5 at most."),
+        ("__init__.py", "mine:Rms", "Scales only, by 1.5 at most."),
+        ("__init__.py", "mine:Elsewhere", ""),
+        ("deep/rms.py", "mine.gone:Rms", ""),
+    ],
+)
+def test_what_a_packages_norm_is_comes_from_its_file_without_importing_it(
+    file: str, place: str, said: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = tmp_path / "mine" / file
+    path.parent.mkdir(parents=True)
+    (tmp_path / "mine" / "__init__.py").touch()
+    card = '"""Scales only,\n    by 1.5 at most. More."""'
+    path.write_text(f"raise ImportError\n\nclass Base:\n    pass\n\nclass Rms:\n    {card}\n")
+    monkeypatch.syspath_prepend(tmp_path)
+    point = EntryPoint("rms", place, "normlab.norms")
+    monkeypatch.setattr(show.plugins, "entry_points", lambda _: {"rms": point})
+    assert show._first_sentence("rms") == said
 
 
 def test_tables_need_no_torch(tmp_path: Path) -> None:
