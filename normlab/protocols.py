@@ -21,9 +21,9 @@ precise_layerwise the same as precise layer by layer, each under the final stati
 stream ``seed * 1000 + order``, so that no two seeds share one. ``pattern`` is an order of training
 (``16x2``, ``sorted`` within the run's SGD batch, see ``normlab.orders``) that the batches of an
 evaluation take; it is made from the labels that the network is to guess: an oracle, which shows
-what leaks through the statistics and predicts nothing. Norms without population statistics
-(gn, ln, in, none), or with constant ones (frozen), behave the same in training and at test: every
-protocol is their plain forward.
+what leaks through the statistics and predicts nothing. Norms without population statistics (those
+of a sample alone, and no norm), or with constant ones, behave the same in training and at test:
+every protocol is their plain forward.
 """
 
 from dataclasses import dataclass

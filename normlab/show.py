@@ -3,10 +3,13 @@
 Only the card of a layer imports it: the card is the docstring of its class.
 """
 
+import ast
 import inspect
+import re
 import sys
 from collections.abc import Callable, Sequence
 from importlib import import_module
+from importlib.util import find_spec
 from itertools import zip_longest
 from pathlib import Path
 from textwrap import wrap
@@ -14,7 +17,7 @@ from typing import Any
 
 from omegaconf import OmegaConf
 
-from normlab import config, experiment, protocols, runs
+from normlab import config, experiment, norms, plugins, protocols, runs
 
 
 def main(what: str | None, *, root: str) -> int:
@@ -125,7 +128,7 @@ _FORMED = {
 
 
 def _group(group: str) -> Callable[[Path], list[list[str]]]:
-    """A table of one of ``conf/``'s groups: name, keys with their defaults, the file's comment."""
+    """A table of one of ``conf/``'s groups: name, what it is, keys with their defaults."""
 
     def rows(_: Path) -> list[list[str]]:
         table = []
@@ -133,7 +136,10 @@ def _group(group: str) -> Callable[[Path], list[list[str]]]:
             keys = OmegaConf.to_container(OmegaConf.load(path))
             assert isinstance(keys, dict)
             said = [_spelled(key, value) for key, value in keys.items() if key not in _LABELS]
-            lines = wrap(_comment(path), _WIDTH) + wrap(" ".join(said), _WIDTH)
+            what = _comment(path)
+            if not what and group == "norm":
+                what = _first_sentence(str(keys.get("module") or name))
+            lines = wrap(what, _WIDTH) + wrap(" ".join(said), _WIDTH)
             table += [[name, *lines[:1]], *(["", line] for line in lines[1:])]
         return table
 
@@ -171,6 +177,31 @@ def _comment(path: Path) -> str:
         if not line.startswith("# @package"):
             said.append(line.removeprefix("#").strip())
     return " ".join(said)
+
+
+def _first_sentence(module: str) -> str:
+    """That of a norm's docstring, read from its file: to import it is to import torch.
+
+    Empty where an installed package's class is not in the file that its entry point names.
+    """
+    path, name = Path(norms.__path__[0]) / f"{module}.py", None
+    if not path.is_file():
+        point = plugins.entry_points("norms").get(module)
+        top, *below = point.module.split(".") if point else [""]
+        spec = find_spec(top) if top else None  # a top-level name: nothing is imported
+        if point is None or spec is None or spec.origin is None:
+            return ""
+        inside = Path(spec.origin).parent.joinpath(*below).with_suffix(".py")
+        path, name = inside if below else Path(spec.origin), point.attr
+    try:
+        parsed = ast.parse(path.read_bytes())
+    except (OSError, SyntaxError, ValueError):  # somebody else's file
+        return ""
+    for node in parsed.body:
+        if isinstance(node, ast.ClassDef) and name in (None, node.name):
+            said = re.match(r".+?\.(?=\s|$)", ast.get_docstring(node) or "", re.DOTALL)
+            return " ".join(said.group().split()) if said else ""
+    return ""
 
 
 def _protocols(_: Path) -> list[list[str]]:

@@ -5,12 +5,14 @@ import os
 import re
 import subprocess
 import sys
+from importlib.metadata import EntryPoint
 from pathlib import Path
 
 import pytest
+import yaml
 from test_runs import finished
 
-from normlab import cli, config, show
+from normlab import cli, config, norms, show
 from normlab.norms import GhostBatchNorm
 
 
@@ -98,6 +100,44 @@ def test_a_card_that_there_is_not_is_answered_with_those_there_are(
     message = capsys.readouterr().err
     assert len(message.splitlines()) == 1
     assert "ghost" in message or "show norm does" in message
+
+
+def test_the_table_of_norms_says_what_each_is(capsys: pytest.CaptureFixture[str]) -> None:
+    """In the first sentence of its docstring, word for word."""
+    assert show.main("norms", root="none") == 0
+    parts = re.split(r"^(\S+)\s", capsys.readouterr().out, flags=re.MULTILINE)[1:]
+    shown = {name: " ".join(row.split()) for name, row in zip(*[iter(parts)] * 2, strict=True)}
+    assert set(shown) == set(config.options("norm"))
+    for name, path in config.options("norm").items():
+        layer = norms.find(yaml.safe_load(path.read_text()).get("module", name))
+        doc = " ".join((inspect.getdoc(layer) or "").split())
+        said, _, keys = shown[name].partition(" batch=")
+        assert keys, name
+        assert said.endswith("."), name
+        assert doc.startswith(f"{said} "), name
+
+
+@pytest.mark.parametrize(
+    ("file", "place", "said"),
+    [
+        ("deep/rms.py", "mine.deep.rms:Rms", "Scales only, by 1.5 at most."),
+        ("__init__.py", "mine:Rms", "Scales only, by 1.5 at most."),
+        ("__init__.py", "mine:Elsewhere", ""),
+        ("deep/rms.py", "mine.gone:Rms", ""),
+    ],
+)
+def test_what_a_packages_norm_is_comes_from_its_file_without_importing_it(
+    file: str, place: str, said: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = tmp_path / "mine" / file
+    path.parent.mkdir(parents=True)
+    (tmp_path / "mine" / "__init__.py").touch()
+    card = '"""Scales only,\n    by 1.5 at most. More."""'
+    path.write_text(f"raise ImportError\n\nclass Base:\n    pass\n\nclass Rms:\n    {card}\n")
+    monkeypatch.syspath_prepend(tmp_path)
+    point = EntryPoint("rms", place, "normlab.norms")
+    monkeypatch.setattr(show.plugins, "entry_points", lambda _: {"rms": point})
+    assert show._first_sentence("rms") == said
 
 
 def test_tables_need_no_torch(tmp_path: Path) -> None:

@@ -19,9 +19,9 @@ class L1BatchNorm(PopulationNorm):
     """Batch norm with s = sqrt(pi/2) * mean|x - mean| in place of the standard deviation.
 
     y = weight * (x - mean) / (s + eps) + bias, mean and s over samples and positions, per channel.
-    sqrt(pi/2) makes s the standard deviation
-    of normal values, and only of those: a bell with heavier tails has a smaller s. s scales as x
-    does. eps is added to s, not to its square. Where x equals its mean, |.| has the derivative 0.
+    sqrt(pi/2) makes s the standard deviation of normal values, and only of those: a bell with
+    heavier tails has a smaller s. s scales as x does. eps is added to s, not to its square. Where x
+    equals its mean, |.| has the derivative 0.
 
     Population: the buffers are BatchNorm2d's; `running_var` holds the square of the scale, so that
     a checkpoint means the same to either layer on normal data, and tests use sqrt(running_var). It

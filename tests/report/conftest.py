@@ -1,6 +1,8 @@
 """A small experiment with made-up runs: every number known, nothing trained, nothing composed."""
 
 import hashlib
+import os
+import shutil
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -12,12 +14,13 @@ from compositions import composed
 from normlab import experiment as experiments
 from normlab import runs as run_directories
 from normlab.experiment import Experiment
-from normlab.report import grid
+from normlab.report import figures, gather, grid
 from normlab.report.gather import Row
 from normlab.report.grid import Results
 from normlab.runs import COLUMNS
 
 HERE = Path(__file__).parent
+RECORD = HERE / "fixture" / "runs.csv"
 SOURCE_TODAY = "5ea50de1"
 
 
@@ -133,3 +136,45 @@ def results_of(small: Experiment) -> Callable[..., Results]:
         return grid.results(small, scale, grid.compose(small, scale), rows)
 
     return make
+
+
+@pytest.fixture
+def no_figures(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Rendering takes most of a report's time; not every test looks at a figure."""
+    monkeypatch.setattr(figures, "render", lambda *_: b"<svg></svg>")
+
+
+@pytest.fixture
+def fixture_rows(make_run: MakeRun, make_runs: Callable[..., list[Row]]) -> list[Row]:
+    """desk: complete but for a diverged run and two on another torch. demo: one failed, three seeds
+    missing, older source, edited claims."""
+    desk = make_runs("desk")
+    desk = [
+        row | ({"status": "diverged"} if (row["nbs"], row["seed"]) == ("2", "105") else {})
+        for row in desk
+    ]
+    desk += make_run("desk", 2, 100, {"test_precise": 44.0}, torch="2.15.0")
+    desk += make_run("desk", 2, 101, {"test_precise": 44.0}, torch="2.15.0")
+    demo = make_runs(
+        "demo", random=1, data="digits", data_note="", dirty="true", source="01d50cce",
+        claims="small:01dc1a1m",
+    )  # fmt: skip
+    demo = [row for row in demo if not (row["nbs"] == "128" and int(row["seed"]) > 106)]
+    failed = {"status": "failed", "protocol": "", "epoch": "", "error": ""}
+    demo = [
+        row | (failed if (row["nbs"], row["seed"]) == ("8", "104") else {})
+        for row in demo
+        if (row["nbs"], row["seed"]) != ("8", "104") or row["protocol"] == "train:batch"
+    ]
+    return demo + desk
+
+
+@pytest.fixture
+def recorded(fixture_rows: list[Row], tmp_path: Path) -> Path:
+    """A results folder with the checked-in runs, as in a fresh clone."""
+    if os.environ.get("REFRESH_GOLDEN"):
+        RECORD.write_text(gather.csv_text(fixture_rows, COLUMNS))
+    folder = tmp_path / "results" / "small"
+    folder.mkdir(parents=True)
+    shutil.copy(RECORD, folder / "runs.csv")
+    return tmp_path / "results"

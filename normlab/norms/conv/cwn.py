@@ -13,9 +13,9 @@ __all__ = ["CenteredWeightNormConv2d"]
 class CenteredWeightNormConv2d(WeightNormConv2d):
     """Weight normalization of centered filters: g u / |u| with u = v - mean(v) per filter.
 
-    Taking the place of a convolution (`from_conv`),
-    or made anew, g = |u|: the filters start centered and are otherwise the plain one's, so the
-    function changes by the filters' means. The gradient of v is orthogonal to 1 and to u.
+    Taking the place of a convolution (`from_conv`), or made anew, g = |u|: the filters start
+    centered and are otherwise the plain one's, so the function changes by the filters' means. The
+    gradient of v is orthogonal to 1 and to u.
 
     A constant filter, and any filter with m = 1, becomes 0, with finite gradients. Arguments,
     state, errors and precision: see WeightNormConv2d.
