@@ -15,8 +15,8 @@ from normlab.report.verdicts import Verdict
 MISSING = "–"
 
 VALIDATION = (
-    "what papers call validation are the official held-out images, compared with our test split; "
-    "our own validation split is kept for choices"
+    "what papers call validation is compared with our test split; our own validation split is kept "
+    "for choices"
 )
 
 TABLE_COLUMNS = [

@@ -110,8 +110,7 @@ def test_a_weight_without_a_bias_and_the_reverse(ranks, absent, kept):
     xs, dys = parts(SHAPES["equal"])
     results = ranks.run(lone, xs, dys, absent)
     x, dy = (torch.cat([rows(part) for part in all_]) for all_ in (xs, dys))
-    layer = made(BatchNorm(6))
-    layer.register_parameter(absent, None)
+    (layer := made(BatchNorm(6))).register_parameter(absent, None)
     expected = used(layer, x, dy)
     for key in ("y", "dx"):
         found = torch.cat([rows(result[key]) for result in results])

@@ -60,7 +60,7 @@ def test_the_page(recorded: Path):
         "normlab sweep small scale=demo",
         "NBS 128: seeds 107-109: normlab sweep small scale=demo nbs=128 seed=107,108,109",
         "NBS 8: seeds 104: normlab sweep small scale=demo nbs=8 seed=104",
-        "what papers call validation are the official held-out images",
+        "what papers call validation is compared with our test split",
         "diverged, counted with chance error: 1 of 40 runs",
         "commit 0123456789ab",
         "cifar10 (JPEG copy, lossy)",
