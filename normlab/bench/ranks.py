@@ -100,7 +100,7 @@ def rows(*, quick: bool) -> Generator[RankRow]:
         deadline = time.perf_counter() + (10 if quick else 50)
         for number, cell in enumerate(cells):
             share = (deadline - time.perf_counter()) / (len(cells) - number)
-            yield row(processes, *cell, rounds=6 if quick else 20, seconds=share)
+            yield row(processes, *cell, rounds=6 if quick else 12, seconds=share)
 
 
 def _code(rank: int, meeting: Path) -> str:
