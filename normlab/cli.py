@@ -26,7 +26,7 @@ usage: normlab <command> [arguments]
   equiv   [key=value ...]       ghost, accumulation and ranks form the same batch: in numbers
   show    [WHAT]                norms, convs, models, data, recipes, scales, experiments, ...
   show    norm NAME             the card of a layer: formula, variance, population, limits, errors
-  bench   [TOPIC] [--quick]     the speed of training, data and statistics; of every layer
+  bench   [TOPIC] [--quick]     the speed of training, data and statistics; of layers; of ranks
 
 normlab <command> --help tells more; normlab --version.
 Shell completion: eval "$(normlab -sc install=bash)"
@@ -123,7 +123,10 @@ def show(argv: list[str]) -> int:
 def bench(argv: list[str]) -> int:
     parser = _parser("bench", "Speed against the stock ways of the same; fills results/bench.")
     parser.add_argument(
-        "topic", nargs="?", choices=["runs", "layers"], help="runs: training, data, statistics"
+        "topic",
+        nargs="?",
+        choices=["runs", "layers", "ranks"],
+        help="runs: training, data, statistics",
     )
     parser.add_argument("--quick", action="store_true", help="fewer rounds: four minutes for all")
     given = parser.parse_args(argv)

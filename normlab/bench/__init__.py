@@ -5,6 +5,7 @@ Each topic is a file with one small function per row; ``measure`` holds how anyt
 
 import argparse
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import closing
 from pathlib import Path
 
 from normlab import allocator
@@ -15,6 +16,7 @@ OUT = Path("results") / "bench"
 TOPICS = {
     "runs": "start, data, training and statistics of a run",
     "layers": "forward and backward of every layer",
+    "ranks": "synchronized batch norm between two processes",
 }
 
 
@@ -29,6 +31,8 @@ def main(argv: Sequence[str]) -> int:
         written += _runs(quick=arguments.quick)
     if arguments.topic in (None, "layers"):
         written += _layers(quick=arguments.quick)
+    if arguments.topic in (None, "ranks"):
+        written += _ranks(quick=arguments.quick)
     for path in written:
         print(f"wrote {path}")
     return 0
@@ -50,6 +54,17 @@ def _layers(*, quick: bool) -> list[Path]:
     rows = layers.rows(quick=quick)
     print(layer_write.summary(rows), flush=True)
     return layer_write.results(rows, OUT)
+
+
+def _ranks(*, quick: bool) -> list[Path]:
+    from normlab.bench import rank_write, ranks
+
+    done = []
+    with closing(ranks.rows(quick=quick)) as rows:  # its processes end here, whatever happens
+        for row in rows:
+            print(rank_write.line(row), flush=True)
+            done.append(row)
+    return rank_write.results(done, OUT)
 
 
 def measured(*, quick: bool) -> Iterator[Row]:

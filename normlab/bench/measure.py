@@ -4,15 +4,18 @@ Another program that slows the machine down then slows both sides of a ratio. Wh
 the clock is the CPU time of a process with one thread, which other programs disturb least.
 """
 
+import json
 import math
 import subprocess
 import sys
 import time
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
+from multiprocessing.connection import wait
 from statistics import median, quantiles
 from types import TracebackType
-from typing import Self
+from typing import Any, Self
 
 Measured = dict[str, list[float]]
 """Contestant -> seconds, one per round."""
@@ -153,6 +156,86 @@ class Process:
         assert self._process.stdin
         self._process.stdin.close()
         self._process.wait()
+
+
+class Together:
+    """Processes that do each thing at the same time, such as the ranks of a process group.
+
+    Each gets what is asked as a line of JSON, and answers with one. A process ends when nothing can
+    be asked any more; however this context is left, none of them remains.
+    """
+
+    def __init__(self, codes: Sequence[str], *, patience: float = 120.0) -> None:
+        self._codes = codes
+        self._patience = patience
+        self.processes: list[subprocess.Popen[str]] = []
+
+    def ask(self, what: object) -> list[Any]:
+        """What each of them answers, in order.
+
+        Raises RuntimeError if one has ended, or none has answered for `patience` seconds.
+        """
+        answers: dict[int, Any] = {}
+        try:
+            for process in self.processes:
+                assert process.stdin
+                process.stdin.write(json.dumps(what) + "\n")
+                process.stdin.flush()
+            while len(answers) < len(self.processes):
+                outputs = {
+                    process.stdout.fileno(): (number, process.stdout)
+                    for number, process in enumerate(self.processes)
+                    if process.stdout and number not in answers
+                }
+                ready = wait(outputs, self._patience)
+                if not ready:
+                    raise RuntimeError(
+                        f"no answer of a benchmark's process in {self._patience:g} s"
+                    )
+                for number, output in (outputs[found] for found in ready):  # type: ignore[index]
+                    answers[number] = json.loads(output.readline())
+        except (BrokenPipeError, json.JSONDecodeError):
+            raise RuntimeError("a benchmark's process ended early; its error is above") from None
+        return [answers[number] for number in range(len(answers))]
+
+    def __enter__(self) -> Self:
+        try:
+            for code in self._codes:
+                process = subprocess.Popen(
+                    [sys.executable, "-c", code],
+                    stdin=subprocess.PIPE,
+                    stdout=subprocess.PIPE,
+                    text=True,
+                    process_group=0,  # an interrupt from the keyboard is for us, and we end them
+                )
+                self.processes.append(process)
+        except BaseException:
+            self._end(at_once=True)
+            raise
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        at: TracebackType | None,
+    ) -> None:
+        self._end(at_once=kind is not None)
+
+    def _end(self, *, at_once: bool) -> None:
+        """Let them end by themselves, unless something went wrong; the slow ones are killed."""
+        try:
+            for process in self.processes:
+                with suppress(BrokenPipeError):
+                    process.stdin.close()  # type: ignore[union-attr]
+            with suppress(subprocess.TimeoutExpired):
+                for process in [] if at_once else self.processes:
+                    process.wait(5)
+        finally:
+            for process in self.processes:
+                process.kill()
+                process.wait()
+                process.stdout.close()  # type: ignore[union-attr]
 
 
 def serve(action: Callable[[], object]) -> None:

@@ -1,4 +1,4 @@
-"""The layers that ours are compared with: torch's, torchvision's and timm's own, and six rewritten.
+"""The layers that ours are compared with: torch's, torchvision's, timm's own, and seven rewritten.
 
 Rewritten are the layers of projects that do not install beside a current torch, or at all: from
 their published descriptions, in our words, with the operations that decide their speed. Each is
@@ -12,10 +12,8 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Tensor, distributed, nn
 from torch.nn.utils import parametrizations
-from torchvision.models.convnext import LayerNorm2d
-from torchvision.ops import FrozenBatchNorm2d
 
 NATIVE = "torch BatchNorm2d"
 """The layer that every row is a multiple of; where it does the same as ours, a peer as well."""
@@ -29,6 +27,9 @@ def of(name: str, options: Mapping[str, Any], shape: tuple[int, ...]) -> dict[st
     shape is that of the input (N, C, H, W), for a convolution of its weight (O, I, kh, kw). A layer
     that nobody else has gets {}, and so do peers whose package is not installed.
     """
+    from torchvision.models.convnext import LayerNorm2d
+    from torchvision.ops import FrozenBatchNorm2d
+
     samples, channels = shape[:2]
     nbs = options.get("nbs")
     found: dict[str, Maker] = {}
@@ -148,6 +149,8 @@ class ScaleAndShift(nn.Module):
 
     def __init__(self, num_features: int) -> None:
         super().__init__()
+        from torchvision.ops import FrozenBatchNorm2d  # seconds, which no rank should wait for
+
         self.layer = FrozenBatchNorm2d(num_features)
 
     def forward(self, x: Tensor) -> Tensor:
@@ -226,6 +229,47 @@ class BlendedBatchNorm(nn.BatchNorm2d):
         shape = (1, -1, 1, 1)
         y = (x - mean) / (square - mean.square() + self.eps).sqrt()
         return y * self.weight.view(shape) + self.bias.view(shape)
+
+
+class NaiveSyncBatchNorm(nn.BatchNorm2d):
+    """detectron2's batch norm over all ranks, in its default mode: each rank counts alike.
+
+    Means of x and of x^2 are averaged over the ranks, differentiably, and the rest is scale and
+    shift under autograd. The running variance is the biased one. Alone, it is torch's batch norm.
+    """
+
+    def forward(self, input: Tensor) -> Tensor:
+        ranks = distributed.get_world_size() if distributed.is_initialized() else 1
+        if ranks == 1 or not self.training:
+            return super().forward(input)
+        assert self.running_mean is not None
+        assert self.running_var is not None
+        x, over = input, (0, 2, 3)
+        moments = torch.cat([x.mean(over), (x * x).mean(over)])
+        mean, square = (_SumOfRanks.apply(moments) / ranks).chunk(2)
+        var = square - mean * mean
+        scale = self.weight * (var + self.eps).rsqrt()
+        shift = self.bias - mean * scale
+        with torch.no_grad():
+            self.running_mean += 0.1 * (mean - self.running_mean)
+            self.running_var += 0.1 * (var - self.running_var)
+        y: Tensor = x * scale.view(1, -1, 1, 1) + shift.view(1, -1, 1, 1)
+        return y
+
+
+class _SumOfRanks(torch.autograd.Function):
+    """The sum of the ranks' x, as fvcore has it: gathered and added up, reduced on the way back."""
+
+    @staticmethod
+    def forward(_ctx: Any, x: Tensor) -> Tensor:
+        parts = [torch.zeros_like(x) for _ in range(distributed.get_world_size())]
+        distributed.all_gather(parts, x)
+        return torch.stack(parts).sum(0)
+
+    @staticmethod
+    def backward(_ctx: Any, dy: Tensor) -> Tensor:
+        distributed.all_reduce(dy)
+        return dy
 
 
 def _two_moments(x: Tensor, over: tuple[int, ...]) -> tuple[Tensor, Tensor]:

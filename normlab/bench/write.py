@@ -14,6 +14,7 @@ from matplotlib.figure import Figure
 
 from normlab import runs
 from normlab.bench.measure import Row, Spread
+from normlab.bench.ranks import RankRow
 
 
 def line(row: Row) -> str:
@@ -54,12 +55,13 @@ def results(rows: Sequence[Row], out: Path) -> list[Path]:
     """Write ``bench.csv`` and ``bench.svg``; the files written."""
     out.mkdir(parents=True, exist_ok=True)
     table, figure = out / "bench.csv", out / "bench.svg"
-    runs.write_atomically(table, _csv(rows))
+    runs.write_atomically(table, as_csv(rows))
     runs.write_atomically(figure, _figure(rows))
     return [table, figure]
 
 
-def _csv(rows: Sequence[Row]) -> str:
+def as_csv(rows: Sequence[Row | RankRow]) -> str:
+    """A line per row, each with the machine it was measured on."""
     here = machine()
     records = []
     for row in rows:
