@@ -223,3 +223,11 @@ def test_axes_swept_one_at_a_time_have_a_panel_each(arms):
     (panel,) = figures.draw(arms, "").axes
     assert ours(panel) == {"test": [(2, 10), (4, 0)]}
     assert panel.get_xlabel() == "images of a batch"
+
+
+def test_what_the_papers_said_is_drawn_where_a_figure_shows_a_part():
+    """Its sources name the part too, which no line is told apart by."""
+    batch = experiments.load("gn_batch")
+    found = grid.results(batch, "demo", grid.Grid({}, ()), [])
+    papers = {line.get_label() for line in figures.draw(found, "").axes[1].get_lines()}
+    assert {"paper test BN 8 workers", "paper test GN 8 workers"} <= papers

@@ -101,6 +101,7 @@ def papers(
 ) -> list[tuple[str, list[float]]]:
     """Draw the changes that the sources report for a line; (source, places on the axis) of each."""
     drawn = []
+    which = {**results.experiment.figure.get("only", {}), **which}  # where all lines stand
     for source in results.experiment.published:
         base = paper_baseline(results.experiment, source, protocol)
         numbers, at = source.values.get(protocol, {}), dict(source.at)
