@@ -100,10 +100,8 @@ def test_a_single_element_is_no_statistic(variant, shape):
         assert layer(torch.randn(shape)).abs().max() > 1e-3
 
 
-@pytest.mark.parametrize("variant", LAYERS)
+@pytest.mark.parametrize("variant", [v for v in LAYERS if v.values[0][0] != "none"])
 def test_wrong_channels_are_refused(variant):
-    if variant[0] == "none":
-        pytest.skip("the identity looks at nothing")
     layer = make(variant)
     with pytest.raises(ValueError, match=r"7|channels"):
         layer(torch.randn(8, 7, 4, 3))

@@ -52,3 +52,13 @@ def test_chunks_are_normalized_about_a_large_mean(name, last):
         16, nbs=8, **({"r_max": 1.0, "d_max": 0.0} if name == "renorm" else {})
     )
     assert (layer(x).double() - expected).abs().max() < 1e6 * EPS32
+
+
+@pytest.mark.parametrize("mean", [0.0, 9.0])
+def test_torch_s_error_about_ordinary_means_is_small(mean):
+    """Up to ten spreads an estimate in channels_last keeps torch's sums, as its docstring says."""
+    x = about(mean, (256, *IMAGES[1:]), last=True)
+    expected_mean, expected_var = moments(x)
+    found = estimate(norms.find("bn")(16), [x], estimator="pooled")[""]
+    assert (found.mean - expected_mean).abs().max() < 1e-4 * max(1, mean)
+    assert (found.var - expected_var).abs().max() < 1e-4
