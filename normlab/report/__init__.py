@@ -57,9 +57,13 @@ def main(names: Sequence[str], *, runs: str, results: str, refresh: bool) -> int
         for scale in report.scales.values()
         for verdict in scale.verdicts
     ]
+    # What was run comes first: a demo's page does not open with what nobody asked for.
+    shown_first = sorted(
+        reports, key=lambda report: not any(one.results.rows for one in report.scales.values())
+    )
     shared = [
         write(root / "verdicts.csv", tables.verdicts_csv(verdicts)),
-        write(root / "index.html", page(reports)),
+        write(root / "index.html", page(shown_first)),
     ]
     shown = [report for report in reports if not names or report.experiment.name in names]
     for report in shown:

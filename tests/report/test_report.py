@@ -7,6 +7,7 @@ After a change that is meant, refresh and read the differences:
 
 import csv
 import os
+import re
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -247,6 +248,8 @@ def test_shared_runs_enter_only_the_reports_that_were_asked_for(
     named = {"runs": str(tmp_path / "runs"), "results": str(results), "refresh": False}
     report.main(["twin"], **named)
     assert [path.name for path in results.iterdir() if path.is_dir()] == ["twin"]
+    sections = re.findall(r'<h2 id="(\w+)"', (results / "index.html").read_text())
+    assert sections[:2] == ["twin", "small"]  # what was run comes first
     # What another experiment has committed stays in the report, written anew.
     report.main(["small"], **named)
     assert (results / "twin" / "table-desk.md").is_file()
