@@ -6,7 +6,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from normlab.norms._grouped import is_channels_last, is_half
+from normlab.norms._grouped import is_half
 
 __all__ = ["constant_from", "constant_output", "own_gradient", "worth_own_sums"]
 
@@ -113,16 +113,15 @@ class _OwnGradient(torch.autograd.Function):
         )
         dx = None
         if needed[0]:
-            count, channels = x.numel() // x.size(1), (-1, *[1] * (x.dim() - 2))
-            scale = (rstd if weight is None else rstd * weight).view(channels)
-            shift, slope = (-dbias / count).view(channels), (-dweight * rstd / count).view(channels)
-            dx = torch.empty_like(x)
-            part = torch.sub(z, mean.view(channels), out=dx[:own])
-            torch.addcmul(dz, part, slope, out=part)
-            if is_channels_last(z):
-                torch.addcmul(shift * scale, part, scale, out=part)
+            count, dx = x.numel() // x.size(1), torch.empty_like(x)
+            scale = rstd if weight is None else rstd * weight
+            z, dz, part = (v.movedim(1, -1) for v in (z, dz, dx[:own]))
+            torch.sub(z, mean, out=part)
+            torch.addcmul(dz, part, dweight * rstd, value=-1 / count, out=part)
+            if z.is_contiguous():
+                torch.addcmul(dbias * scale / -count, part, scale, out=part)
             else:  # two operators, which are vectorized where that one is not
-                part.add_(shift).mul_(scale)
+                part.sub_(dbias, alpha=1 / count).mul_(scale)
             dx[own:].zero_()
         return dx, dweight if needed[1] else None, dbias if needed[2] else None, *rest
 

@@ -1,5 +1,6 @@
 """Virtual batch norm: samples that are only run forward take part in the statistics."""
 
+import math
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any, ClassVar, Literal, get_args
@@ -119,7 +120,7 @@ class VirtualBatchNorm(PopulationNorm):
         return super()._groups(x)
 
     def _check_virtual(self, x: Tensor) -> None:
-        samples, virtual, elements = x.size(0), self.virtual, x[:1, :1].numel()
+        samples, virtual, elements = x.size(0), self.virtual, math.prod(x.shape[2:])
         if virtual and samples <= virtual:
             raise ValueError(
                 f"a batch of {samples} samples, of which {virtual} are forward-only, has no other: "
