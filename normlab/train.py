@@ -305,11 +305,9 @@ class Trainer:
     # -- the checkpoint ---------------------------------------------------------------------------
 
     def _save_if_due(self) -> None:
-        if self.stop:
+        if self.stop.look(time.monotonic() - self._saved >= self.settings.checkpoint_every):
             self.save()
-            self.stop.raise_if_asked()
-        elif time.monotonic() - self._saved >= self.settings.checkpoint_every:
-            self.save()
+            self.stop.end_if_settled()
 
     def save(self) -> None:
         """Write everything that the rest of the run depends on; the first rank writes, all wait."""

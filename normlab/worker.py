@@ -65,7 +65,12 @@ def construct(config: dict[str, Any]) -> Job:
 
 
 def evaluator(job: Job, stop: Stop) -> Evaluator:
-    """What evaluates the job's model as it now is; it ends between batches when asked to stop."""
+    """What evaluates the job's model as it now is; alone, it ends between batches when asked to
+    stop, and several ranks go on to the end of an evaluation."""
+
+    def lives() -> None:
+        stop.looks += 1
+
     return Evaluator(
         job.model,
         job.data,
@@ -76,7 +81,7 @@ def evaluator(job: Job, stop: Stop) -> Evaluator:
         channels_last=job.config["channels_last"],
         precision=job.config["precision"],
         bank=job.bank,
-        tick=stop.raise_if_asked if dist.place()[1] == 1 else (lambda: None),
+        tick=stop.raise_if_asked if dist.place()[1] == 1 else lives,
     )
 
 
@@ -192,8 +197,8 @@ def work(job: Job, run: RunDir, stop: Stop) -> dict[str, Any]:
             # The weights of an evaluated epoch must outlive a kill, and the epochs after it.
             if trainer.epoch >= first_evaluated:
                 if trainer.epoch < config["epochs"]:
-                    state, path = _snapshot(trainer), run.snapshot(trainer.epoch)
-                    agreement.by_first(lambda: checkpoint.save(path, state), device)
+                    kept = partial(checkpoint.save, run.snapshot(trainer.epoch), _snapshot(trainer))
+                    agreement.by_first(kept, device)
                 trainer.save()
     except Diverged as error:
         log.warning("diverged: %s", error)
@@ -229,6 +234,8 @@ def evaluate_epoch(
     banked = job.bank.tensors() if job.bank else {}
     agreement.check_same(job.model.state_dict() | banked, device)
     for protocol in due:
+        if stop.look():
+            stop.end_if_settled()
         if protocol.statistics == "augmented":
             row = history[epoch - 1]
             seen = job.steps * job.plan.batch_size
