@@ -6,12 +6,14 @@ statistics stay each rank's own until a run says what becomes of them (`dist.ave
 
 from collections.abc import Mapping
 from contextlib import AbstractContextManager, nullcontext
+from typing import Any
 
 import torch
 from torch import Tensor, distributed, nn
 from torch.distributed import GradBucket  # type: ignore[attr-defined]
 from torch.nn.parallel import DistributedDataParallel
 
+from normlab.agreement import check_same
 from normlab.population import EmaBank
 
 __all__ = ["averaging", "load_own_state", "own_state", "wrapped"]
@@ -23,14 +25,19 @@ WHOLE = 2**20
 def wrapped(network: nn.Module, device: torch.device) -> DistributedDataParallel:
     """`network`, whose gradients become the mean of all ranks' in a backward pass.
 
+    Nothing is broadcast, not even at the start: ranks have drawn or loaded the same weights, and
+    RuntimeError says so where they have not.
+
     On GPUs they travel in pieces while the backward pass goes on. On a CPU there is nothing to gain
     from that, and they travel in one piece, always in the order of the parameters: sums over three
     ranks or more depend on where in the piece a number is, and torch orders gradients anew after
     the first step, so that a resumed run would end in other bits.
     """
+    check_same(dict(network.named_parameters()), device)
+    options: dict[str, Any] = {"init_sync": False, "forward_sync_buffers": False}
     if device.type != "cpu":
-        return DistributedDataParallel(network, broadcast_buffers=False)
-    made = DistributedDataParallel(network, broadcast_buffers=False, bucket_cap_mb=WHOLE)
+        return DistributedDataParallel(network, **options)
+    made = DistributedDataParallel(network, bucket_cap_mb=WHOLE, **options)
     order = {id(parameter): number for number, parameter in enumerate(network.parameters())}
     made.register_comm_hook(order, _mean_in_order)
     return made
