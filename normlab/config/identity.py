@@ -21,6 +21,9 @@ LATER: dict[str, Any] = {
     "conv": {"name": "plain"},
     "init": "default",
     "order": "shuffled",
+    "launch": True,
+    "max_restarts": 0,
+    "stall_timeout": 600.0,
 }
 """Dotted keys introduced after version 1, each with the default of its introduction."""
 
@@ -31,7 +34,8 @@ _OPEN = ("norm", "model", "data")  # groups whose keys are those of what is chos
 # restored on resuming.
 NOT_TRAINING = {
     "evals", "eval_last", "ema_bank", "runs", "data_root", "skip_done", "checkpoint_every", "scale",
-    "experiment", "allocator", "device", "threads", "remainder",
+    "experiment", "allocator", "device", "threads", "remainder", "launch", "max_restarts",
+    "stall_timeout",
 }  # fmt: skip
 
 
