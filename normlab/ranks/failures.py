@@ -41,14 +41,17 @@ class Failure:
     traceback: str
     at: float
     """Seconds since the epoch, as far as known: a death that the agent noticed is put earlier."""
-    told: bool
+    told: bool = False
     """Ended as it was told to: no failure of its own."""
+    certain: bool = False
+    """Tells why the run fails, whatever became of other ranks."""
 
 
-def note(error: BaseException, stack: str | None = None) -> None:
+def note(error: BaseException, stack: str | None = None, *, certain: bool = False) -> None:
     """Write what ended this rank, in the form in which the elastic agent reads it.
 
-    stack: the traceback where it is not the error's own. Without an agent nothing is written.
+    stack: the traceback where it is not the error's own. certain: the error tells why the run
+    fails, whatever becomes of other ranks. Without an agent nothing is written.
     """
     if not (named := os.environ.get(FILE)):
         return
@@ -56,7 +59,8 @@ def note(error: BaseException, stack: str | None = None) -> None:
     extra = {"py_callstack": told, "timestamp": str(int(time.time()))}
     message = {"message": one_line(error), "extraInfo": extra}
     with suppress(OSError):  # what failed may be the disk
-        write_atomically(Path(named), json.dumps({"message": message, "at": time.time()}))
+        noted = {"message": message, "at": time.time(), "certain": certain}
+        write_atomically(Path(named), json.dumps(noted))
 
 
 def one_line(error: BaseException) -> str:
@@ -76,7 +80,8 @@ def of_rank(rank: int, *, code: int, noticed: float, folder: Path) -> Failure:
     if written := _read(folder / "error.json"):
         message = written["message"]
         trace = str(message["extraInfo"]["py_callstack"])
-        return Failure(rank, str(message["message"]), trace, float(written["at"]), told)
+        at, certain = float(written["at"]), bool(written["certain"])
+        return Failure(rank, str(message["message"]), trace, at, told, certain)
     if code < 0:
         return Failure(rank, f"killed by {signal.Signals(-code).name}", "", noticed - NOTICED, told)
     said = _text(folder / "stderr.log").strip()
@@ -86,7 +91,7 @@ def of_rank(rank: int, *, code: int, noticed: float, folder: Path) -> Failure:
 
 def first(failures: Mapping[int, Failure]) -> Failure:
     """The failure that caused the others; of ranks that were told to end only if there is none."""
-    return min(failures.values(), key=lambda failure: (failure.told, failure.at, failure.rank))
+    return min(failures.values(), key=lambda end: (not end.certain, end.told, end.at, end.rank))
 
 
 def _read(path: Path) -> dict[str, Any]:

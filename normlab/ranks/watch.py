@@ -14,7 +14,7 @@ import threading
 import time
 import traceback
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -36,7 +36,14 @@ _END = 0
 
 
 class Stalled(RuntimeError):
-    """A rank stands still; the message says which."""
+    """A rank stands still; the message says which.
+
+    process: the silent rank's, where it is on this machine.
+    """
+
+    def __init__(self, message: str, process: int | None = None) -> None:
+        super().__init__(message)
+        self.process = process
 
 
 @dataclass
@@ -45,15 +52,17 @@ class _Seen:
 
     beat: int = -1
     looks: int = 0
+    machine: str = ""
+    process: int = 0
     at: str = ""
     silent: int = 0
     still: int = 0
 
     def read(self, said: str) -> None:
-        beat, looks, at = said.split(" ", 2)
+        beat, looks, self.machine, process, self.at = said.split(" ", 4)
         self.silent = 0 if int(beat) != self.beat else self.silent + 1
         self.still = 0 if int(looks) != self.looks else self.still + 1
-        self.beat, self.looks, self.at = int(beat), int(looks), at
+        self.beat, self.looks, self.process = int(beat), int(looks), int(process)
 
 
 class Watch:
@@ -75,7 +84,8 @@ class Watch:
     def beat(self) -> None:
         """Say that this rank is alive, how far it is, and where."""
         self._beats += 1
-        self._store.set(_key(self._rank), f"{self._beats} {self._stop.looks} {self._where()}")
+        here = f"{_machine()} {os.getpid()} {self._where()}"
+        self._store.set(_key(self._rank), f"{self._beats} {self._stop.looks} {here}")
 
     def end(self) -> None:
         """Say that this rank has done its part: it is watched no more."""
@@ -94,7 +104,8 @@ class Watch:
             if seen.silent * self.interval >= self._timeout:
                 raise Stalled(
                     f"rank {other} has stalled: no sign of life for {self._timeout:g} s"
-                    " (stall_timeout); its process is stopped, or its machine is lost"
+                    " (stall_timeout); its process is stopped, or its machine is lost",
+                    seen.process if seen.machine == _machine() else None,
                 )
         self._refuse_standstill()
 
@@ -136,6 +147,11 @@ class Watch:
         path = Path(frame.f_code.co_filename)
         package = "torch:" if f"{os.sep}torch{os.sep}" in str(path) else ""
         return f"{package}{'/'.join(path.parts[-2:])}:{frame.f_lineno}"
+
+
+def _machine() -> str:
+    """Which of the machines this one is, in the count of the agents."""
+    return os.environ["GROUP_RANK"]
 
 
 def _key(rank: int) -> str:
@@ -192,7 +208,10 @@ def _keep(watch: Watch, ours: int) -> None:
             watch.read()
     except Stalled as stalled:
         log.error("%s; here:\n%s", stalled, watch.stack())
-        failures.note(stalled, watch.stack())
+        failures.note(stalled, watch.stack(), certain=True)
+        if stalled.process:  # the agent would wait half a minute for it to end by itself
+            with suppress(ProcessLookupError):
+                os.kill(stalled.process, signal.SIGKILL)
         group.leave(1)
     except Exception as error:
         failures.note(error)
