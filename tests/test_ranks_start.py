@@ -4,7 +4,8 @@ named. What they work on is the job in `rank_jobs`.
 
 import os
 import signal
-import time
+from contextlib import suppress
+from pathlib import Path
 
 import agents
 import pytest
@@ -58,20 +59,16 @@ def test_a_run_over_two_ranks(tmp_path):
 
 def listening(*pids):
     """The addresses at which processes listen."""
-    inodes = set()
-    for pid in pids:
-        for name in os.listdir(f"/proc/{pid}/fd"):
-            try:
-                inodes.add(os.readlink(f"/proc/{pid}/fd/{name}").removeprefix("socket:["))
-            except FileNotFoundError:
-                continue
+    open_files = set()
+    for path in (path for pid in pids for path in Path(f"/proc/{pid}/fd").iterdir()):
+        with suppress(FileNotFoundError):
+            open_files.add(str(path.readlink()))
     found = set()
     for table in ("tcp", "tcp6"):
-        with open(f"/proc/net/{table}") as file:
-            for row in [line.split() for line in file][1:]:
-                if row[3] == "0A" and f"{row[9]}]" in inodes:
-                    address = bytes.fromhex(row[1].partition(":")[0])[::-1]
-                    found.add(".".join(map(str, address)))
+        for row in map(str.split, Path(f"/proc/net/{table}").read_text().splitlines()[1:]):
+            if row[3] == "0A" and f"socket:[{row[9]}]" in open_files:
+                address = bytes.fromhex(row[1].partition(":")[0])[::-1]
+                found.add(".".join(map(str, address)))
     return found
 
 
