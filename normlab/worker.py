@@ -10,13 +10,14 @@ import time
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager, nullcontext, suppress
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import nn
 
-from normlab import allocator, build, checkpoint, dist, ranks
+from normlab import agreement, allocator, build, checkpoint, dist, ranks
 from normlab.batchplan import BatchPlan
 from normlab.checkpoint import Stop
 from normlab.data.base import Dataset
@@ -48,11 +49,12 @@ def construct(config: dict[str, Any]) -> Job:
     plan = build.plan(config)
     data = build.data(config)
     per_epoch, dropped = build.steps(config, data)
-    extra = plan.virtual_extra * plan.accumulation
+    extra = plan.virtual_extra * plan.accumulation * plan.world_size
     if extra > data.size("train"):
         raise ValueError(
             f"nbs={plan.nbs}: a step needs {extra} forward-only images (virtual_extra="
-            f"{plan.virtual_extra}, accumulation={plan.accumulation}), and there are only"
+            f"{plan.virtual_extra}, accumulation={plan.accumulation}, world_size="
+            f"{plan.world_size}), and there are only"
             f" {data.size('train')} training images"
         )
     try:
@@ -68,7 +70,12 @@ def construct(config: dict[str, Any]) -> Job:
 
 
 def evaluator(job: Job, stop: Stop) -> Evaluator:
-    """What evaluates the job's model as it now is; it ends between batches when asked to stop."""
+    """What evaluates the job's model as it now is; alone, it ends between batches when asked to
+    stop, and several ranks go on to the end of an evaluation."""
+
+    def lives() -> None:
+        stop.looks += 1
+
     return Evaluator(
         job.model,
         job.data,
@@ -79,7 +86,7 @@ def evaluator(job: Job, stop: Stop) -> Evaluator:
         channels_last=job.config["channels_last"],
         precision=job.config["precision"],
         bank=job.bank,
-        tick=stop.raise_if_asked,
+        tick=stop.raise_if_asked if dist.place()[1] == 1 else lives,
     )
 
 
@@ -159,9 +166,10 @@ def check_resumable(config: dict[str, Any], run: RunDir) -> None:
 def work(job: Job, run: RunDir, stop: Stop) -> dict[str, Any]:
     """Train and evaluate to the end; returns the status to record (done or diverged).
 
-    Resumes from the run's checkpoint. When ``stop`` is asked for, saves and raises.
+    Resumes from the run's checkpoint. When ``stop`` is asked for, saves and raises. All ranks of
+    the run work together; the first alone writes into the directory.
     """
-    config = job.config
+    config, device = job.config, build.device(job.config)
     trainer = Trainer(
         model=job.model,
         optimizer=job.optimizer,
@@ -172,10 +180,11 @@ def work(job: Job, run: RunDir, stop: Stop) -> dict[str, Any]:
         path=run.checkpoint,
         stop=stop,
         bank=job.bank,
-        forward=torch.compile(job.model) if config["compile"] else None,
+        forward=cast(nn.Module, torch.compile(job.model)) if config["compile"] else None,
     )
-    if run.checkpoint.exists():
+    if any(agreement.told([run.checkpoint.exists()], device)):
         trainer.load_state_dict(checkpoint.load(run.checkpoint))
+        agreement.check_same({"epoch and step": trainer.position}, device)
         log.info("resumed at epoch %d, step %d", trainer.epoch + 1, trainer.step)
     elif job.dropped:
         log.info("each epoch drops %d of %d samples", job.dropped, job.data.size("train"))
@@ -184,22 +193,32 @@ def work(job: Job, run: RunDir, stop: Stop) -> dict[str, Any]:
         while True:
             # Evaluate the epoch that has just ended, if it is one of the last ones.
             if trainer.step == 0 and trainer.epoch >= max(1, first_evaluated):
-                due = [p for epoch, p in missing_evals(config, run) if epoch == trainer.epoch]
+                due = [p for epoch, p in _missing(config, run, device) if epoch == trainer.epoch]
                 evaluate_epoch(job, run, trainer.epoch, due, trainer.history, stop)
             if trainer.epoch == config["epochs"]:
                 break
             trainer.train_epoch()
-            run.write_metrics(trainer.history)
+            agreement.by_first(lambda: run.write_metrics(trainer.history), device)
             # The weights of an evaluated epoch must outlive a kill, and the epochs after it.
             if trainer.epoch >= first_evaluated:
                 if trainer.epoch < config["epochs"]:
-                    checkpoint.save(run.snapshot(trainer.epoch), _snapshot(trainer))
+                    kept = partial(checkpoint.save, run.snapshot(trainer.epoch), _snapshot(trainer))
+                    agreement.by_first(kept, device)
                 trainer.save()
     except Diverged as error:
         log.warning("diverged: %s", error)
         ended = {"status": "diverged", "reason": str(error), "seconds": trainer.elapsed}
         return ended | trainer.last
     return {"status": "done", "seconds": trainer.elapsed} | trainer.history[-1]
+
+
+def _missing(
+    config: dict[str, Any], run: RunDir, device: torch.device
+) -> list[tuple[int, Protocol]]:
+    """`missing_evals` as the first rank finds it, whatever it has written since."""
+    wanted, missing = wanted_evals(config), missing_evals(config, run)
+    told = agreement.told([one in missing for one in wanted], device)
+    return [one for one, lacks in zip(wanted, told, strict=True) if lacks]
 
 
 def _snapshot(trainer: Trainer) -> dict[str, Any]:
@@ -216,8 +235,12 @@ def evaluate_epoch(
     stop: Stop,
 ) -> None:
     """Make the evaluations of an epoch that are due, with the weights the model holds."""
-    evaluate = evaluator(job, stop)
+    evaluate, device = evaluator(job, stop), build.device(job.config)
+    banked = job.bank.tensors() if job.bank else {}
+    agreement.check_same(job.model.state_dict() | banked, device)
     for protocol in due:
+        if stop.look():
+            stop.end_if_settled()
         if protocol.statistics == "augmented":
             row = history[epoch - 1]
             seen = job.steps * job.plan.batch_size
@@ -230,7 +253,7 @@ def evaluate_epoch(
             }
         else:
             row = evaluate.run(protocol)
-        run.add_eval({"epoch": epoch, **row})
+        agreement.by_first(partial(run.add_eval, {"epoch": epoch, **row}), device)
         log.info("epoch %d, %s: error %.2f %% (n=%d)", epoch, protocol, row["error"], row["n"])
 
 
@@ -238,8 +261,8 @@ def evaluate_finished(job: Job, run: RunDir, stop: Stop) -> None:
     """Make the evaluations that a finished run lacks, as far as its checkpoint, its snapshots and
     its history can give them."""
     final = checkpoint.load(run.checkpoint)
-    lost = lost_evals(job.config, run, final)
-    possible = [one for one in missing_evals(job.config, run) if one not in lost]
+    lost, device = lost_evals(job.config, run, final), build.device(job.config)
+    possible = [one for one in _missing(job.config, run, device) if one not in lost]
     for epoch in sorted({epoch for epoch, _ in possible}):
         last = epoch == final["position"]["epoch"]
         if last or run.snapshot(epoch).exists():
