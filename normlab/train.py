@@ -321,7 +321,8 @@ class Trainer:
         `ranks` has what each of several ranks has of its own; in its place in `model`, `running`
         and `ema_bank` stands what they would agree on now.
         """
-        alone, own = self.world == 1, self._own_state()
+        alone = self.world == 1
+        ranks = [] if alone else agreement.gather(self._own_state(), self.settings.device)
         devices = torch.cuda.get_rng_state_all() if alone and torch.cuda.is_initialized() else []
         loss, wrong = self._totals()
         with self._statistics_averaged():
@@ -334,7 +335,7 @@ class Trainer:
                 "history": self.history,
                 "seconds": self.elapsed,
                 "ema_bank": self.bank.state_dict() if self.bank else None,
-                "ranks": [] if alone else agreement.gather(own, self.settings.device),
+                "ranks": ranks,
             }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:

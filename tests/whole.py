@@ -3,8 +3,6 @@
 import hashlib
 from pathlib import Path
 
-import torch
-
 from normlab import build, checkpoint, config, worker
 from normlab.train import Trainer
 
