@@ -1,25 +1,30 @@
 """One rank of a run: train what is left to train, evaluate what is left to evaluate.
 
 ``construct`` makes every object of a run and refuses what cannot work; ``work`` then runs in a
-prepared run directory.
+prepared run directory. ``python -m normlab.worker RUN_DIR`` does both, as one of the run's ranks.
 """
 
 import logging
+import sys
+import time
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager, nullcontext, suppress
 from dataclasses import dataclass
 from functools import partial
+from pathlib import Path
 from typing import Any, cast
 
 import torch
 from torch import nn
 
-from normlab import agreement, build, checkpoint, dist
+from normlab import agreement, allocator, build, checkpoint, dist, ranks
 from normlab.batchplan import BatchPlan
 from normlab.checkpoint import Stop
 from normlab.data.base import Dataset
 from normlab.evaluate import Evaluator
 from normlab.population import EmaBank
 from normlab.protocols import Protocol
-from normlab.runs import RunDir
+from normlab.runs import FINISHED, RunDir
 from normlab.train import Diverged, Trainer
 
 log = logging.getLogger(__name__)
@@ -267,3 +272,121 @@ def evaluate_finished(job: Job, run: RunDir, stop: Stop) -> None:
                 job.bank.load_state_dict(state["ema_bank"])
         due = [protocol for e, protocol in possible if e == epoch]
         evaluate_epoch(job, run, epoch, due, final["history"], stop)
+
+
+def finish(job: Job, run: RunDir, stop: Stop) -> None:
+    """Do a run's work, and record that it has ended."""
+    status = work(job, run, stop)
+    if dist.place()[0] == 0:
+        run.write_env(run.env() | {"ended": now()})
+        run.write_status(status)
+
+
+def now() -> str:
+    """The time, as run directories state it."""
+    return time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime())
+
+
+def check_environment(job: Job, run: RunDir) -> None:
+    """Refuse to continue or evaluate a run under what would make other numbers."""
+    recorded = run.env()
+    for key, name, here in (
+        ("torch", "torch", torch.__version__),
+        ("data_digest", "data", job.data.digest),
+        ("device", "device", build.device(job.config).type),
+    ):
+        if recorded.get(key) != here:
+            raise ValueError(
+                f"run {run.id} was made with {name} {recorded.get(key)}, and this is "
+                f"{here}: use that, or give another runs= to train it anew"
+            )
+
+
+def record_failure(run: RunDir, error: Exception) -> str:
+    """Log an exception with its traceback and make it the run's status; returns it in a line."""
+    log.error("%s failed", run.id, exc_info=error)
+    reason = ranks.one_line(error)
+    with suppress(OSError):  # what failed may be the disk
+        if run.status().get("status") not in FINISHED:
+            run.write_status({"status": "failed", "reason": reason})
+    return reason
+
+
+@contextmanager
+def logging_to(handler: logging.Handler) -> Iterator[None]:
+    """Hand what normlab logs to a handler, in the format of a run's log."""
+    root = logging.getLogger("normlab")
+    handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(name)s: %(message)s"))
+    level = root.level
+    root.addHandler(handler)
+    root.setLevel(logging.INFO)
+    try:
+        yield
+    finally:
+        root.removeHandler(handler)
+        root.setLevel(level)
+        handler.close()
+
+
+# -- one rank, as a process -----------------------------------------------------------------------
+
+
+def main(run_dir: str) -> None:
+    """One rank of a prepared run, all of which are started alike; or the run's only process.
+
+    Raises ValueError, before anything is written, for a directory that holds no prepared run and
+    for another number of ranks than the run has.
+    """
+    run = RunDir(Path(run_dir))
+    config = run.config()
+    rank, size = ranks.place()
+    if size != config["world_size"]:
+        raise ValueError(
+            f"run {run.id} has world_size={config['world_size']}, and {size} ranks were started"
+        )
+    if not run.env():
+        raise ValueError(f"run {run.id} is not prepared: normlab train ... launch=false does that")
+    if run.status().get("status") in FINISHED:
+        return
+    ranks.prepare()
+    with logging_to(logging.StreamHandler()), ExitStack() as opened:
+        if rank == 0:
+            opened.enter_context(logging_to(logging.FileHandler(run.log)))
+        try:
+            # Whoever has started the ranks holds the run; else its first rank does.
+            with run.lock() if rank == 0 and not ranks.launched() else nullcontext():
+                _take_part(config, run, rank)
+        except BaseException as error:
+            if rank == 0 and not ranks.launched() and isinstance(error, Exception):
+                record_failure(run, error)
+            ranks.ended_by(error)
+
+
+def _take_part(config: dict[str, Any], run: RunDir, rank: int) -> None:
+    """Join the other ranks and do this one's part of the run."""
+    if rank == 0:
+        run.clear_status()
+    if config["allocator"] == "keep":
+        allocator.keep_freed_memory()
+    torch.set_num_threads(run.env()["threads"])
+    cuda, timeout = build.device(config).type == "cuda", config["stall_timeout"]
+    with (
+        ranks.joined(cuda=cuda, timeout=timeout) as control,
+        checkpoint.deferred_signals(control) as stop,
+        ranks.watched(stop, timeout=timeout),
+    ):
+        if ranks.restarts():
+            log.warning("all ranks were started again after a failure: %d", ranks.restarts())
+        job = construct(config)
+        check_environment(job, run)
+        finish(job, run, stop)
+
+
+if __name__ == "__main__":
+    from normlab import worker  # and not this module's copy of it
+
+    try:
+        worker.main(*sys.argv[1:])
+    except (ValueError, OSError, TypeError) as refused:
+        print(f"normlab: {refused}", file=sys.stderr)
+        sys.exit(2)

@@ -21,6 +21,9 @@ LATER: dict[str, Any] = {
     "conv": {"name": "plain"},
     "init": "default",
     "order": "shuffled",
+    "launch": True,
+    "max_restarts": 0,
+    "stall_timeout": 600.0,
     "sync_group_size": None,
     "sync_layers": None,
     "buffers": "average",
@@ -36,6 +39,7 @@ _OPEN = ("norm", "model", "data")  # groups whose keys are those of what is chos
 NOT_TRAINING = {
     "evals", "eval_last", "ema_bank", "runs", "data_root", "skip_done", "checkpoint_every", "scale",
     "experiment", "allocator", "device", "threads", "remainder", "sync_group_size", "debug_sync",
+    "launch", "max_restarts", "stall_timeout",
 }  # fmt: skip
 
 

@@ -73,6 +73,9 @@ class Config:
     threads: int | None = MISSING
     allocator: str = MISSING
     checkpoint_every: float = MISSING
+    launch: bool = MISSING
+    max_restarts: int = MISSING
+    stall_timeout: float = MISSING
     runs: str = MISSING
     data_root: str = MISSING
     skip_done: str = MISSING
@@ -102,6 +105,7 @@ _SIZES = {  # at least so many, at most batchplan.MOST
     "world_size": 1,
     "eval_last": 1,
     "threads": 1,
+    "max_restarts": 0,
     "micro_batch": 1,
     "sync_group_size": 1,
     "recipe.lr_batch": 1,
@@ -119,7 +123,7 @@ _WITHIN = {
     "recipe.label_smoothing": (0.0, 1.0),
 }
 
-_POSITIVE = ("lr", "recipe.gamma", "recipe.clip_norm")
+_POSITIVE = ("lr", "stall_timeout", "recipe.gamma", "recipe.clip_norm")
 
 
 def check(config: dict[str, Any]) -> None:
