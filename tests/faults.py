@@ -93,7 +93,7 @@ class Endurance:
         self.runs += 1
         rows: list[Row] = []
         for fault in faults:
-            if (row := self._hit(where, fault)) is None:
+            if (row := self.hit(where, fault)) is None:
                 break
             rows.append(row)
         # To the end, by the steps that are missing and no others.
@@ -104,13 +104,13 @@ class Endurance:
         same = identical(_run(where), reference)
         return [replace(row, identical=same) for row in rows], faults[len(rows) :]
 
-    def _start(self, where: Path, ranks: int) -> BaseProcess:
-        composed = config.compose([*JOBS[ranks], "skip_done=local"])
+    def _start(self, where: Path, ranks: int, *more: str) -> BaseProcess:
+        composed = config.compose([*JOBS[ranks], "skip_done=local", *more])
         return agents.start(where, _train, composed, rank=killable.rank)
 
-    def _hit(self, where: Path, fault: Fault) -> Row | None:
-        """Start the run and kill; None if it has ended before that."""
-        process = self._start(where, fault.ranks)
+    def hit(self, where: Path, fault: Fault, *more: str) -> Row | None:
+        """Start the run and kill; None if it has ended before that. more: of its config."""
+        process = self._start(where, fault.ranks, *more)
         began = time.monotonic()
         # The n-th time that the run is in the phase, a little after it has begun.
         entries = self.rng.randint(1, 3 if fault.phase == "evaluate" else 10)
@@ -129,7 +129,7 @@ class Endurance:
             os.kill(pid, signal.SIGKILL)
         seconds = time.monotonic() - began
         code = _joined(process)
-        if (_run(where) / "status.json").exists() and code == 0:
+        if code == 0 and not more:  # it has ended before it could notice
             return None
         return Row(self.runs - 1, fault.ranks, fault.victim, at, round(seconds, 2),
                    steps_saved(where), code)  # fmt: skip

@@ -3,10 +3,14 @@
 import json
 import os
 import pickle
+import re
+import signal
 import subprocess
 import sys
+from contextlib import suppress
 from pathlib import Path
 
+import agents
 import pytest
 import torch
 from faults import identical
@@ -173,3 +177,46 @@ def test_a_sweep_of_runs_over_ranks_side_by_side():
     assert done.returncode == 0, done.stderr
     assert "2 cells: 2 done (2 run" in done.stdout
     assert len(runs.listed(Path("runs"))) == 2
+
+
+def ranks_of(pid):
+    """The pids of a process's children that are ranks, by rank."""
+    found = {}
+    for path in Path("/proc").glob("[0-9]*/status"):
+        with suppress(FileNotFoundError, ProcessLookupError):
+            if f"\nPPid:\t{pid}\n" in path.read_text():
+                for entry in (path.parent / "environ").read_bytes().split(b"\0"):
+                    if entry.startswith(b"RANK="):
+                        found[int(entry[5:])] = int(path.parent.name)
+    return found
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("victim", "number", "code", "says"),
+    [
+        ("parent", signal.SIGINT, 130, "normlab: interrupted"),
+        ("parent", signal.SIGTERM, 143, ""),
+        ("parent", signal.SIGKILL, -signal.SIGKILL, ""),
+        (0, signal.SIGKILL, 1, "failed: rank 0 of 2: killed by SIGKILL"),
+        (1, signal.SIGKILL, 1, "failed: rank 1 of 2: killed by SIGKILL"),
+        (1, signal.SIGSTOP, 1, "failed: rank 0 of 2: Stalled: rank 1 has stalled"),
+    ],
+)
+def test_the_command_ends_with_all_its_ranks(victim, number, code, says):
+    """The real processes, from the command line down."""
+    command = [sys.executable, "-m", "normlab", "train", *JOB, "epochs=100000", "stall_timeout=5"]
+    with Path("said").open("w") as said:
+        process = subprocess.Popen(command, stderr=said)
+    agents.wait_for(
+        lambda: process.poll() is not None or list(Path().glob("runs/*/metrics.csv")), 180
+    )
+    ranks = ranks_of(process.pid)
+    assert sorted(ranks) == [0, 1]
+    os.kill(ranks.get(victim, process.pid), number)
+    assert process.wait(90) == code
+    agents.wait_for(lambda: all(map(agents.gone, ranks.values())), 5)
+    assert re.search(says, Path("said").read_text())
+    assert only_run().status().get("status") == ("failed" if code == 1 else None)
+    if code in (130, 143):
+        assert (only_run().path / "checkpoint.pt").exists()
