@@ -13,7 +13,7 @@ from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
-from normlab import experiment, runs
+from normlab import experiment, logs, runs
 from normlab.config import cell_key, check, continued, run_id, with_later_keys
 from normlab.runs import FINISHED, RunDir
 
@@ -376,6 +376,4 @@ def _processor() -> str:
 
 def _logging_to(directory: RunDir) -> AbstractContextManager[None]:
     """Append what normlab logs to the run's ``log.txt``."""
-    from normlab import worker
-
-    return worker.logging_to(logging.FileHandler(directory.log))
+    return logs.logging_to(logs.LogFile(directory.log))

@@ -7,8 +7,7 @@ prepared run directory. ``python -m normlab.worker RUN_DIR`` does both, as one o
 import logging
 import sys
 import time
-from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager, nullcontext, suppress
+from contextlib import ExitStack, nullcontext, suppress
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -17,7 +16,7 @@ from typing import Any, cast
 import torch
 from torch import nn
 
-from normlab import agreement, allocator, build, checkpoint, dist, ranks
+from normlab import agreement, allocator, build, checkpoint, dist, logs, ranks
 from normlab.batchplan import BatchPlan
 from normlab.checkpoint import Stop
 from normlab.data.base import Dataset
@@ -312,22 +311,6 @@ def record_failure(run: RunDir, error: Exception) -> str:
     return reason
 
 
-@contextmanager
-def logging_to(handler: logging.Handler) -> Iterator[None]:
-    """Hand what normlab logs to a handler, in the format of a run's log."""
-    root = logging.getLogger("normlab")
-    handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(name)s: %(message)s"))
-    level = root.level
-    root.addHandler(handler)
-    root.setLevel(logging.INFO)
-    try:
-        yield
-    finally:
-        root.removeHandler(handler)
-        root.setLevel(level)
-        handler.close()
-
-
 # -- one rank, as a process -----------------------------------------------------------------------
 
 
@@ -349,9 +332,9 @@ def main(run_dir: str) -> None:
     if run.status().get("status") in FINISHED:
         return
     ranks.prepare()
-    with logging_to(logging.StreamHandler()), ExitStack() as opened:
+    with logs.logging_to(logging.StreamHandler()), ExitStack() as opened:
         if rank == 0:
-            opened.enter_context(logging_to(logging.FileHandler(run.log)))
+            opened.enter_context(logs.logging_to(logs.LogFile(run.log)))
         try:
             # Whoever has started the ranks holds the run; else its first rank does.
             with run.lock() if rank == 0 and not ranks.launched() else nullcontext():

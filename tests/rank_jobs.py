@@ -4,6 +4,7 @@ It trains nothing: every step is one all-reduce, a look whether to stop, and a c
 the number of steps. `step-<rank>` in the run's directory holds how far a rank is.
 """
 
+import sys
 import time
 from pathlib import Path
 from types import SimpleNamespace
@@ -11,7 +12,7 @@ from types import SimpleNamespace
 import torch
 from torch import distributed
 
-from normlab import checkpoint, worker
+from normlab import checkpoint, logs, worker
 from normlab.ranks import agent
 from normlab.ranks.failures import RankFailed, one_line
 from normlab.runs import RunDir
@@ -35,10 +36,7 @@ def prepare(where: Path, *, steps: int = LONG, stall_timeout: float = 600.0, wor
 
 def start(run: Path, ranks: int, max_restarts: int = 0) -> int:
     """As `normlab train` does: the exit code, the reason on stderr, the rest in the run's log."""
-    import logging
-    import sys
-
-    with worker.logging_to(logging.FileHandler(RunDir(run).log)):
+    with logs.logging_to(logs.LogFile(RunDir(run).log)):
         try:
             agent.start(run, ranks, threads=1, max_restarts=max_restarts)
         except RankFailed as error:

@@ -117,6 +117,7 @@ _WITHIN = {
     "decay": (0.0, 1.0),
     "ema_bank": (0.0, 1.0),
     "checkpoint_every": (0.0, math.inf),
+    "stall_timeout": (1.0, 1e6),
     "recipe.momentum": (0.0, 1.0),
     "recipe.weight_decay": (0.0, math.inf),
     "recipe.warmup": (0.0, 1.0),
@@ -124,7 +125,7 @@ _WITHIN = {
     "recipe.label_smoothing": (0.0, 1.0),
 }
 
-_POSITIVE = ("lr", "stall_timeout", "recipe.gamma", "recipe.clip_norm")
+_POSITIVE = ("lr", "recipe.gamma", "recipe.clip_norm")
 
 
 def check(config: dict[str, Any]) -> None:
