@@ -76,6 +76,7 @@ class Config:
     launch: bool = MISSING
     max_restarts: int = MISSING
     stall_timeout: float = MISSING
+    resume: str | None = MISSING
     runs: str = MISSING
     data_root: str = MISSING
     skip_done: str = MISSING
