@@ -261,7 +261,10 @@ def _prepare(directory: RunDir, config: dict[str, Any], environment: dict[str, A
     directory.clear_status()
     _set_threads(directory)
     if directory.config()["world_size"] != config["world_size"]:
+        recorded |= {key: environment[key] for key in ("world_size", "backend")}
         _record_ranks(directory, config, recorded)
+    if config["world_size"] > 1 or not config["launch"]:
+        directory.write_config(config)  # where its ranks read what was asked for this time
     if environment["source"] not in recorded["source"].split("+"):
         # Half of the run comes from other code: neither digest alone would be true.
         recorded["source"] += "+" + environment["source"]

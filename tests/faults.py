@@ -12,6 +12,7 @@ import signal
 import time
 from collections import Counter
 from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import asdict, dataclass, fields, replace
 from multiprocessing.process import BaseProcess
 from pathlib import Path
@@ -96,11 +97,12 @@ class Endurance:
             if (row := self.hit(where, fault)) is None:
                 break
             rows.append(row)
-        # To the end, by the steps that are missing and no others.
-        done = steps_saved(where)
-        assert _joined(self._start(where, faults[0].ranks)) == 0, _output(where)
-        made = int((where / "phase.steps").read_text())
-        assert made == _steps(reference) - done, "other steps than the missing ones"
+        if not _done(where):
+            # To the end, by the steps that are missing and no others.
+            done = steps_saved(where)
+            assert _joined(self._start(where, faults[0].ranks)) == 0, _output(where)
+            made = int((where / "phase.steps").read_text())
+            assert made == _steps(reference) - done, "other steps than the missing ones"
         same = identical(_run(where), reference)
         return [replace(row, identical=same) for row in rows], faults[len(rows) :]
 
@@ -121,15 +123,17 @@ class Endurance:
             entries -= now == fault.phase != before
             before = now
             if not process.is_alive():
+                assert _joined(process) == 0, _output(where)
                 return None
             time.sleep(0.0005)
         time.sleep(within)
         at = phase(where)
         for pid in self._victims(where, fault, process):
-            os.kill(pid, signal.SIGKILL)
+            with suppress(ProcessLookupError):
+                os.kill(pid, signal.SIGKILL)
         seconds = time.monotonic() - began
         code = _joined(process)
-        if code == 0 and not more:  # it has ended before it could notice
+        if _done(where) and not more:  # the kill came after the end
             return None
         return Row(self.runs - 1, fault.ranks, fault.victim, at, round(seconds, 2),
                    steps_saved(where), code)  # fmt: skip
@@ -182,6 +186,10 @@ def phase(where: Path) -> str:
 def _run(where: Path) -> Path:
     (run,) = (where / "runs").glob("*-*")
     return run
+
+
+def _done(where: Path) -> bool:
+    return runs.RunDir(_run(where)).status().get("status") == "done"
 
 
 def _steps(run: Path) -> int:

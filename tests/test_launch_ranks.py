@@ -78,6 +78,16 @@ def test_a_prepared_run_waits_for_its_ranks(capfd):
                          "2 prepared\n")  # fmt: skip
 
 
+def test_ranks_read_what_was_asked_for_this_time():
+    alone = [*JOB, "world_size=1"]
+    run = runs.RunDir(launch.run(config.compose(alone)).path)
+    run.clear_status()
+    more = ["launch=false", "stall_timeout=77", "evals=[val:ema,val:batch,test:ema]"]
+    assert launch.run(config.compose([*alone, *more])).status == "prepared"
+    assert run.config()["stall_timeout"] == 77
+    assert run.config()["evals"] == ["val:ema", "val:batch", "test:ema"]
+
+
 def test_another_number_of_ranks_is_refused(monkeypatch):
     launch.run(config.compose([*JOB, "launch=false"]))
     run = only_run()
