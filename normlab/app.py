@@ -39,8 +39,10 @@ def train(argv: list[str]) -> int:
     had of a finished run no more, while the rest was made. 2: the same, and nothing was written.
     Raises ConfigError where not even a job could be composed.
     """
+    _refuse_torchrun()
     flags, overrides = _split(argv)
     _parse(flags, overrides)
+    config.check_resume(overrides)
     config.register(overrides)
     with _scratch(overrides) as scratch, _hydra_argv(flags, overrides, scratch):
         import hydra
@@ -54,6 +56,15 @@ def train(argv: list[str]) -> int:
             _close(_notes(scratch))
             raise
         return _close(_notes(scratch))
+
+
+def _refuse_torchrun() -> None:
+    """Each rank would compose the run, and sweep, by itself."""
+    if int(os.environ.get("WORLD_SIZE", "1")) > 1 and "TORCHELASTIC_RUN_ID" in os.environ:
+        raise config.ConfigError(
+            "normlab train starts ranks by itself (world_size=N); torchrun starts those of a run "
+            "that is prepared: normlab train ... launch=false says how"
+        )
 
 
 def sweep(argv: list[str]) -> int:
@@ -128,7 +139,8 @@ def in_words(error: Exception) -> str:
 
 def _line(outcome: "Outcome") -> str:
     errors = "  ".join(f"{spec} {error:.2f}" for spec, error in outcome.summary.items())
-    return f"{outcome.id}  {'skipped' if outcome.skipped else outcome.status}  {errors}".rstrip()
+    told = errors or outcome.command
+    return f"{outcome.id}  {'skipped' if outcome.skipped else outcome.status}  {told}".rstrip()
 
 
 def _table(outcome: "Outcome") -> str:
@@ -136,6 +148,8 @@ def _table(outcome: "Outcome") -> str:
     rows = [("run", outcome.id), ("status", outcome.status + ", skipped" * outcome.skipped)]
     rows += [(spec, f"{error:.2f} % error") for spec, error in outcome.summary.items()]
     rows.append(("directory", outcome.place))
+    if outcome.command:
+        rows.append(("command", outcome.command))
     width = max(len(key) for key, _ in rows)
     return "\n".join(f"{key:<{width}}  {value}" for key, value in rows)
 
@@ -155,6 +169,7 @@ def _close(notes: list[dict[str, Any]]) -> int:
             f"{len(notes)} cells: {count['done']} done ({count['done'] - skipped} run, "
             f"{skipped} skipped), {count['diverged']} diverged, "
             f"{count['failed']} failed, {count['refused']} refused"
+            + (f", {count['prepared']} prepared" if count["prepared"] else "")
             + (f"; {lacking} of the done without all that was asked for" if lacking else "")
         )
     messages = Counter(note["message"] for note in notes if "message" in note)

@@ -6,20 +6,18 @@ elsewhere is skipped, an unfinished one resumes, and two processes never work on
 
 import logging
 import platform
-import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager, suppress
+from collections.abc import Callable
+from contextlib import AbstractContextManager
 from dataclasses import dataclass, replace
 from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
-from normlab import experiment, runs
-from normlab.config import cell_key, check, run_id, with_later_keys
+from normlab import experiment, logs, runs
+from normlab.config import cell_key, check, continued, run_id, with_later_keys
 from normlab.runs import FINISHED, RunDir
 
 if TYPE_CHECKING:
-    from normlab.checkpoint import Stop
     from normlab.worker import Job
 
 log = logging.getLogger(__name__)
@@ -50,6 +48,8 @@ class Outcome:
     summary: dict[str, float]
     lacking: str = ""
     recorded: Path | None = None
+    command: str = ""
+    """What starts a run that is only prepared."""
 
     @property
     def place(self) -> str:
@@ -66,9 +66,17 @@ def run(config: dict[str, Any]) -> Outcome:
     when the run itself fails.
     """
     check(config)
+    taken_up: RunDir | None = None
+    if config["resume"] is not None:
+        taken_up = runs.find(config["resume"], Path(config["runs"]))
+        config = continued(taken_up.config(), config)
+        if not taken_up.checkpoint.exists():
+            raise ValueError(f"run {taken_up.id} has no checkpoint to go on from")
     from normlab import allocator, build
 
     kept = config["allocator"] == "keep" and allocator.keep_freed_memory()
+    if taken_up is not None:
+        return _run(config, taken_up, memory_kept=kept)
     device, data = build.device(config), build.data(config)
     directory = RunDir(Path(config["runs"]) / run_id(
         config, device=device.type, data_digest=data.digest, kernels=False
@@ -108,22 +116,25 @@ def _committed_outcome(config: dict[str, Any], directory: RunDir) -> Outcome | N
 
 
 def _run(config: dict[str, Any], directory: RunDir, *, memory_kept: bool) -> Outcome:
-    from normlab import checkpoint, worker
+    from normlab import worker
 
     if directory.status().get("status") in FINISHED:
         return _completed(config, directory)
+    _check_gpus(config)
     config = _with_tracked(config, directory)
     job = worker.construct(config)
     environment = _environment(job) | {"memory_kept": memory_kept}
     if directory.checkpoint.exists():
         worker.check_resumable(config, directory)
-        _check_environment(directory, environment)
-    with directory.lock(), _logging_to(directory), checkpoint.deferred_signals() as stop:
+        worker.check_environment(job, directory)
+    with directory.lock(), _logging_to(directory):
         ours = directory.status().get("status") not in FINISHED
         if ours:  # and no other process has run it meanwhile
             _prepare(directory, config, environment)
             log.info("%s: %s, freed memory is kept: %s", directory.id, job.plan, memory_kept)
-            _guarded(directory, lambda: _work(job, directory, stop))
+            if not config["launch"]:
+                return _prepared(config, directory)
+            _guarded(directory, lambda: _start(job, directory))
     outcome = _completed(config, directory)
     return replace(outcome, skipped=outcome.skipped and not ours)
 
@@ -149,7 +160,7 @@ def _completed(config: dict[str, Any], directory: RunDir) -> Outcome:
         | {"evals": [spec for spec in asked if spec in possible]}
         | {"ema_bank": worker.tracked_decays(state)}
     )
-    _check_environment(directory, _environment(job))
+    worker.check_environment(job, directory)
     with directory.lock(), _logging_to(directory), checkpoint.deferred_signals() as stop:
         _set_threads(directory)
         _guarded(directory, lambda: worker.evaluate_finished(job, directory, stop))
@@ -166,12 +177,42 @@ def _with_tracked(config: dict[str, Any], directory: RunDir) -> dict[str, Any]:
     return config | {"ema_bank": tracked} if set(config["ema_bank"]) <= set(tracked) else config
 
 
-def _work(job: "Job", directory: RunDir, stop: "Stop") -> None:
-    from normlab import worker
+def _prepared(config: dict[str, Any], directory: RunDir) -> Outcome:
+    from normlab.ranks import agent
 
-    status = worker.work(job, directory, stop)
-    directory.write_env(directory.env() | {"ended": _now()})
-    directory.write_status(status)
+    path, size = directory.path.resolve(), config["world_size"]
+    line = agent.torchrun(path, size, max_restarts=config["max_restarts"])
+    return Outcome(directory.id, "prepared", False, directory.path, {}, command=line)
+
+
+def _check_gpus(config: dict[str, Any]) -> None:
+    """Refuse more ranks on this machine than it has GPUs."""
+    import torch
+
+    from normlab import build
+
+    size = config["world_size"]
+    if size == 1 or not config["launch"] or build.device(config).type != "cuda":
+        return
+    if size > (count := torch.cuda.device_count()):
+        raise ValueError(
+            f"world_size={size}: each rank needs a GPU of its own, and this machine has {count}"
+            f" (launch=false prepares a run for several machines; world_size={count}; device=cpu)"
+        )
+
+
+def _start(job: "Job", directory: RunDir) -> None:
+    """The work of a run, in this process or by ranks that this process starts."""
+    from normlab import checkpoint, worker
+    from normlab.ranks import agent
+
+    config = job.config
+    if config["world_size"] == 1:
+        with checkpoint.deferred_signals() as stop:
+            worker.finish(job, directory, stop)
+        return
+    threads, restarts = directory.env()["threads"], config["max_restarts"]
+    agent.start(directory.path, config["world_size"], threads=threads, max_restarts=restarts)
 
 
 def evaluate(run: str, specs: list[str], *, root: str, data_root: str | None = None) -> Outcome:
@@ -219,6 +260,11 @@ def _prepare(directory: RunDir, config: dict[str, Any], environment: dict[str, A
         return
     directory.clear_status()
     _set_threads(directory)
+    if directory.config()["world_size"] != config["world_size"]:
+        recorded |= {key: environment[key] for key in ("world_size", "backend")}
+        _record_ranks(directory, config, recorded)
+    if config["world_size"] > 1 or not config["launch"]:
+        directory.write_config(config)  # where its ranks read what was asked for this time
     if environment["source"] not in recorded["source"].split("+"):
         # Half of the run comes from other code: neither digest alone would be true.
         recorded["source"] += "+" + environment["source"]
@@ -226,15 +272,17 @@ def _prepare(directory: RunDir, config: dict[str, Any], environment: dict[str, A
         directory.write_env(recorded)
 
 
-def _check_environment(directory: RunDir, environment: dict[str, Any]) -> None:
-    """Refuse to continue or evaluate a run under what would make other numbers."""
-    recorded = directory.env()
-    for key, name in (("torch", "torch"), ("data_digest", "data"), ("device", "device")):
-        if recorded.get(key) != environment[key]:
-            raise ValueError(
-                f"run {directory.id} was made with {name} {recorded.get(key)}, and this is "
-                f"{environment[key]}: use that, or give another runs= to train it anew"
-            )
+def _record_ranks(directory: RunDir, config: dict[str, Any], recorded: dict[str, Any]) -> None:
+    """Note from where on a run has another number of ranks, and make it what is planned."""
+    from normlab import checkpoint
+
+    at = checkpoint.load(directory.checkpoint)["position"]
+    before = directory.config()["world_size"]
+    recorded.setdefault("world_sizes", [f"{before} from epoch 1, step 0"])
+    where = f"epoch {at['epoch'] + 1}, step {at['step']}"
+    recorded["world_sizes"].append(f"{config['world_size']} from {where}")
+    directory.write_config(config)
+    directory.write_env(recorded)
 
 
 @cache
@@ -258,11 +306,9 @@ def _guarded(directory: RunDir, action: Callable[[], T]) -> T:
     try:
         return action()
     except Exception as error:
-        log.exception("%s failed", directory.id)
-        reason = f"{type(error).__name__}: {error}".splitlines()[0]
-        with suppress(OSError):  # what failed may be the disk
-            if directory.status().get("status") not in FINISHED:
-                directory.write_status({"status": "failed", "reason": reason})
+        from normlab import worker
+
+        reason = worker.record_failure(directory, error)
         raise JobError(f"{directory.id} failed: {reason} (log: {directory.log})") from None
 
 
@@ -284,9 +330,9 @@ def _environment(job: "Job") -> dict[str, Any]:
     import torch
     import torchvision
 
-    from normlab import __version__, build
+    from normlab import __version__, build, worker
 
-    device = build.device(job.config)
+    device, world = build.device(job.config), job.config["world_size"]
     commit, dirty = runs.commit()
     return {
         "cell": cell_key(job.config),
@@ -300,7 +346,9 @@ def _environment(job: "Job") -> dict[str, Any]:
         "chance": 100 * (1 - 1 / job.data.num_classes),
         "device": device.type,
         "processor": torch.cuda.get_device_name() if device.type == "cuda" else _processor(),
-        "threads": job.config["threads"] or _default_threads(),
+        "world_size": world,
+        "backend": None if world == 1 else "nccl" if device.type == "cuda" else "gloo",
+        "threads": job.config["threads"] or max(1, _default_threads() // world),
         "normlab": __version__,
         "python": platform.python_version(),
         "torch": torch.__version__,
@@ -308,12 +356,8 @@ def _environment(job: "Job") -> dict[str, Any]:
         "numpy": numpy.__version__,
         "parameters": sum(p.numel() for p in job.model.parameters()),
         "dropped_per_epoch": job.dropped,
-        "started": _now(),
+        "started": worker.now(),
     }
-
-
-def _now() -> str:
-    return time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime())
 
 
 def _claims(scale: str | None) -> str:
@@ -333,18 +377,6 @@ def _processor() -> str:
         return platform.machine()
 
 
-@contextmanager
-def _logging_to(directory: RunDir) -> Iterator[None]:
+def _logging_to(directory: RunDir) -> AbstractContextManager[None]:
     """Append what normlab logs to the run's ``log.txt``."""
-    root = logging.getLogger("normlab")
-    handler = logging.FileHandler(directory.log)
-    handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(name)s: %(message)s"))
-    level = root.level
-    root.addHandler(handler)
-    root.setLevel(logging.INFO)
-    try:
-        yield
-    finally:
-        root.removeHandler(handler)
-        root.setLevel(level)
-        handler.close()
+    return logs.logging_to(logs.LogFile(directory.log))

@@ -51,6 +51,8 @@ class Config:
     nbs: int | None = MISSING
     batch_size: int = MISSING
     micro_batch: int | None = MISSING
+    sync_group_size: int | None = MISSING
+    sync_layers: str | None = MISSING
     remainder: str = MISSING
     order: str = MISSING
     epochs: int = MISSING
@@ -60,6 +62,8 @@ class Config:
     seed: int = MISSING
     precision: str = MISSING
     world_size: int = MISSING
+    buffers: str = MISSING
+    debug_sync: bool = MISSING
     evals: list[str] = MISSING
     eval_last: int = MISSING
     ema_bank: list[float] = MISSING
@@ -69,6 +73,10 @@ class Config:
     threads: int | None = MISSING
     allocator: str = MISSING
     checkpoint_every: float = MISSING
+    launch: bool = MISSING
+    max_restarts: int = MISSING
+    stall_timeout: float = MISSING
+    resume: str | None = MISSING
     runs: str = MISSING
     data_root: str = MISSING
     skip_done: str = MISSING
@@ -76,10 +84,15 @@ class Config:
     experiment: str | None = MISSING
 
 
+BUFFERS = ("average", "mean", "broadcast")
+"""What becomes of the ranks' population statistics at the end of an epoch, see
+`normlab.dist.average_statistics`."""
+
 _CHOICES = {
     "init": ("default", "fixup"),
     "remainder": ("drop", "error"),
     "precision": ("fp32", "bf16"),
+    "buffers": BUFFERS,
     "device": ("auto", "cpu", "cuda"),
     "allocator": ("keep", "system"),
     "skip_done": ("all", "local"),
@@ -93,7 +106,9 @@ _SIZES = {  # at least so many, at most batchplan.MOST
     "world_size": 1,
     "eval_last": 1,
     "threads": 1,
+    "max_restarts": 0,
     "micro_batch": 1,
+    "sync_group_size": 1,
     "recipe.lr_batch": 1,
 }
 
@@ -102,6 +117,7 @@ _WITHIN = {
     "decay": (0.0, 1.0),
     "ema_bank": (0.0, 1.0),
     "checkpoint_every": (0.0, math.inf),
+    "stall_timeout": (1.0, 1e6),
     "recipe.momentum": (0.0, 1.0),
     "recipe.weight_decay": (0.0, math.inf),
     "recipe.warmup": (0.0, 1.0),
@@ -155,15 +171,16 @@ def check(config: dict[str, Any]) -> None:
             f"eval_last must be at most epochs={config['epochs']},"
             f" got eval_last={config['eval_last']}"
         )
-    if config["world_size"] != 1:
-        raise ConfigError(
-            f"world_size={config['world_size']}: only world_size=1 runs, as there are no ranks yet"
-        )
     _check_evals(config)
     try:
         plan = plan_of(config)
     except batchplan.PlanError as error:
         raise ConfigError(str(error)) from None
+    if config["sync_layers"] is not None and plan.batch != "sync":
+        raise ConfigError(
+            f"sync_layers={config['sync_layers']} says which layers of norm=sync are synchronized:"
+            f" leave it out with norm={config['norm']['name']}"
+        )
     _check_order(config["order"], plan)
 
 
@@ -220,6 +237,7 @@ def plan_of(config: dict[str, Any]) -> batchplan.BatchPlan:
         batch=config["norm"]["batch"],
         norm=config["norm"]["name"],
         micro_batch=config["micro_batch"],
+        sync_group_size=config["sync_group_size"],
     )
 
 
