@@ -2,7 +2,6 @@
 values, so that whoever reads one, and would wait for a GPU, fails; and calls of torch are noted.
 """
 
-import os
 from contextlib import nullcontext
 from types import SimpleNamespace
 
@@ -62,7 +61,7 @@ class Gpu:
 def test_what_a_gpu_gets_is_pinned_and_not_waited_for(monkeypatch):
     noted = []
     monkeypatch.setattr(Tensor, "pin_memory", lambda x: noted.append("pinned") or x)
-    monkeypatch.setattr(Tensor, "to", lambda x, device, **options: noted.append(options) or x)
+    monkeypatch.setattr(Tensor, "to", lambda x, _, **options: noted.append(options) or x)
     upload(torch.zeros(3), Gpu())
     assert noted == ["pinned", {"non_blocking": True}]
 
@@ -105,7 +104,7 @@ def test_gradients_travel_in_pieces_on_gpus(monkeypatch):
     noted = []
     monkeypatch.setattr(parallel, "check_same", lambda *_: None)
     monkeypatch.setattr(
-        parallel, "DistributedDataParallel", lambda network, **options: noted.append(options)
+        parallel, "DistributedDataParallel", lambda _, **options: noted.append(options)
     )
     parallel.wrapped(nn.Linear(2, 2), torch.device("cuda", 1))
     assert noted == [{"init_sync": False, "forward_sync_buffers": False}]
@@ -154,12 +153,12 @@ def test_graphs_are_refused_where_they_cannot_be_replayed(monkeypatch, tmp_path)
         launch.run(graphs)
     with pytest.raises(ValueError, match="compile=graphs needs a GPU"):
         launch.run(graphs | {"world_size": 2})
-    assert os.listdir() == []
+    assert list(tmp_path.iterdir()) == []
     monkeypatch.setattr(build, "device", lambda _: SimpleNamespace(type="cuda"))
     build.check_graphs(graphs)
-    with pytest.raises(ValueError, match="one forward pass per rank and step.*accumulation=8"):
+    with pytest.raises(ValueError, match=r"one forward pass per rank and step.*accumulation=8"):
         build.check_graphs(graphs | {"nbs": 16, "batch_size": 128})
-    with pytest.raises(ConfigError, match="true or false, or graphs .* got compile=gratis"):
+    with pytest.raises(ConfigError, match=r"true or false, or graphs .* got compile=gratis"):
         check(graphs | {"compile": "gratis"})
 
 

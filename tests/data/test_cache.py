@@ -48,9 +48,7 @@ def _ask(folder: str, kind: str) -> None:
 
 @pytest.mark.parametrize("kind", ["array", "text"])
 def test_of_processes_that_find_it_missing_one_makes_it(tmp_path: Path, kind: str) -> None:
-    asking = [
-        CONTEXT.Process(target=_ask, args=(str(cache.directory()), kind)) for _ in range(3)
-    ]
+    asking = [CONTEXT.Process(target=_ask, args=(str(cache.directory()), kind)) for _ in range(3)]
     for process in asking:
         process.start()
     for process in asking:
