@@ -1,4 +1,4 @@
-"""The papers' protocol at `scale=paper`: what it composes to, and that it runs, if on tiny images."""
+"""The papers' protocol at `scale=paper`: what it composes to; and it runs, on tiny images."""
 
 import os
 import signal
@@ -136,8 +136,11 @@ def test_it_stops_with_its_workers_and_goes_on(tree: Path, tmp_path: Path) -> No
     _assert_done(_train(tree, tmp_path, *options), tmp_path, 3)
 
 
-def test_a_rank_decodes_its_own_images_alone(tree: Path, tmp_path: Path) -> None:
+def test_a_rank_decodes_its_own_images_alone(
+    tree: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """The other rank's are gone, and it does not notice; what is missing is named by a worker."""
+    monkeypatch.setenv("NORMLAB_CACHE", str(tmp_path / "cache"))
     root = tmp_path / "copy"
     root.mkdir()
     subprocess.run(["cp", "-r", str(tree / "imagenet"), str(root)], check=True)

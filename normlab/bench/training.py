@@ -8,6 +8,7 @@ the allocator untouched. The allocator is set once per process, so each has a pr
 import tempfile
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import nn
@@ -83,7 +84,7 @@ def _sgd(model: nn.Module) -> torch.optim.SGD:
 
 def trainer(steps: int, directory: Path, norm: str = "bn") -> Trainer:
     """A run of that many steps an epoch, on as many ranks as this process is one of."""
-    layer = norms.find(norm)
+    layer: Any = norms.find(norm)
     model = _model(layer, channels_last=True)
     return Trainer(
         model=model,
