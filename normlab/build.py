@@ -36,6 +36,9 @@ Norm = Callable[..., nn.Module]
 PLAIN = "plain"
 """The convolutions that a network has by itself."""
 
+GRAPHS = "graphs"
+"""Of the key compile: the compiled network is recorded once and replayed, without launches."""
+
 TENTH = 0.1
 """Of the learning rate, for scalar biases and factors (Fixup, in its authors' code)."""
 
@@ -181,8 +184,8 @@ def model(config: dict[str, Any], dataset: Dataset) -> nn.Module:
     layers = norm(config, dataset)
     if "shape" in _parameters(normlab.norms.find(_module(config["norm"]))):
         layers = _shaped(layers, network, dataset)
-    # fp32 means float32: convolutions on a GPU would round their inputs to TF32 by default.
-    torch.backends.cudnn.allow_tf32 = False
+    # fp32 means float32: a GPU would round what it multiplies to TF32, in convolutions by default.
+    torch.backends.cudnn.allow_tf32 = torch.backends.cuda.matmul.allow_tf32 = False
     torch.manual_seed(config["seed"])
     built: nn.Module = network(layers)
     if config["sync_layers"] is not None:
@@ -195,6 +198,28 @@ def model(config: dict[str, Any], dataset: Dataset) -> nn.Module:
     name_layers(built, debug=config["debug_sync"])
     layout = torch.channels_last if config["channels_last"] else torch.contiguous_format
     return built.to(device(config)).to(memory_format=layout)
+
+
+def check_graphs(config: dict[str, Any]) -> None:
+    """Refuse CUDA graphs where there is no GPU to replay them, and where a step accumulates: its
+    second forward pass would write over the gradients of the first."""
+    if config["compile"] != GRAPHS:
+        return
+    if (kind := device(config).type) != "cuda":
+        raise ValueError(f"compile={GRAPHS} needs a GPU, and device={kind}: compile=true or false")
+    if (accumulation := plan(config).accumulation) > 1:
+        raise ValueError(
+            f"compile={GRAPHS} needs one forward pass per rank and step, and this plan has"
+            f" accumulation={accumulation}: compile=true or false, or another way to form the batch"
+        )
+
+
+def compiled(config: dict[str, Any], network: nn.Module) -> nn.Module | None:
+    """What training calls in the place of `network`, on the same weights; None: the network."""
+    if not config["compile"]:
+        return None
+    mode = "reduce-overhead" if config["compile"] == GRAPHS else None
+    return typing.cast(nn.Module, torch.compile(network, mode=mode))
 
 
 def _check_init(config: dict[str, Any], network: Callable[..., nn.Module]) -> None:

@@ -122,7 +122,7 @@ def _run(config: dict[str, Any], directory: RunDir, *, memory_kept: bool) -> Out
         return _completed(config, directory)
     _check_gpus(config)
     config = _with_tracked(config, directory)
-    job = worker.construct(config)
+    job = _constructed(config)
     environment = _environment(job) | {"memory_kept": memory_kept}
     if directory.checkpoint.exists():
         worker.check_resumable(config, directory)
@@ -137,6 +137,17 @@ def _run(config: dict[str, Any], directory: RunDir, *, memory_kept: bool) -> Out
             _guarded(directory, lambda: _start(job, directory))
     outcome = _completed(config, directory)
     return replace(outcome, skipped=outcome.skipped and not ours)
+
+
+def _constructed(config: dict[str, Any]) -> "Job":
+    """The objects of a run, or its refusal. The parent of ranks makes them on the CPU: the memory
+    of a GPU is its rank's."""
+    from normlab import build, worker
+
+    if config["world_size"] == 1:
+        return worker.construct(config)
+    build.check_graphs(config)
+    return replace(worker.construct(config | {"device": "cpu", "compile": False}), config=config)
 
 
 def _completed(config: dict[str, Any], directory: RunDir) -> Outcome:

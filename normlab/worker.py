@@ -11,7 +11,7 @@ from contextlib import ExitStack, nullcontext, suppress
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
 import torch
 from torch import nn
@@ -47,6 +47,7 @@ class Job:
 def construct(config: dict[str, Any]) -> Job:
     """Build everything a run needs. Raises ValueError or OSError with one clear line."""
     plan = build.plan(config)
+    build.check_graphs(config)
     data = build.data(config)
     per_epoch, dropped = build.steps(config, data)
     extra = plan.virtual_extra * plan.accumulation * plan.world_size
@@ -186,7 +187,7 @@ def work(job: Job, run: RunDir, stop: Stop) -> dict[str, Any]:
         path=run.checkpoint,
         stop=stop,
         bank=job.bank,
-        forward=cast(nn.Module, torch.compile(job.model)) if config["compile"] else None,
+        forward=build.compiled(config, job.model),
     )
     if any(agreement.told([run.checkpoint.exists()], device)):
         trainer.load_state_dict(checkpoint.load(run.checkpoint))

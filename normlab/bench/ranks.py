@@ -9,8 +9,8 @@ import json
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Generator, Mapping, Sequence
-from contextlib import ExitStack
+from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from datetime import timedelta
 from functools import partial
@@ -174,7 +174,14 @@ def _row(
 
 
 def serve(rank: int, meeting: str) -> None:
-    """Join the process group, and answer what `Together` asks until it asks nothing any more."""
+    """One rank of the layers and networks."""
+    with joined(rank, meeting):
+        answer_all(Rank().answer)
+
+
+@contextmanager
+def joined(rank: int, meeting: str) -> Iterator[None]:
+    """In the process group of the ranks, with a thread to compute; freed memory is kept."""
     torch.set_num_threads(1)
     allocator.keep_freed_memory()
     distributed.init_process_group(
@@ -184,10 +191,14 @@ def serve(rank: int, meeting: str) -> None:
         world_size=RANKS,
         timeout=timedelta(seconds=60),
     )
-    answer = Rank().answer
+    yield
+    distributed.destroy_process_group()
+
+
+def answer_all(answer: Callable[..., Any]) -> None:
+    """Answer what `Together` asks until it asks nothing any more."""
     for line in sys.stdin:
         print(json.dumps(answer(*json.loads(line))), flush=True)
-    distributed.destroy_process_group()
 
 
 class Rank:

@@ -296,6 +296,7 @@ def _wanted(key: str) -> str:
     """The type of a schema's key, in words."""
     words: dict[Any, str] = {
         int: "an integer", float: "a number", bool: "true or false", str: "a word",
+        bool | str: "true or false, or a word",
         int | None: "an integer or null", float | None: "a number or null",
         str | None: "a word or null", list[float]: "a list of numbers: [0.5,0.75]",
         list[str]: "a list: [train:batch,val:ema]",

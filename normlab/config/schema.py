@@ -68,7 +68,7 @@ class Config:
     eval_last: int = MISSING
     ema_bank: list[float] = MISSING
     channels_last: bool = MISSING
-    compile: bool = MISSING
+    compile: bool | str = MISSING
     device: str = MISSING
     threads: int | None = MISSING
     allocator: str = MISSING
@@ -145,6 +145,11 @@ def check(config: dict[str, Any]) -> None:
     for key, choices in _CHOICES.items():
         if (value := _at(config, key)) not in choices:
             raise ConfigError(f"{key} must be one of {', '.join(choices)}, got {key}={value}")
+    if config["compile"] not in (False, True, "graphs"):
+        raise ConfigError(
+            "compile must be true or false, or graphs (the compiler with CUDA graphs, on a GPU),"
+            f" got compile={config['compile']}"
+        )
     for key, least in _SIZES.items():
         if (value := _at(config, key)) is not None and not least <= value <= batchplan.MOST:
             raise ConfigError(

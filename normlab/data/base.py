@@ -234,5 +234,13 @@ class Dataset(ABC):
         )
 
 
+def upload(x: Tensor, device: torch.device) -> Tensor:
+    """`x` of the CPU on the device. A GPU gets it from pinned memory, and nobody waits for that: a
+    plain copy would let the queue of its work run empty at every batch."""
+    if device.type == "cuda":
+        x = x.pin_memory()
+    return x.to(device, non_blocking=True)
+
+
 def unknown_split(split: str) -> ValueError:
     return ValueError(f"unknown split '{split}': one of {', '.join(SPLITS)}")

@@ -110,9 +110,12 @@ class Folder(Dataset):
         shift = -torch.tensor(MEAN, device=device).view(3, 1, 1) * 255 * scale
         layout = torch.channels_last if channels_last else torch.contiguous_format
         # Bytes travel to the device and become numbers there: a quarter of the traffic.
-        for pixels, y in loader:
-            x = pixels.to(device, non_blocking=True).contiguous(memory_format=layout).float()
-            yield torch.addcmul(shift, x, scale), y.to(device, non_blocking=True)
+        try:
+            for pixels, y in loader:
+                x = pixels.to(device, non_blocking=True).contiguous(memory_format=layout).float()
+                yield torch.addcmul(shift, x, scale), y.to(device, non_blocking=True)
+        except ValueError as e:  # a worker's comes with its traceback for a message
+            raise ValueError(str(e).strip().splitlines()[-1].removeprefix("ValueError: ")) from e
 
 
 class Tokens:

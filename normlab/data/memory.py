@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from normlab.data import cache
-from normlab.data.base import Augment, Batch, Dataset, Planned, unknown_split
+from normlab.data.base import Augment, Batch, Dataset, Planned, unknown_split, upload
 from normlab.data.patterns import Indices
 
 AUGMENTS = {  # name -> (random crop, random mirroring)
@@ -164,7 +164,7 @@ class InMemory(Dataset):
                 torch.from_numpy(self.labels(split)).to(device),
             )
         words, all_labels = self._resident[split, device]
-        chosen = torch.from_numpy(positions).to(device)
+        chosen = upload(torch.from_numpy(positions), device)
         return words.index_select(0, chosen), all_labels.index_select(0, chosen)
 
     def _augmented(self, words: Tensor, part: Planned, rng: np.random.Generator) -> Tensor:
@@ -174,8 +174,7 @@ class InMemory(Dataset):
         offsets = rng.integers(0, 2 * pad + 1, size=(2, part.size))
         mirrored = rng.integers(0, 2, size=(1, part.size)) * self._flip
         drawn = np.concatenate([offsets, mirrored]).astype(np.int32)[:, part.places]
-        draws = torch.from_numpy(drawn)
-        return crop_flip(words, draws.to(words.device), pad)
+        return crop_flip(words, upload(torch.from_numpy(drawn), words.device), pad)
 
 
 def crop_flip(words: Tensor, draws: Tensor, pad: int) -> Tensor:
