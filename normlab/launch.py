@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 from normlab import experiment, runs
 from normlab.config import cell_key, check, run_id, with_later_keys
+from normlab.lease import LeaseLost
 from normlab.runs import FINISHED, RunDir
 
 if TYPE_CHECKING:
@@ -118,7 +119,7 @@ def _run(config: dict[str, Any], directory: RunDir, *, memory_kept: bool) -> Out
     if directory.checkpoint.exists():
         worker.check_resumable(config, directory)
         _check_environment(directory, environment)
-    with directory.lock(), _logging_to(directory), checkpoint.deferred_signals() as stop:
+    with _locked(directory), _logging_to(directory), checkpoint.deferred_signals() as stop:
         ours = directory.status().get("status") not in FINISHED
         if ours:  # and no other process has run it meanwhile
             _prepare(directory, config, environment)
@@ -150,10 +151,20 @@ def _completed(config: dict[str, Any], directory: RunDir) -> Outcome:
         | {"ema_bank": worker.tracked_decays(state)}
     )
     _check_environment(directory, _environment(job))
-    with directory.lock(), _logging_to(directory), checkpoint.deferred_signals() as stop:
+    with _locked(directory), _logging_to(directory), checkpoint.deferred_signals() as stop:
         _set_threads(directory)
         _guarded(directory, lambda: worker.evaluate_finished(job, directory, stop))
     return replace(_outcome(directory, skipped=False), lacking=lacking)
+
+
+@contextmanager
+def _locked(directory: RunDir) -> Iterator[None]:
+    """Hold the run. To lose it to another process is a failure of this one, and writes nothing."""
+    try:
+        with directory.lock():
+            yield
+    except LeaseLost as error:
+        raise JobError(str(error)) from None
 
 
 def _with_tracked(config: dict[str, Any], directory: RunDir) -> dict[str, Any]:
@@ -257,6 +268,8 @@ def _guarded(directory: RunDir, action: Callable[[], T]) -> T:
     """Run; an exception is logged with its traceback, recorded, and becomes one line."""
     try:
         return action()
+    except LeaseLost:
+        raise
     except Exception as error:
         log.exception("%s failed", directory.id)
         reason = f"{type(error).__name__}: {error}".splitlines()[0]
@@ -339,6 +352,7 @@ def _logging_to(directory: RunDir) -> Iterator[None]:
     root = logging.getLogger("normlab")
     handler = logging.FileHandler(directory.log)
     handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(name)s: %(message)s"))
+    handler.addFilter(lambda _: directory.locked())
     level = root.level
     root.addHandler(handler)
     root.setLevel(logging.INFO)

@@ -40,7 +40,7 @@ def test_a_run_leaves_what_the_contract_names():
     outcome = start("evals=[train:augmented,train:batch,val:batch,val:ema,val:precise]")
     assert (outcome.status, outcome.skipped) == ("done", False)
     assert outcome.id.startswith("tiny-ghost-nbs8-s0-")
-    names = {path.name for path in outcome.path.iterdir()} - {".lock"}
+    names = {path.name for path in outcome.path.iterdir() if not path.name.startswith(".")}
     assert names == {
         "config.yaml", "env.json", "metrics.csv", "evals.csv", "checkpoint.pt", "log.txt",
         "status.json",
@@ -362,10 +362,10 @@ def test_a_spoilt_checkpoint_is_refused_and_nothing_is_lost():
     first = start()
     (first.path / "status.json").unlink()
     (first.path / "checkpoint.pt").write_bytes(b"spoilt")
-    before = {p.name: p.read_bytes() for p in first.path.iterdir()}
+    before = {p.name: p.read_bytes() for p in first.path.iterdir() if p.is_file()}
     with pytest.raises(ValueError, match="checkpoint"):
         start()
-    assert {p.name: p.read_bytes() for p in first.path.iterdir()} == before
+    assert {p.name: p.read_bytes() for p in first.path.iterdir() if p.is_file()} == before
 
 
 def test_threads_are_those_the_run_began_with(caplog):
