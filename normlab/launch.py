@@ -74,7 +74,7 @@ def run(config: dict[str, Any]) -> Outcome:
     directory = RunDir(Path(config["runs"]) / run_id(
         config, device=device.type, data_digest=data.digest, kernels=False
     ))  # fmt: skip
-    return _committed_outcome(config, directory) or _run(config, directory, memory_kept=kept)
+    return committed_outcome(config, directory) or _run(config, directory, memory_kept=kept)
 
 
 @cache
@@ -82,7 +82,7 @@ def _committed() -> dict[str, runs.Committed]:
     return runs.committed(RESULTS)
 
 
-def _committed_outcome(config: dict[str, Any], directory: RunDir) -> Outcome | None:
+def committed_outcome(config: dict[str, Any], directory: RunDir) -> Outcome | None:
     """The outcome of a run that the committed results already hold whole, and ``runs=`` not."""
     from normlab import worker
 

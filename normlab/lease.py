@@ -60,7 +60,7 @@ VARIABLE = "NORMLAB_LEASE"
 _HOLDER, _FREE = "holder", "free"
 
 
-class LeaseLost(RuntimeError):
+class LeaseLost(OSError):
     """The run directory belongs to another process now: nothing more can be written in it."""
 
 

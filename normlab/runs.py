@@ -49,7 +49,7 @@ NUMBERS = {
 # What no run executes: changing it cannot change a run's numbers.
 _NOT_RUN = {
     "report", "bench", "cli.py", "app.py", "show.py", "equiv.py", "surgery", "experiment",
-    "runs.py", "lease.py", "plugins.py", "__main__.py", "__init__.py",
+    "engines.py", "forecast", "runs.py", "lease.py", "plugins.py", "__main__.py", "__init__.py",
 }  # fmt: skip
 
 
@@ -158,6 +158,10 @@ class RunDir:
         key = (row["protocol"], str(row["epoch"]))
         kept = [old for old in self.evals() if (old["protocol"], old["epoch"]) != key]
         self._write_csv("evals.csv", [*kept, row], EVAL_COLUMNS)
+
+    def metrics(self) -> list[dict[str, str]]:
+        """The epochs so far, one row each, as text."""
+        return self._csv("metrics.csv")
 
     def write_metrics(self, rows: list[dict[str, Any]]) -> None:
         if rows:

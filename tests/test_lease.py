@@ -192,14 +192,14 @@ def test_a_child_that_is_handed_the_lease_writes_for_its_parent_and_no_longer(ru
         (run.path / "go0").touch()
         await_(run.path / "status.json")
         assert run.locked()
-    with run.lock():  # the parent has given it back, and somebody else has it
+    (run.path / "go1").touch()  # the parent has given it back, and nobody else has it yet
+    assert ended(child) == 3
+    with run.lock():
         run.write_status({"status": "other"})
-        (run.path / "go1").touch()
-        assert ended(child) == 3
-        assert run.status() == {"status": "other"}
         late = started(publish_handed, str(run.path), variable, "late")
         assert ended(late) == 3
         assert not (run.path / "late.held").exists()
+        assert run.status() == {"status": "other"}
 
 
 def test_a_thread_may_hold_what_it_holds(run):
