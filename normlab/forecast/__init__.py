@@ -10,7 +10,7 @@ from dataclasses import replace
 
 from normlab import config, engines, experiment
 from normlab.forecast.cells import Cell, listed
-from normlab.forecast.probe import Cost, probe, warm_up
+from normlab.forecast.probing import Cost, probe, warm_up
 
 PROBES = 4
 """Cells to probe at most; the others are taken to cost what the most similar of them does."""

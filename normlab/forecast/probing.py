@@ -46,8 +46,8 @@ class _Few:
         self._data, self._seed = data, seed
         self.made = 0
         """Steps so far."""
-        self.counted_from = self.counted_to = 0.0
-        """When the first counted step began and the last one ended."""
+        self.began = self.counted_from = self.counted_to = 0.0
+        """When the first step began, the first counted one, and when the last one ended."""
         self.images = 0
         self.passed: dict[str, int] = {}
         """How many images of a split the longest pass over it had."""
@@ -60,7 +60,8 @@ class _Few:
             yield from self._data.train_batches(**how)
             return
         began = time.perf_counter()
-        self.counted_from = self.counted_from or began
+        if self.made == 0:
+            self.began = self.counted_from = began
         for batch in self._data.train_batches(**how):
             yield batch
             self.made += 1
@@ -117,9 +118,9 @@ def probe(config: dict[str, Any], *, threads: int | None) -> Cost | None:
         run.path.mkdir()
         run.write_config(config)
         worker.work(replace(job, data=data, config=short | {"evals": []}), run, Stop())
-        counted, steps = few.counted
-        once = time.perf_counter() - began - counted
+        once = time.perf_counter() - began - (few.counted_to - few.began)
         disk = sum(path.stat().st_size for path in run.path.iterdir())
+    counted, steps = few.counted
     training = counted / steps * job.steps * config["epochs"]
     spent = [_evaluation(job, few, protocol) for protocol in worker.protocols(config)]
     kept = sum(value.nbytes for value in job.model.state_dict().values())
