@@ -5,16 +5,16 @@ elsewhere is skipped, an unfinished one resumes, and two processes never work on
 """
 
 import logging
-import platform
-from collections.abc import Callable
-from contextlib import AbstractContextManager
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass, replace
 from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
-from normlab import experiment, logs, runs
-from normlab.config import cell_key, check, continued, run_id, with_later_keys
+from normlab import environment, lease, logs, runs
+from normlab.config import check, continued, run_id, with_later_keys
+from normlab.lease import LeaseLost
 from normlab.runs import FINISHED, RunDir
 
 if TYPE_CHECKING:
@@ -81,7 +81,7 @@ def run(config: dict[str, Any]) -> Outcome:
     directory = RunDir(Path(config["runs"]) / run_id(
         config, device=device.type, data_digest=data.digest, kernels=False
     ))  # fmt: skip
-    return _committed_outcome(config, directory) or _run(config, directory, memory_kept=kept)
+    return committed_outcome(config, directory) or _run(config, directory, memory_kept=kept)
 
 
 @cache
@@ -89,7 +89,7 @@ def _committed() -> dict[str, runs.Committed]:
     return runs.committed(RESULTS)
 
 
-def _committed_outcome(config: dict[str, Any], directory: RunDir) -> Outcome | None:
+def committed_outcome(config: dict[str, Any], directory: RunDir) -> Outcome | None:
     """The outcome of a run that the committed results already hold whole, and ``runs=`` not."""
     from normlab import worker
 
@@ -123,14 +123,14 @@ def _run(config: dict[str, Any], directory: RunDir, *, memory_kept: bool) -> Out
     _check_gpus(config)
     config = _with_tracked(config, directory)
     job = _constructed(config)
-    environment = _environment(job) | {"memory_kept": memory_kept}
+    described = environment.describe(job) | {"memory_kept": memory_kept}
     if directory.checkpoint.exists():
         worker.check_resumable(config, directory)
         worker.check_environment(job, directory)
-    with directory.lock(), _logging_to(directory):
+    with _locked(directory), _logging_to(directory):
         ours = directory.status().get("status") not in FINISHED
         if ours:  # and no other process has run it meanwhile
-            _prepare(directory, config, environment)
+            _prepare(directory, config, described)
             log.info("%s: %s, freed memory is kept: %s", directory.id, job.plan, memory_kept)
             if not config["launch"]:
                 return _prepared(config, directory)
@@ -172,10 +172,20 @@ def _completed(config: dict[str, Any], directory: RunDir) -> Outcome:
         | {"ema_bank": worker.tracked_decays(state)}
     )
     worker.check_environment(job, directory)
-    with directory.lock(), _logging_to(directory), checkpoint.deferred_signals() as stop:
+    with _locked(directory), _logging_to(directory), checkpoint.deferred_signals() as stop:
         _set_threads(directory)
         _guarded(directory, lambda: worker.evaluate_finished(job, directory, stop))
     return replace(_outcome(directory, skipped=False), lacking=lacking)
+
+
+@contextmanager
+def _locked(directory: RunDir) -> Iterator[None]:
+    """Hold the run. To lose it to another process is a failure of this one, and writes nothing."""
+    try:
+        with directory.lock():
+            yield
+    except LeaseLost as error:
+        raise JobError(str(error)) from None
 
 
 def _with_tracked(config: dict[str, Any], directory: RunDir) -> dict[str, Any]:
@@ -223,7 +233,10 @@ def _start(job: "Job", directory: RunDir) -> None:
             worker.finish(job, directory, stop)
         return
     threads, restarts = directory.env()["threads"], config["max_restarts"]
-    agent.start(directory.path, config["world_size"], threads=threads, max_restarts=restarts)
+    agent.start(
+        directory.path, config["world_size"], threads=threads, max_restarts=restarts,
+        handed=lease.environment(directory.path),
+    )  # fmt: skip
 
 
 def evaluate(run: str, specs: list[str], *, root: str, data_root: str | None = None) -> Outcome:
@@ -260,26 +273,26 @@ def _committed_as(run: str, root: Path) -> str:
     )
 
 
-def _prepare(directory: RunDir, config: dict[str, Any], environment: dict[str, Any]) -> None:
+def _prepare(directory: RunDir, config: dict[str, Any], described: dict[str, Any]) -> None:
     """Write what describes the run, and set its threads; a resumed run keeps its first start's."""
     recorded = directory.env()
     if not recorded or not directory.checkpoint.exists():  # nothing of it is left to continue
         directory.clear()
         directory.write_config(config)
-        _set_threads(directory, environment["threads"])
-        directory.write_env(environment)
+        _set_threads(directory, described["threads"])
+        directory.write_env(described)
         return
     directory.clear_status()
     _set_threads(directory)
     if directory.config()["world_size"] != config["world_size"]:
-        recorded |= {key: environment[key] for key in ("world_size", "backend")}
+        recorded |= {key: described[key] for key in ("world_size", "backend")}
         _record_ranks(directory, config, recorded)
     if config["world_size"] > 1 or not config["launch"]:
         directory.write_config(config)  # where its ranks read what was asked for this time
-    if environment["source"] not in recorded["source"].split("+"):
+    if described["source"] not in recorded["source"].split("+"):
         # Half of the run comes from other code: neither digest alone would be true.
-        recorded["source"] += "+" + environment["source"]
-        recorded["dirty"] = recorded["dirty"] or environment["dirty"]
+        recorded["source"] += "+" + described["source"]
+        recorded["dirty"] = recorded["dirty"] or described["dirty"]
         directory.write_env(recorded)
 
 
@@ -296,19 +309,11 @@ def _record_ranks(directory: RunDir, config: dict[str, Any], recorded: dict[str,
     directory.write_env(recorded)
 
 
-@cache
-def _default_threads() -> int:
-    """What torch would use in this process, before any run set a number."""
-    import torch
-
-    return torch.get_num_threads()
-
-
 def _set_threads(directory: RunDir, number: int | None = None) -> None:
     """As many threads as the run began with: sums depend on how they are split."""
     import torch
 
-    _default_threads()
+    environment.default_threads()
     torch.set_num_threads(number or directory.env()["threads"])
 
 
@@ -316,6 +321,8 @@ def _guarded(directory: RunDir, action: Callable[[], T]) -> T:
     """Run; an exception is logged with its traceback, recorded, and becomes one line."""
     try:
         return action()
+    except LeaseLost:
+        raise
     except Exception as error:
         from normlab import worker
 
@@ -335,59 +342,6 @@ def _summary(errors: dict[tuple[str, int], float]) -> dict[str, float]:
     return {protocol: error for (protocol, epoch), error in errors.items() if epoch == last}
 
 
-def _environment(job: "Job") -> dict[str, Any]:
-    """What the numbers depend on besides the config; no names of hosts or users."""
-    import numpy
-    import torch
-    import torchvision
-
-    from normlab import __version__, build, worker
-
-    device, world = build.device(job.config), job.config["world_size"]
-    commit, dirty = runs.commit()
-    return {
-        "cell": cell_key(job.config),
-        "nbs": job.plan.nbs,
-        "commit": commit,
-        "dirty": dirty,
-        "source": runs.source_digest(),
-        "claims": _claims(job.config["scale"]),
-        "data_digest": job.data.digest,
-        "data_note": job.data.note,
-        "chance": 100 * (1 - 1 / job.data.num_classes),
-        "device": device.type,
-        "processor": torch.cuda.get_device_name() if device.type == "cuda" else _processor(),
-        "world_size": world,
-        "backend": None if world == 1 else "nccl" if device.type == "cuda" else "gloo",
-        "threads": job.config["threads"] or max(1, _default_threads() // world),
-        "normlab": __version__,
-        "python": platform.python_version(),
-        "torch": torch.__version__,
-        "torchvision": torchvision.__version__,
-        "numpy": numpy.__version__,
-        "parameters": sum(p.numel() for p in job.model.parameters()),
-        "dropped_per_epoch": job.dropped,
-        "started": worker.now(),
-    }
-
-
-def _claims(scale: str | None) -> str:
-    """``experiment:digest`` of every experiment that judges at this scale, as declared now."""
-    loaded = [experiment.load(name) for name in experiment.names()]
-    return " ".join(f"{e.name}:{e.claims_digest(scale)}" for e in loaded if scale in e.scales)
-
-
-def _processor() -> str:
-    """The processor's model, for the record of a measurement."""
-    try:
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
-        return next(
-            line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")
-        )
-    except (OSError, StopIteration):
-        return platform.machine()
-
-
 def _logging_to(directory: RunDir) -> AbstractContextManager[None]:
     """Append what normlab logs to the run's ``log.txt``."""
-    return logs.logging_to(logs.LogFile(directory.log))
+    return logs.logging_to(logs.LogFile(directory.log, directory.locked))

@@ -342,10 +342,10 @@ def main(run_dir: str) -> None:
     ranks.prepare()
     with logs.logging_to(logging.StreamHandler()), ExitStack() as opened:
         if rank == 0:
-            opened.enter_context(logs.logging_to(logs.LogFile(run.log)))
+            opened.enter_context(logs.logging_to(logs.LogFile(run.log, run.locked)))
         try:
-            # Whoever has started the ranks holds the run; else its first rank does.
-            with run.lock() if rank == 0 and not ranks.launched() else nullcontext():
+            # Whoever has started the ranks hands its lease to the first one; else that takes it.
+            with run.lock() if rank == 0 else nullcontext():
                 _take_part(config, run, rank)
         except BaseException as error:
             if rank == 0 and not ranks.launched() and isinstance(error, Exception):

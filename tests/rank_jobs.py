@@ -50,9 +50,9 @@ def start(run: Path, ranks: int, max_restarts: int = 0) -> int:
 
 
 def _start(run: Path, ranks: int, max_restarts: int) -> int:
-    with logs.logging_to(logs.LogFile(RunDir(run).log)):
+    with logs.logging_to(logs.LogFile(RunDir(run).log, lambda: True)):
         try:
-            agent.start(run, ranks, threads=1, max_restarts=max_restarts)
+            agent.start(run, ranks, threads=1, max_restarts=max_restarts, handed={})
         except RankFailed as error:
             print(one_line(error), file=sys.stderr)
             return 1

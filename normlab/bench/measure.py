@@ -24,7 +24,7 @@ FEWEST = 3
 """Rounds of which a median is taken at least, where time is short."""
 
 LEAVING = 60.0
-"""Seconds that a process has to end by itself: a busy machine takes many to leave an interpreter."""
+"""Seconds that a process has to end by itself: a busy machine takes many to leave Python."""
 
 
 @dataclass(frozen=True)

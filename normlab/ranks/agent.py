@@ -99,12 +99,14 @@ class _Loopback(RendezvousHandler):
         return True
 
 
-def start(run: Path, ranks: int, *, threads: int, max_restarts: int) -> None:
+def start(
+    run: Path, ranks: int, *, threads: int, max_restarts: int, handed: Mapping[str, str]
+) -> None:
     """Start the ranks of a prepared run on this machine and wait until they have ended well.
 
-    threads: for the CPU, of each rank. After a failure all ranks start again, at most
-    `max_restarts` times. Raises RankFailed, KeyboardInterrupt after Ctrl-C and SystemExit after
-    another signal, once all ranks have ended.
+    threads: for the CPU, of each rank. handed: what they find in their environment besides. After
+    a failure all ranks start again, at most `max_restarts` times. Raises RankFailed,
+    KeyboardInterrupt after Ctrl-C and SystemExit after another signal, once all ranks have ended.
     """
     rendezvous_handler_registry.register(_MEETING, _Loopback)
     for name in list(logging.root.manager.loggerDict):  # what they say is said below, once
@@ -122,6 +124,7 @@ def start(run: Path, ranks: int, *, threads: int, max_restarts: int) -> None:
         logs_specs=logs,
     )
     environment = {
+        **handed,
         AGENT: str(os.getpid()),
         "OMP_NUM_THREADS": str(threads),
         "GLOO_SOCKET_IFNAME": INTERFACE,
