@@ -11,7 +11,11 @@ from torch import Tensor
 
 from normlab import dist
 
-__all__ = ["by_first", "check_same", "gather", "told"]
+__all__ = ["FirstRankFailed", "by_first", "check_same", "gather", "told"]
+
+
+class FirstRankFailed(RuntimeError):
+    """Raised by ranks that have not failed themselves."""
 
 
 def told(values: list[int], device: torch.device) -> list[int]:
@@ -25,7 +29,7 @@ def told(values: list[int], device: torch.device) -> list[int]:
 def by_first(action: Callable[[], object], device: torch.device) -> None:
     """What the first rank does while the others wait.
 
-    What it raises is raised there, and a RuntimeError on the others, which do not wait in vain.
+    What it raises is raised there, and FirstRankFailed on the others, which do not wait in vain.
     """
     rank, ranks = dist.place()
     failure: Exception | None = None
@@ -40,7 +44,7 @@ def by_first(action: Callable[[], object], device: torch.device) -> None:
     if failure is not None:
         raise failure
     if failed.any():
-        raise RuntimeError("rank 0 failed in what it alone writes: its own error says why")
+        raise FirstRankFailed("rank 0 failed in what it alone writes: its own error says why")
 
 
 def gather(state: Mapping[str, Tensor], device: torch.device) -> list[dict[str, Tensor]]:

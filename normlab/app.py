@@ -42,6 +42,7 @@ def train(argv: list[str]) -> int:
     _refuse_torchrun()
     flags, overrides = _split(argv)
     _parse(flags, overrides)
+    config.check_resume(overrides)
     config.register(overrides)
     with _scratch(overrides) as scratch, _hydra_argv(flags, overrides, scratch):
         import hydra

@@ -27,6 +27,7 @@ from normlab.config import plan_of
 from normlab.data.base import Dataset
 from normlab.norms import BatchNorm
 from normlab.norms.base import PopulationNorm, population_layers
+from normlab.norms.sync import name_layers
 from normlab.orders import Order
 from normlab.train import Settings
 
@@ -194,6 +195,7 @@ def model(config: dict[str, Any], dataset: Dataset) -> nn.Module:
         reserved = inspect.signature(nn.Conv2d).parameters
         options = _options("conv", config["conv"], kind, reserved)
         built = normlab.norms.conv.base.replace(built, kind, **options)
+    name_layers(built, debug=config["debug_sync"])
     layout = torch.channels_last if config["channels_last"] else torch.contiguous_format
     return built.to(device(config)).to(memory_format=layout)
 

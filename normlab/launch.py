@@ -13,8 +13,8 @@ from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
-from normlab import experiment, runs
-from normlab.config import cell_key, check, run_id, with_later_keys
+from normlab import experiment, logs, runs
+from normlab.config import cell_key, check, continued, run_id, with_later_keys
 from normlab.runs import FINISHED, RunDir
 
 if TYPE_CHECKING:
@@ -66,9 +66,17 @@ def run(config: dict[str, Any]) -> Outcome:
     when the run itself fails.
     """
     check(config)
+    taken_up: RunDir | None = None
+    if config["resume"] is not None:
+        taken_up = runs.find(config["resume"], Path(config["runs"]))
+        config = continued(taken_up.config(), config)
+        if not taken_up.checkpoint.exists():
+            raise ValueError(f"run {taken_up.id} has no checkpoint to go on from")
     from normlab import allocator, build
 
     kept = config["allocator"] == "keep" and allocator.keep_freed_memory()
+    if taken_up is not None:
+        return _run(config, taken_up, memory_kept=kept)
     device, data = build.device(config), build.data(config)
     directory = RunDir(Path(config["runs"]) / run_id(
         config, device=device.type, data_digest=data.digest, kernels=False
@@ -263,11 +271,29 @@ def _prepare(directory: RunDir, config: dict[str, Any], environment: dict[str, A
         return
     directory.clear_status()
     _set_threads(directory)
+    if directory.config()["world_size"] != config["world_size"]:
+        recorded |= {key: environment[key] for key in ("world_size", "backend")}
+        _record_ranks(directory, config, recorded)
+    if config["world_size"] > 1 or not config["launch"]:
+        directory.write_config(config)  # where its ranks read what was asked for this time
     if environment["source"] not in recorded["source"].split("+"):
         # Half of the run comes from other code: neither digest alone would be true.
         recorded["source"] += "+" + environment["source"]
         recorded["dirty"] = recorded["dirty"] or environment["dirty"]
         directory.write_env(recorded)
+
+
+def _record_ranks(directory: RunDir, config: dict[str, Any], recorded: dict[str, Any]) -> None:
+    """Note from where on a run has another number of ranks, and make it what is planned."""
+    from normlab import checkpoint
+
+    at = checkpoint.load(directory.checkpoint)["position"]
+    before = directory.config()["world_size"]
+    recorded.setdefault("world_sizes", [f"{before} from epoch 1, step 0"])
+    where = f"epoch {at['epoch'] + 1}, step {at['step']}"
+    recorded["world_sizes"].append(f"{config['world_size']} from {where}")
+    directory.write_config(config)
+    directory.write_env(recorded)
 
 
 @cache
@@ -364,6 +390,4 @@ def _processor() -> str:
 
 def _logging_to(directory: RunDir) -> AbstractContextManager[None]:
     """Append what normlab logs to the run's ``log.txt``."""
-    from normlab import worker
-
-    return worker.logging_to(logging.FileHandler(directory.log))
+    return logs.logging_to(logs.LogFile(directory.log))

@@ -7,8 +7,7 @@ prepared run directory. ``python -m normlab.worker RUN_DIR`` does both, as one o
 import logging
 import sys
 import time
-from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager, nullcontext, suppress
+from contextlib import ExitStack, nullcontext, suppress
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -17,11 +16,12 @@ from typing import Any
 import torch
 from torch import nn
 
-from normlab import agreement, allocator, build, checkpoint, dist, ranks
+from normlab import agreement, allocator, build, checkpoint, dist, logs, ranks
 from normlab.batchplan import BatchPlan
 from normlab.checkpoint import Stop
 from normlab.data.base import Dataset
 from normlab.evaluate import Evaluator
+from normlab.norms.base import population_layers
 from normlab.population import EmaBank
 from normlab.protocols import Protocol
 from normlab.runs import FINISHED, RunDir
@@ -62,6 +62,13 @@ def construct(config: dict[str, Any]) -> Job:
         model = build.model(config, data)
     except RuntimeError as error:  # too large for the memory, or a shape the network cannot take
         raise ValueError(f"model={config['model']['name']}: {str(error).splitlines()[0]}") from None
+    if plan.world_size > 1 and config["buffers"] == "average":
+        unpooled = [n for n, layer in population_layers(model).items() if not layer.pools]
+        if unpooled:
+            raise ValueError(
+                f"buffers=average pools means and variances, and the statistic of norm="
+                f"{config['norm']['name']} is no variance: buffers=mean or buffers=broadcast"
+            )
     bank = EmaBank(model, config["ema_bank"]) if config["ema_bank"] else None
     job = Job(config, plan, data, model, build.optimizer(config, model), bank, per_epoch, dropped)
     check = evaluator(job, Stop()).check
@@ -313,22 +320,6 @@ def record_failure(run: RunDir, error: Exception) -> str:
     return reason
 
 
-@contextmanager
-def logging_to(handler: logging.Handler) -> Iterator[None]:
-    """Hand what normlab logs to a handler, in the format of a run's log."""
-    root = logging.getLogger("normlab")
-    handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(name)s: %(message)s"))
-    level = root.level
-    root.addHandler(handler)
-    root.setLevel(logging.INFO)
-    try:
-        yield
-    finally:
-        root.removeHandler(handler)
-        root.setLevel(level)
-        handler.close()
-
-
 # -- one rank, as a process -----------------------------------------------------------------------
 
 
@@ -350,9 +341,9 @@ def main(run_dir: str) -> None:
     if run.status().get("status") in FINISHED:
         return
     ranks.prepare()
-    with logging_to(logging.StreamHandler()), ExitStack() as opened:
+    with logs.logging_to(logging.StreamHandler()), ExitStack() as opened:
         if rank == 0:
-            opened.enter_context(logging_to(logging.FileHandler(run.log)))
+            opened.enter_context(logs.logging_to(logs.LogFile(run.log)))
         try:
             # Whoever has started the ranks holds the run; else its first rank does.
             with run.lock() if rank == 0 and not ranks.launched() else nullcontext():

@@ -12,6 +12,7 @@ import signal
 import time
 from collections import Counter
 from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import asdict, dataclass, fields, replace
 from multiprocessing.process import BaseProcess
 from pathlib import Path
@@ -93,24 +94,25 @@ class Endurance:
         self.runs += 1
         rows: list[Row] = []
         for fault in faults:
-            if (row := self._hit(where, fault)) is None:
+            if (row := self.hit(where, fault)) is None:
                 break
             rows.append(row)
-        # To the end, by the steps that are missing and no others.
-        done = steps_saved(where)
-        assert _joined(self._start(where, faults[0].ranks)) == 0, _output(where)
-        made = int((where / "phase.steps").read_text())
-        assert made == _steps(reference) - done, "other steps than the missing ones"
+        if not _done(where):
+            # To the end, by the steps that are missing and no others.
+            done = steps_saved(where)
+            assert _joined(self._start(where, faults[0].ranks)) == 0, _output(where)
+            made = int((where / "phase.steps").read_text())
+            assert made == _steps(reference) - done, "other steps than the missing ones"
         same = identical(_run(where), reference)
         return [replace(row, identical=same) for row in rows], faults[len(rows) :]
 
-    def _start(self, where: Path, ranks: int) -> BaseProcess:
-        composed = config.compose([*JOBS[ranks], "skip_done=local"])
+    def _start(self, where: Path, ranks: int, *more: str) -> BaseProcess:
+        composed = config.compose([*JOBS[ranks], "skip_done=local", *more])
         return agents.start(where, _train, composed, rank=killable.rank)
 
-    def _hit(self, where: Path, fault: Fault) -> Row | None:
-        """Start the run and kill; None if it has ended before that."""
-        process = self._start(where, fault.ranks)
+    def hit(self, where: Path, fault: Fault, *more: str) -> Row | None:
+        """Start the run and kill; None if it has ended before that. more: of its config."""
+        process = self._start(where, fault.ranks, *more)
         began = time.monotonic()
         # The n-th time that the run is in the phase, a little after it has begun.
         entries = self.rng.randint(1, 3 if fault.phase == "evaluate" else 10)
@@ -121,15 +123,17 @@ class Endurance:
             entries -= now == fault.phase != before
             before = now
             if not process.is_alive():
+                assert _joined(process) == 0, _output(where)
                 return None
             time.sleep(0.0005)
         time.sleep(within)
         at = phase(where)
         for pid in self._victims(where, fault, process):
-            os.kill(pid, signal.SIGKILL)
+            with suppress(ProcessLookupError):
+                os.kill(pid, signal.SIGKILL)
         seconds = time.monotonic() - began
         code = _joined(process)
-        if (_run(where) / "status.json").exists() and code == 0:
+        if _done(where) and not more:  # the kill came after the end
             return None
         return Row(self.runs - 1, fault.ranks, fault.victim, at, round(seconds, 2),
                    steps_saved(where), code)  # fmt: skip
@@ -182,6 +186,10 @@ def phase(where: Path) -> str:
 def _run(where: Path) -> Path:
     (run,) = (where / "runs").glob("*-*")
     return run
+
+
+def _done(where: Path) -> bool:
+    return runs.RunDir(_run(where)).status().get("status") == "done"
 
 
 def _steps(run: Path) -> int:

@@ -4,6 +4,9 @@ It trains nothing: every step is one all-reduce, a look whether to stop, and a c
 the number of steps. `step-<rank>` in the run's directory holds how far a rank is.
 """
 
+import os
+import signal
+import sys
 import time
 from pathlib import Path
 from types import SimpleNamespace
@@ -11,7 +14,7 @@ from types import SimpleNamespace
 import torch
 from torch import distributed
 
-from normlab import checkpoint, worker
+from normlab import checkpoint, logs, worker
 from normlab.ranks import agent
 from normlab.ranks.failures import RankFailed, one_line
 from normlab.runs import RunDir
@@ -34,11 +37,20 @@ def prepare(where: Path, *, steps: int = LONG, stall_timeout: float = 600.0, wor
 
 
 def start(run: Path, ranks: int, max_restarts: int = 0) -> int:
-    """As `normlab train` does: the exit code, the reason on stderr, the rest in the run's log."""
-    import logging
-    import sys
+    """As `normlab train` does: the exit code, the reason on stderr, the rest in the run's log.
 
-    with worker.logging_to(logging.FileHandler(RunDir(run).log)):
+    Whatever happens, the agent leaves this process's environment and signals as they were.
+    """
+    signals = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGQUIT)
+    before = dict(os.environ), [signal.getsignal(number) for number in signals]
+    try:
+        return _start(run, ranks, max_restarts)
+    finally:
+        assert before == (dict(os.environ), [signal.getsignal(number) for number in signals])
+
+
+def _start(run: Path, ranks: int, max_restarts: int) -> int:
+    with logs.logging_to(logs.LogFile(RunDir(run).log)):
         try:
             agent.start(run, ranks, threads=1, max_restarts=max_restarts)
         except RankFailed as error:

@@ -6,7 +6,7 @@ from collections import Counter
 from pathlib import Path
 
 import pytest
-from faults import PHASES, VICTIMS, Endurance, Fault, write
+from faults import PHASES, VICTIMS, Endurance, Fault, identical, write
 
 
 def test_three_kills_of_one_run(tmp_path):
@@ -19,6 +19,20 @@ def test_three_kills_of_one_run(tmp_path):
     assert not missed
     assert [row.code for row in rows] == [1, 1, -9]
     assert all(row.identical for row in rows)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("victim", ["rank 0", "rank 1"])
+def test_a_kill_that_the_ranks_make_good_themselves(tmp_path, victim):
+    """With max_restarts all of them go on from the last checkpoint, and the parent ends well."""
+    endurance = Endurance(tmp_path, seed=4)
+    reference = endurance.reference(2)
+    row = endurance.hit(tmp_path / "run", Fault(2, victim, "epoch"), "max_restarts=1")
+    assert row is not None
+    assert row.code == 0
+    (run,) = (tmp_path / "run" / "runs").glob("*-*")
+    assert "started again after a failure: 1" in (run / "log.txt").read_text()
+    assert identical(run, reference)
 
 
 @pytest.mark.slow

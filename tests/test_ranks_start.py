@@ -91,7 +91,7 @@ def test_the_rank_that_raised_is_the_one_shown(tmp_path):
     assert 'raise LookupError("no such shard' in log
 
 
-@pytest.mark.parametrize("rank", [0, 1])
+@pytest.mark.parametrize("rank", [pytest.param(0, marks=pytest.mark.slow), 1])
 def test_a_stopped_rank_is_named(tmp_path, rank):
     run = prepare(tmp_path, stall_timeout=2)
     process = begin(tmp_path, run)
@@ -148,6 +148,7 @@ def test_the_ranks_start_again_where_they_have_saved(tmp_path):
     assert "started again after a failure: 1" in run.log.read_text()
 
 
+@pytest.mark.slow
 def test_two_jobs_side_by_side(tmp_path):
     both = [(tmp_path / name, prepare(tmp_path / name, steps=100)) for name in ("a", "b")]
     began = [agents.start(where, rank_jobs.start, run.path, 2, rank=rank_jobs.rank)

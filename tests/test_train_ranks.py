@@ -137,6 +137,48 @@ def test_the_end_of_an_epoch_makes_one_population(ranks, how):
         torch.testing.assert_close(found[0][1][twin], var, rtol=0, atol=1e-12)
 
 
+# -- other settings -------------------------------------------------------------------------------
+
+ROUNDED = ["norm=sync", "precision=bf16", "channels_last=true", "recipe.clip_norm=0.1"]
+
+
+def settled(_rank, overrides):
+    ours = whole.trainer(whole.made(overrides, double=False))
+    if "compile=true" in overrides:
+        ours.forward = torch.compile(ours.model)
+    ours.train_epoch()
+    return ours.history[0], whole.digest(ours.model.state_dict())
+
+
+def test_half_precision_layout_and_clipping_are_those_of_one_process(ranks):
+    (row, digest), *others = ranks.run(settled, [*ROUNDED, "world_size=4"])
+    assert others == [(row, digest)] * 3
+    assert row == pytest.approx(settled(0, ROUNDED)[0], rel=2e-2)
+
+
+@pytest.mark.slow  # the compiler works for most of a minute
+def test_a_compiled_network_trains_over_ranks(ranks):
+    (row, digest), *others = ranks.run(
+        settled, ["norm=bn", "nbs=16", "world_size=4", "compile=true"], timeout=500
+    )
+    assert others == [(row, digest)] * 3
+    plain = settled(0, ["norm=ghost", "nbs=16"])[0]
+    assert row == pytest.approx(plain, rel=1e-3)
+
+
+def statistic_refused(_rank):
+    with pytest.raises(ValueError, match="buffers=average pools means and variances, and") as said:
+        whole.made(["norm=l1", "nbs=16", "world_size=4"])
+    whole.made(["norm=l1", "nbs=16", "world_size=4", "buffers=mean"])
+    return str(said.value)
+
+
+def test_a_statistic_that_is_no_variance_is_not_pooled(ranks):
+    for said in ranks.run(statistic_refused):
+        assert said.endswith("the statistic of norm=l1 is no variance: buffers=mean or "
+                             "buffers=broadcast")  # fmt: skip
+
+
 # -- what all have to notice ----------------------------------------------------------------------
 
 

@@ -1,7 +1,8 @@
 """What a run is: its schema, how one is composed, and by what it is known.
 
 ``schema`` holds the keys, their types and ranges; ``composition`` makes a plain dictionary of them
-from ``conf/`` and overrides; ``identity`` says which of them change the weights. No torch in here.
+from ``conf/`` and overrides; ``identity`` says which of them change the weights, ``resumption``
+what may change in a run that goes on. No torch in here.
 """
 
 from normlab.config.composition import (
@@ -21,6 +22,7 @@ from normlab.config.identity import (
     training_config,
     with_later_keys,
 )
+from normlab.config.resumption import check_resume, continued
 from normlab.config.schema import Config, ConfigError, check, plan_of
 
 __all__ = [
@@ -30,8 +32,10 @@ __all__ = [
     "ConfigError",
     "cell_key",
     "check",
+    "check_resume",
     "chosen_arms",
     "compose",
+    "continued",
     "explained",
     "near",
     "options",

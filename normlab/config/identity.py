@@ -24,6 +24,7 @@ LATER: dict[str, Any] = {
     "launch": True,
     "max_restarts": 0,
     "stall_timeout": 600.0,
+    "resume": None,
     "sync_group_size": None,
     "sync_layers": None,
     "buffers": "average",
@@ -39,6 +40,7 @@ _OPEN = ("norm", "model", "data")  # groups whose keys are those of what is chos
 NOT_TRAINING = {
     "evals", "eval_last", "ema_bank", "runs", "data_root", "skip_done", "checkpoint_every", "scale",
     "experiment", "allocator", "device", "threads", "remainder", "sync_group_size", "debug_sync",
+    "resume",
     "launch", "max_restarts", "stall_timeout",
 }  # fmt: skip
 

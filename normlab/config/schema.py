@@ -76,6 +76,7 @@ class Config:
     launch: bool = MISSING
     max_restarts: int = MISSING
     stall_timeout: float = MISSING
+    resume: str | None = MISSING
     runs: str = MISSING
     data_root: str = MISSING
     skip_done: str = MISSING
@@ -116,6 +117,7 @@ _WITHIN = {
     "decay": (0.0, 1.0),
     "ema_bank": (0.0, 1.0),
     "checkpoint_every": (0.0, math.inf),
+    "stall_timeout": (1.0, 1e6),
     "recipe.momentum": (0.0, 1.0),
     "recipe.weight_decay": (0.0, math.inf),
     "recipe.warmup": (0.0, 1.0),
@@ -123,7 +125,7 @@ _WITHIN = {
     "recipe.label_smoothing": (0.0, 1.0),
 }
 
-_POSITIVE = ("lr", "stall_timeout", "recipe.gamma", "recipe.clip_norm")
+_POSITIVE = ("lr", "recipe.gamma", "recipe.clip_norm")
 
 
 def check(config: dict[str, Any]) -> None:

@@ -16,6 +16,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from normlab.agreement import FirstRankFailed
 from normlab.runs import write_atomically
 
 FILE = "TORCHELASTIC_ERROR_FILE"
@@ -42,7 +43,7 @@ class Failure:
     at: float
     """Seconds since the epoch, as far as known: a death that the agent noticed is put earlier."""
     told: bool = False
-    """Ended as it was told to: no failure of its own."""
+    """Ended as another rank, or the agent, told it to: no failure of its own."""
     certain: bool = False
     """Tells why the run fails, whatever became of other ranks."""
 
@@ -60,6 +61,7 @@ def note(error: BaseException, stack: str | None = None, *, certain: bool = Fals
     message = {"message": one_line(error), "extraInfo": extra}
     with suppress(OSError):  # what failed may be the disk
         noted = {"message": message, "at": time.time(), "certain": certain}
+        noted["told"] = isinstance(error, FirstRankFailed)
         write_atomically(Path(named), json.dumps(noted))
 
 
@@ -81,6 +83,7 @@ def of_rank(rank: int, *, code: int, noticed: float, folder: Path) -> Failure:
         message = written["message"]
         trace = str(message["extraInfo"]["py_callstack"])
         at, certain = float(written["at"]), bool(written["certain"])
+        told = told or bool(written["told"])
         return Failure(rank, str(message["message"]), trace, at, told, certain)
     if code < 0:
         return Failure(rank, f"killed by {signal.Signals(-code).name}", "", noticed - NOTICED, told)
