@@ -61,13 +61,12 @@ def construct(config: dict[str, Any]) -> Job:
         model = build.model(config, data)
     except RuntimeError as error:  # too large for the memory, or a shape the network cannot take
         raise ValueError(f"model={config['model']['name']}: {str(error).splitlines()[0]}") from None
-    if plan.world_size > 1 and config["buffers"] == "average":
-        unpooled = [n for n, layer in population_layers(model).items() if not layer.pools]
-        if unpooled:
-            raise ValueError(
-                f"buffers=average pools means and variances, and the statistic of norm="
-                f"{config['norm']['name']} is no variance: buffers=mean or buffers=broadcast"
-            )
+    pools = all(layer.pools for layer in population_layers(model).values())
+    if plan.world_size > 1 and config["buffers"] == "average" and not pools:
+        raise ValueError(
+            f"buffers=average pools means and variances, and the statistic of norm="
+            f"{config['norm']['name']} is no variance: buffers=mean or buffers=broadcast"
+        )
     bank = EmaBank(model, config["ema_bank"]) if config["ema_bank"] else None
     job = Job(config, plan, data, model, build.optimizer(config, model), bank, per_epoch, dropped)
     check = evaluator(job, Stop()).check

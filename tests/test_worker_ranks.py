@@ -67,7 +67,8 @@ def on_rank(rank, directory, at, save):
 
 @pytest.fixture(scope="module")
 def uninterrupted(ranks, tmp_path_factory):
-    return ranks.run(on_rank, str(tmp_path_factory.mktemp("whole") / "run"), None, ())
+    path = tmp_path_factory.mktemp("whole") / "run"
+    return path, ranks.run(on_rank, str(path), None, ())
 
 
 @pytest.mark.parametrize("at", [2, 8])
@@ -76,9 +77,23 @@ def test_a_stopped_run_ends_as_if_it_had_not_been(ranks, uninterrupted, tmp_path
     that the ranks have not averaged yet, change nothing. Rank 0 alone writes."""
     assert ranks.run(on_rank, str(tmp_path / "parted"), at, (1,)) == [143] * 4
     parted = ranks.run(on_rank, str(tmp_path / "parted"), None, (0, 1, 2))
-    assert parted == uninterrupted
+    assert parted == uninterrupted[1]
     assert parted[1:] == parted[:-1]
     assert len(set(parted[0]["rng"])) == 4
+
+
+def test_the_checkpoint_evaluates_to_what_was_logged(uninterrupted):
+    """P29, by one process: the statistics that were evaluated are those that were saved."""
+    path, _ = uninterrupted
+    state = checkpoint.load(path / "checkpoint.pt")
+    job = whole.made(RUN, double=False)
+    job.model.load_state_dict({k.removeprefix("network."): v for k, v in state["model"].items()})
+    logged = {(row["protocol"], row["epoch"]): row for row in RunDir(path).evals()}
+    evaluate = worker.evaluator(job, checkpoint.Stop())
+    for spec in ("val:ema", "val:precise"):
+        row, found = logged[spec, "3"], evaluate.run(worker.Protocol.parse(spec))
+        assert (int(row["n"]), float(row["error"])) == (found["n"], found["error"])
+        assert float(row["loss"]) == pytest.approx(found["loss"], rel=1e-6)
 
 
 def failing(_rank, directory):
@@ -94,7 +109,7 @@ def test_what_rank_0_cannot_write_ends_all_ranks(ranks, tmp_path):
     found = ranks.run(failing, str(tmp_path / "nowhere"))
     assert found[0][0] == "FileNotFoundError"
     assert set(found[1:]) == {
-        ("RuntimeError", "rank 0 failed in what it alone writes: its own error says why")
+        ("FirstRankFailed", "rank 0 failed in what it alone writes: its own error says why")
     }
 
 
