@@ -1,5 +1,6 @@
 """A disk that fills while a checkpoint is written: the one before survives, and the run says so."""
 
+import logging
 import os
 import resource
 import subprocess
@@ -10,7 +11,7 @@ import faults
 import killable
 import pytest
 
-from normlab import checkpoint
+from normlab import checkpoint, logs
 
 
 def begin(where, ranks):
@@ -68,6 +69,12 @@ def test_a_full_disk(tmp_path):
         process.join()
     finally:
         subprocess.run(["umount", "-l", str(disk)], check=True)
+
+
+def test_a_log_that_cannot_be_written_says_nothing(capfd):
+    with logs.logging_to(logs.LogFile("/dev/full")):
+        logging.getLogger("normlab").warning("of no use")
+    assert capfd.readouterr() == ("", "")
 
 
 def fill(path: Path) -> None:

@@ -58,6 +58,9 @@ def test_two_ranks_make_one_run():
     told = [(logs / str(rank) / "stderr.log").read_text().count("epoch 2, ") for rank in (0, 1)]
     assert told == [2, 2]
     assert run.log.read_text().count("epoch 2, ") == 2
+    # What it lacks, one process makes of its checkpoint.
+    later = launch.evaluate(run.id, ["test:ema"], root="runs")
+    assert set(later.summary) == {"val:ema", "val:batch", "test:ema"}
 
 
 def test_a_prepared_run_waits_for_its_ranks(capfd):

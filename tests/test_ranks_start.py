@@ -114,6 +114,7 @@ def test_a_rank_that_hangs_is_named_with_the_place(tmp_path):
 def test_no_rank_outlives_its_agent(tmp_path):
     run = prepare(tmp_path)
     process = begin(tmp_path, run)
+    os.kill(agents.pid(tmp_path, 1), signal.SIGSTOP)  # this one cannot end by itself
     process.kill()
     assert_ends(tmp_path, process, -signal.SIGKILL, within=5)
 

@@ -12,7 +12,7 @@ import signal
 import socket
 import sys
 import threading
-import uuid
+import time
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from datetime import timedelta
@@ -112,7 +112,7 @@ def start(
     for name in list(logging.root.manager.loggerDict):  # what they say is said below, once
         if name.startswith("torch.distributed.elastic"):
             logging.getLogger(name).setLevel(logging.CRITICAL)
-    began = uuid.uuid4().hex[:8]
+    began = time.strftime("%Y-%m-%dT%H-%M-%SZ", time.gmtime())
     logs = DefaultLogsSpecs(log_dir=str(run / FOLDER), redirects=Std.ALL)
     config = LaunchConfig(
         min_nodes=1,
@@ -135,9 +135,9 @@ def start(
         try:
             elastic_launch(config, sys.executable)(*COMMAND, str(run))
         except ChildFailedError as error:
-            (folder,) = (run / FOLDER).glob(f"{began}_*")
+            folder = max((run / FOLDER).glob(f"{began}_*"), key=lambda path: path.stat().st_mtime)
             raise _failed(error, ranks, folder) from None
-        except SignalException as stopped:  # not even an Exception shall go on with a sweep
+        except SignalException as stopped:  # an Exception, which a sweep would survive
             if stopped.sigval == signal.SIGINT:
                 raise KeyboardInterrupt from None
             raise SystemExit(128 + stopped.sigval) from None
