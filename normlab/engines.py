@@ -65,7 +65,12 @@ def scratch(overrides: Sequence[str]) -> Iterator[Path]:
     if "hydra.sweep.dir" in given:
         yield Path(given["hydra.sweep.dir"])
     elif chosen(overrides).startswith(("submitit", "ray")):
-        yield Path(given.get("runs", "runs")).resolve() / ".sweep" / secrets.token_hex(4)
+        place = Path(given.get("runs", "runs")).resolve() / ".sweep" / secrets.token_hex(4)
+        try:
+            yield place
+        finally:
+            if chosen(overrides) == "ray":  # submitit's jobs have their output there
+                shutil.rmtree(place, ignore_errors=True)
     else:
         with tempfile.TemporaryDirectory(prefix="normlab-") as temporary:
             yield Path(temporary)

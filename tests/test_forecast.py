@@ -114,24 +114,25 @@ def test_totals_are_those_of_the_missing_cells_side_by_side(fixed, capsys, monke
 def test_only_some_kinds_are_probed_and_the_nearest_speak_for_the_others(fixed, capsys):
     assert forecast.main("nbs", ["seed=100"]) == 0
     said = capsys.readouterr().out
-    assert [nbs for nbs, *_ in fixed] == [2, 8, 32, 128]
+    assert [nbs for nbs, *_ in fixed] == [2, 128, 16, 4]
     about = dict(re.findall(r"-nbs(\d+)-\S+ +nbs=\d+ +missing +(~?)\d", said))
-    assert about == {
-        str(n): "" if n in (2, 8, 32, 128) else "~" for n in (2, 4, 8, 16, 32, 64, 128)
-    }
+    assert about == {"2": "", "4": "", "8": "~", "16": "", "32": "~", "64": "~", "128": ""}
     assert "~: as the most similar of these" in said
 
 
 @pytest.mark.parametrize(
-    ("kind", "others", "nearest"),
+    ("words", "others", "nearest"),
     [
-        (("nbs=4",), [("nbs=2",), ("nbs=128",)], ("nbs=2",)),
-        (("nbs=64",), [("nbs=2",), ("nbs=128",)], ("nbs=128",)),
-        (("norm=gn", "nbs=8"), [("norm=bn", "nbs=8"), ("norm=bn", "nbs=2")], ("norm=bn", "nbs=8")),
+        (["nbs=4"], [["nbs=2"], ["nbs=128"]], 0),
+        (["nbs=64", "lr=1"], [["nbs=2"], ["nbs=128"]], 1),
+        (["norm=gn", "nbs=null"], [["norm=ghost", "nbs=8"], ["norm=gn", "nbs=null", "lr=1"]], 1),
+        (["nbs=8"], [["nbs=8", "model=resnet8"], ["nbs=128"]], 1),
     ],
 )
-def test_what_is_nearest(kind, others, nearest):
-    assert min(others, key=lambda other: forecast._distance(kind, other)) == nearest
+def test_what_is_nearest(words, others, nearest):
+    configs = [composed("nbs", *other) for other in others]
+    cell = composed("nbs", *words)
+    assert min(configs, key=lambda other: forecast.distance(cell, other)) is configs[nearest]
 
 
 def test_a_probe_measures_steps_and_images_and_scales_them(monkeypatch):

@@ -4,13 +4,17 @@ The cells come from the experiment and the overrides as a sweep's do. A few of t
 to do are probed: some real training steps and evaluation batches each, in a scratch directory.
 """
 
+import math
 import os
 from collections.abc import Sequence
 from dataclasses import replace
+from typing import Any
 
 from normlab import config, engines, experiment
 from normlab.forecast.cells import Cell, listed
 from normlab.forecast.probing import Cost, probe, warm_up
+
+Kind = tuple[str, ...]
 
 PROBES = 4
 """Cells to probe at most; the others are taken to cost what the most similar of them does."""
@@ -23,7 +27,7 @@ def main(name: str, overrides: Sequence[str]) -> int:
     """
     loaded = experiment.load(name)
     cells = listed(name, overrides)
-    kinds: dict[tuple[str, ...], Cell] = {}
+    kinds: dict[Kind, Cell] = {}
     for cell in cells:
         if cell.left:
             kinds.setdefault(cell.kind, cell)
@@ -33,9 +37,9 @@ def main(name: str, overrides: Sequence[str]) -> int:
         warm_up(next(iter(kinds.values())).config)
     costs = {
         kind: probe(kinds[kind].config, threads=max(1, cores // jobs) if jobs > 1 else None)
-        for kind in spread(list(kinds), PROBES)
+        for kind in spread(kinds, PROBES)
     }
-    rows = [(cell, *_cost(cell, costs)) for cell in cells]
+    rows = [(cell, *_cost(cell, kinds, costs)) for cell in cells]
     print(f"{loaded.name}: {loaded.title}")
     print(_table(rows))
     print(*_closing(rows, kinds, costs, min(jobs, cores)), sep="\n")
@@ -54,40 +58,65 @@ def _side_by_side(overrides: Sequence[str]) -> int:
     return int(jobs) if int(jobs) > 0 else max(1, cores + 1 + int(jobs))
 
 
-def spread(kinds: list[tuple[str, ...]], most: int) -> list[tuple[str, ...]]:
-    """At most so many of the kinds: the first, the last, and those evenly between."""
-    if len(kinds) <= most:
-        return kinds
-    return [kinds[round(i * (len(kinds) - 1) / (most - 1))] for i in range(most)]
+def spread(kinds: dict[Kind, Cell], most: int) -> list[Kind]:
+    """At most so many of the kinds, each as unlike as can be to those before it."""
+    left = list(kinds)
+    chosen = left[:1]
+    while left and len(chosen) < min(most, len(kinds)):
+        chosen.append(
+            max(
+                left,
+                key=lambda kind: min(
+                    distance(kinds[kind].config, kinds[other].config) for other in chosen
+                ),
+            )
+        )
+    return chosen
 
 
 def _cost(
-    cell: Cell, costs: dict[tuple[str, ...], Cost | None]
-) -> tuple[Cost | None, tuple[str, ...] | None]:
+    cell: Cell, kinds: dict[Kind, Cell], costs: dict[Kind, Cost | None]
+) -> tuple[Cost | None, Kind | None]:
     """What is left of a cell costs, and the kind that was probed for it."""
-    if not cell.left or not costs:
+    if not cell.left:
         return None, None
-    kind = min(costs, key=lambda other: _distance(cell.kind, other))
+    kind = min(costs, key=lambda other: distance(cell.config, kinds[other].config))
     cost = costs[kind]
     if cost is None:
         return None, kind
     return replace(cost, seconds=cost.seconds * cell.left + cell.composing), kind
 
 
-def _distance(kind: tuple[str, ...], other: tuple[str, ...]) -> tuple[int, float]:
-    """How unlike two kinds are: in how many settings, and by which factors in numbers."""
-    differ = [(a, b) for a, b in zip(kind, other, strict=True) if a != b]
-    factor = 0.0
-    for a, b in differ:
-        (_, _, x), (_, _, y) = a.partition("="), b.partition("=")
-        if x.isdigit() and y.isdigit():
-            factor += abs(int(x).bit_length() - int(y).bit_length())
+def distance(one: dict[str, Any], other: dict[str, Any]) -> tuple[int, float]:
+    """How unlike two runs are in what they take: in how many keys, and by which factor in the NBS.
+
+    Learning rates and the like take no time.
+    """
+    differ = {key for key, _ in _flat(one).items() ^ _flat(other).items()} - {
+        "nbs",
+        "micro_batch",
+        "lr",
+        "decay",
+        "seed",
+    }
+    sizes = [value for value in (one["nbs"], other["nbs"]) if value]
+    factor = abs(math.log2(sizes[0] / sizes[1])) if len(sizes) == 2 else float(len(sizes))
     return len(differ), factor
+
+
+def _flat(value: Any, key: str = "") -> dict[str, str]:
+    """Dotted key -> value, as text."""
+    if not isinstance(value, dict):
+        return {key: str(value)}
+    found: dict[str, str] = {}
+    for inner, below in value.items():
+        found |= _flat(below, f"{key}.{inner}" if key else inner)
+    return found
 
 
 # -- in words -------------------------------------------------------------------------------------
 
-Row = tuple[Cell, Cost | None, tuple[str, ...] | None]
+Row = tuple[Cell, Cost | None, Kind | None]
 
 
 def _table(rows: Sequence[Row]) -> str:
@@ -107,8 +136,8 @@ def _table(rows: Sequence[Row]) -> str:
 
 def _closing(
     rows: Sequence[Row],
-    kinds: dict[tuple[str, ...], Cell],
-    costs: dict[tuple[str, ...], Cost | None],
+    kinds: dict[Kind, Cell],
+    costs: dict[Kind, Cost | None],
     jobs: int,
 ) -> list[str]:
     """The totals of what is left to do, and what the numbers come from."""
