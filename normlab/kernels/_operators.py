@@ -1,0 +1,390 @@
+"""The kernels as operators of torch (`torch.ops.normlab`), with fakes and derivatives.
+
+Eager code calls what is behind an operator directly: the dispatcher would take as long again as a
+small batch norm. A compiler, and whatever else looks at operators, sees the operators.
+"""
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from normlab.kernels import _switch
+from normlab.kernels._formula import batch_norm_backward as by_formula
+from normlab.kernels._library import BOTH, FIRST, SECOND, dense
+
+__all__ = ["batch_norm", "gradient", "gradient_sums", "moments", "normalize"]
+
+_defined = torch.library.Library("normlab", "DEF")
+_GROUPS = "SymInt groups, bool interleaved"
+
+
+def batch_norm(
+    x: Tensor,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    *,
+    groups: int,
+    interleaved: bool = False,
+    span: int = 1,
+    eps: float,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """weight * (x - mean) / sqrt(var + eps) + bias by each group's statistics of x (N, C, ...).
+
+    Sample i belongs to group i // (N / G), or to i % G where `interleaved`; a mean is over the
+    group's samples and positions and over `span` consecutive channels. weight and bias are (C,), or
+    both (G, C). Returns y, laid out as x and of its dtype, and mean and biased variance
+    (G, C / span) in float64, without gradient.
+    """
+    weight, bias = _float(weight), _float(bias)
+    if _seen(x):
+        done: tuple[Tensor, Tensor, Tensor]
+        done = torch.ops.normlab.batch_norm(x, weight, bias, groups, interleaved, span, eps)
+        return done
+    done = _BatchNorm.apply(x, weight, bias, groups, interleaved, span, eps)
+    return done
+
+
+def moments(x: Tensor, *, groups: int, interleaved: bool = False) -> tuple[Tensor, Tensor]:
+    """Mean and biased variance (G, C) of x (N, C, ...) in float64; groups as in `batch_norm`."""
+    call = torch.ops.normlab.moments if _seen(x) else _moments
+    mean, var = call(x, groups, interleaved)
+    return mean, var
+
+
+def normalize(
+    x: Tensor,
+    mean: Tensor | None,
+    var: Tensor,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    *,
+    groups: int = 1,
+    interleaved: bool = False,
+    eps: float,
+) -> Tensor:
+    """weight * (x - mean) / sqrt(var + eps) + bias by given statistics (G, C).
+
+    mean, weight and bias are zeros and ones where they are None. Groups and shapes are as in
+    `batch_norm`. It has no derivative: who calls it has one.
+    """
+    call = torch.ops.normlab.normalize if _seen(x) else _normalize
+    mean = None if mean is None else mean.double()
+    known = mean, var.double(), _float(weight), _float(bias)
+    y: Tensor = call(x, *known, groups, interleaved, eps)
+    return y
+
+
+def gradient_sums(
+    dy: Tensor, x: Tensor, mean: Tensor, var: Tensor, *, groups: int = 1, eps: float
+) -> Tensor:
+    """Sums (2, G, C) in float64 of dy and of dy * h, h = (x - mean) / sqrt(var + eps).
+
+    Groups are consecutive samples; mean and var are (G, C). It has no derivative.
+    """
+    call = torch.ops.normlab.gradient_sums if _seen(x) else _gradient_sums
+    sums: Tensor = call(dy, x, mean.double(), var.double(), groups, eps)
+    return sums
+
+
+def gradient(
+    dy: Tensor,
+    x: Tensor,
+    weight: Tensor | None,
+    mean: Tensor,
+    var: Tensor,
+    sums: Tensor,
+    *,
+    groups: int = 1,
+    eps: float,
+    count: float,
+) -> Tensor:
+    """weight / sqrt(var + eps) * (dy - sums[0] / count - h * sums[1] / count): dx.
+
+    sums are `gradient_sums`, of all who share the statistics of `count` elements per channel. It
+    has no derivative.
+    """
+    call = torch.ops.normlab.gradient if _seen(x) else _gradient
+    known = _float(weight), mean.double(), var.double(), sums
+    dx: Tensor = call(dy, x, *known, groups, eps, count)
+    return dx
+
+
+def batch_norm_backward(
+    dy: Tensor,
+    x: Tensor,
+    weight: Tensor | None,
+    mean: Tensor,
+    var: Tensor,
+    *,
+    groups: int,
+    interleaved: bool = False,
+    span: int = 1,
+    eps: float,
+    for_x: bool = True,
+) -> tuple[Tensor, Tensor]:
+    """dx of `batch_norm`, and the gradients of bias and weight: (2, C), or (2, G, C) for own ones.
+
+    dx is empty unless for_x. It has no derivative.
+    """
+    call = torch.ops.normlab.batch_norm_backward if _seen(x) else _batch_norm_backward
+    dx, affine = call(dy, x, _float(weight), mean, var, groups, interleaved, span, eps, for_x)
+    return dx, affine
+
+
+def _float(v: Tensor | None) -> Tensor | None:
+    return v if v is None or v.dtype == torch.float32 else v.float()
+
+
+def _seen(x: Tensor) -> bool:
+    """Whether somebody looks at the operators: a compiler, a subclass of Tensor, a mode."""
+    return (
+        torch.compiler.is_compiling()
+        or type(x) not in (Tensor, nn.Parameter)
+        or torch._C._len_torch_dispatch_stack() > 0
+    )
+
+
+# -- what is behind them ---------------------------------------------------------------------------
+
+
+def _laid(x: Tensor) -> Tensor:
+    return x if dense(x) else x.contiguous()
+
+
+def _as(dy: Tensor, x: Tensor) -> Tensor:
+    """dy in the memory layout and dtype of x."""
+    same = dy.dtype == x.dtype and (dy.stride() == x.stride() or x.is_contiguous())
+    if same and (not x.is_contiguous() or dy.is_contiguous()):
+        return dy
+    return torch.empty_like(x).copy_(dy)
+
+
+def _contiguous(v: Tensor | None) -> Tensor | None:
+    return None if v is None else v.contiguous()
+
+
+def _statistics(x: Tensor, groups: int, span: int) -> tuple[Tensor, Tensor]:
+    mean = x.new_empty((groups, x.size(1) // span), dtype=torch.float64)
+    return mean, torch.empty_like(mean)
+
+
+def _batch_norm(
+    x: Tensor,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    groups: int,
+    interleaved: bool,
+    span: int,
+    eps: float,
+) -> tuple[Tensor, Tensor, Tensor]:
+    x = _laid(x)
+    y, (mean, var) = torch.empty_like(x), _statistics(x, groups, span)
+    affine = _contiguous(weight), _contiguous(bias)
+    _switch.kernels().forward(BOTH, x, y, *affine, mean, var, groups, interleaved, span, eps)
+    return y, mean, var
+
+
+def _moments(x: Tensor, groups: int, interleaved: bool) -> tuple[Tensor, Tensor]:
+    x = _laid(x)
+    mean, var = _statistics(x, groups, 1)
+    none = None, None, None
+    _switch.kernels().forward(FIRST, x, *none, mean, var, groups, interleaved, 1, 1.0)
+    return mean, var
+
+
+def _normalize(
+    x: Tensor,
+    mean: Tensor | None,
+    var: Tensor,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    groups: int,
+    interleaved: bool,
+    eps: float,
+) -> Tensor:
+    x = _laid(x)
+    y = torch.empty_like(x)
+    known = _contiguous(weight), _contiguous(bias), _contiguous(mean), var.contiguous()
+    _switch.kernels().forward(SECOND, x, y, *known, groups, interleaved, 1, eps)
+    return y
+
+
+def _batch_norm_backward(
+    dy: Tensor,
+    x: Tensor,
+    weight: Tensor | None,
+    mean: Tensor,
+    var: Tensor,
+    groups: int,
+    interleaved: bool,
+    span: int,
+    eps: float,
+    for_x: bool,
+) -> tuple[Tensor, Tensor]:
+    x = _laid(x)
+    channels = x.size(1)
+    dx = torch.empty_like(x) if for_x else x.new_empty(0)
+    sums = mean.new_empty((2, groups, channels))
+    own = weight is not None and weight.dim() == 2
+    affine = x.new_empty((2, groups, channels) if own else (2, channels), dtype=torch.float32)
+    _switch.kernels().backward(
+        BOTH if for_x else FIRST, _as(dy, x), x, dx if for_x else None, _contiguous(weight),
+        mean, var, sums, affine, groups, interleaved, span, eps,
+        span * x.numel() / (groups * channels),
+    )  # fmt: skip
+    return dx, affine
+
+
+def _gradient_sums(
+    dy: Tensor, x: Tensor, mean: Tensor, var: Tensor, groups: int, eps: float
+) -> Tensor:
+    x = _laid(x)
+    sums = mean.new_empty((2, groups, x.size(1)))
+    known = mean.contiguous(), var.contiguous()
+    _switch.kernels().backward(
+        FIRST, _as(dy, x), x, None, None, *known, sums, None, groups, False, 1, eps, 1.0
+    )
+    return sums
+
+
+def _gradient(
+    dy: Tensor,
+    x: Tensor,
+    weight: Tensor | None,
+    mean: Tensor,
+    var: Tensor,
+    sums: Tensor,
+    groups: int,
+    eps: float,
+    count: float,
+) -> Tensor:
+    x = _laid(x)
+    dx = torch.empty_like(x)
+    known = _contiguous(weight), mean.contiguous(), var.contiguous(), sums.contiguous()
+    _switch.kernels().backward(
+        SECOND, _as(dy, x), x, dx, *known, None, groups, False, 1, eps, count
+    )
+    return dx
+
+
+# -- derivatives -----------------------------------------------------------------------------------
+
+
+def _remember(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor, Tensor]) -> None:
+    x, weight, bias, *ctx.options = inputs
+    _, mean, var = output
+    ctx.save_for_backward(x, weight, mean, var)
+    ctx.bias = bias is not None
+    ctx.mark_non_differentiable(mean, var)
+    ctx.set_materialize_grads(False)
+
+
+def _differentiate(ctx: Any, dy: Tensor | None, *_: Tensor | None) -> tuple[Tensor | None, ...]:
+    nothing: list[Tensor | None] = [None] * 4
+    if dy is None:
+        return None, None, None, *nothing
+    x, weight, mean, var = ctx.saved_tensors
+    groups, interleaved, span, eps = ctx.options
+    for_x, for_weight, for_bias = ctx.needs_input_grad[:3]
+    how = {"groups": groups, "interleaved": interleaved, "span": span, "eps": eps}
+    dx: Tensor | None
+    if torch.is_grad_enabled() and not torch.compiler.is_compiling():
+        # Somebody wants a derivative of this one: by operators that have one.
+        dx, dbias, dweight = by_formula(dy, x, weight, **how)
+    else:
+        dx, affine = batch_norm_backward(dy, x, weight, mean, var, **how, for_x=for_x)
+        dbias, dweight = affine.unbind()
+    return (
+        dx if for_x else None,
+        dweight if for_weight else None,
+        dbias if for_bias else None,
+        *nothing,
+    )
+
+
+class _BatchNorm(torch.autograd.Function):
+    """The operator's derivative without the operator."""
+
+    @staticmethod
+    def forward(ctx: Any, *inputs: Any) -> tuple[Tensor, Tensor, Tensor]:
+        output = _batch_norm(*inputs)
+        _remember(ctx, inputs, output)
+        return output
+
+    backward = staticmethod(_differentiate)
+
+
+# -- how torch knows them --------------------------------------------------------------------------
+
+_defined.define(
+    f"batch_norm(Tensor x, Tensor? weight, Tensor? bias, {_GROUPS}, SymInt span, float eps)"
+    " -> (Tensor, Tensor, Tensor)"
+)
+_defined.define(f"moments(Tensor x, {_GROUPS}) -> (Tensor, Tensor)")
+_defined.define(
+    "normalize(Tensor x, Tensor? mean, Tensor var, Tensor? weight, Tensor? bias, "
+    f"{_GROUPS}, float eps) -> Tensor"
+)
+_defined.define(
+    "batch_norm_backward(Tensor dy, Tensor x, Tensor? weight, Tensor mean, Tensor var, "
+    f"{_GROUPS}, SymInt span, float eps, bool for_x) -> (Tensor, Tensor)"
+)
+_defined.define(
+    "gradient_sums(Tensor dy, Tensor x, Tensor mean, Tensor var, SymInt groups, float eps)"
+    " -> Tensor"
+)
+_defined.define(
+    "gradient(Tensor dy, Tensor x, Tensor? weight, Tensor mean, Tensor var, Tensor sums, "
+    "SymInt groups, float eps, float count) -> Tensor"
+)
+for _name, _kernel in (
+    ("batch_norm", _batch_norm),
+    ("moments", _moments),
+    ("normalize", _normalize),
+    ("batch_norm_backward", _batch_norm_backward),
+    ("gradient_sums", _gradient_sums),
+    ("gradient", _gradient),
+):
+    _defined.impl(_name, _kernel, "CPU")
+
+
+@torch.library.register_fake("normlab::batch_norm", lib=_defined)
+def _(x: Tensor, _w: Any, _b: Any, groups: int, _i: bool, span: int, _e: float) -> Any:
+    return torch.empty_like(_laid(x)), *_statistics(x, groups, span)
+
+
+@torch.library.register_fake("normlab::moments", lib=_defined)
+def _(x: Tensor, groups: int, _i: bool) -> Any:
+    return _statistics(x, groups, 1)
+
+
+@torch.library.register_fake("normlab::normalize", lib=_defined)
+def _(x: Tensor, *_: Any) -> Any:
+    return torch.empty_like(_laid(x))
+
+
+@torch.library.register_fake("normlab::batch_norm_backward", lib=_defined)
+def _(
+    _dy: Tensor, x: Tensor, weight: Any, _m: Tensor, _v: Tensor,
+    groups: int, _i: bool, _s: int, _e: float, for_x: bool,
+) -> Any:  # fmt: skip
+    own = weight is not None and weight.dim() == 2
+    size = (2, groups, x.size(1)) if own else (2, x.size(1))
+    dx = torch.empty_like(_laid(x)) if for_x else x.new_empty(0)
+    return dx, x.new_empty(size, dtype=torch.float32)
+
+
+@torch.library.register_fake("normlab::gradient_sums", lib=_defined)
+def _(_dy: Tensor, x: Tensor, _m: Tensor, _v: Tensor, groups: int, _e: float) -> Any:
+    return x.new_empty((2, groups, x.size(1)), dtype=torch.float64)
+
+
+@torch.library.register_fake("normlab::gradient", lib=_defined)
+def _(_dy: Tensor, x: Tensor, *_: Any) -> Any:
+    return torch.empty_like(_laid(x))
+
+
+torch.library.register_autograd(
+    "normlab::batch_norm", _differentiate, setup_context=_remember, lib=_defined
+)
