@@ -15,8 +15,8 @@ def batch_norm_backward(
     interleaved: bool,
     span: int,
     eps: float,
-) -> tuple[Tensor, Tensor, Tensor]:
-    """dx, dbias and dweight of `normlab.kernels.batch_norm`, x's own statistics included.
+) -> tuple[Tensor, Tensor]:
+    """What `normlab.kernels.batch_norm_backward` returns, x's own statistics included.
 
     With h = (x - mean) / sqrt(var + eps), g = dy * weight and E the mean over what shares a mean:
     dx = (g - E[g] - h * E[g h]) / sqrt(var + eps).
@@ -41,4 +41,4 @@ def batch_norm_backward(
     for_affine = (over, 4) if own else (0, 1, 4)
     dbias, dweight = d.sum(for_affine), (d * h).sum(for_affine)
     size = (groups, channels) if own else (channels,)
-    return dx, dbias.reshape(size), dweight.reshape(size)
+    return dx, torch.stack([dbias.reshape(size), dweight.reshape(size)])

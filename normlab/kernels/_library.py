@@ -2,6 +2,7 @@
 
 import ctypes
 from ctypes import c_double, c_int, c_int64, c_void_p
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -28,7 +29,7 @@ class Kernels:
             self._forward, self._backward = library.normlab_forward, library.normlab_backward
         except (OSError, AttributeError) as error:
             raise Unavailable(f"cannot load {path}: {error}") from error
-        common = [c_int, c_int, c_int, c_int64, c_void_p, c_int64, c_double]
+        common: list[Any] = [c_int, c_int, c_int, c_int64, c_void_p, c_int64, c_double]
         self._forward.argtypes = [*common, c_int, *[c_void_p] * 6]
         self._backward.argtypes = [*common, c_double, c_int, *[c_void_p] * 10]
 
@@ -71,7 +72,7 @@ class Kernels:
         eps: float,
         count: float,
     ) -> None:
-        """Fills sums (2, G, C), of dy and of dy * h (first pass); dx by what they then are (second).
+        """Fills sums (2, G, C), of dy and of dy * h (first pass); then dx by them (second pass).
 
         affine, if given, is filled with the gradients of bias and weight: (2, C), or (2, G, C) for
         a weight (G, C).
@@ -130,7 +131,7 @@ def loaded() -> Kernels:
 
 
 def _error(kernels: Kernels, dtype: torch.dtype, last: bool) -> float:
-    """The largest difference from the formula in float64: y, dx and gradients of the affine part."""
+    """The largest difference from the formula in float64, of outputs and gradients."""
     groups, channels, eps = 2, 5, 1e-3
     values = torch.arange(4 * channels * 21, dtype=torch.float64)
     x = (torch.sin(values) * 3 + 20).view(4, channels, 3, 7).to(dtype)
@@ -140,7 +141,7 @@ def _error(kernels: Kernels, dtype: torch.dtype, last: bool) -> float:
     weight, bias = torch.linspace(0.5, 2, channels), torch.linspace(-1, 1, channels)
     y, dx = torch.empty_like(x), torch.empty_like(x)
     mean = torch.empty(groups, channels, dtype=torch.float64)
-    var, sums, affine = torch.empty_like(mean), mean.new_empty(2, groups, channels), None
+    var, sums = torch.empty_like(mean), mean.new_empty(2, groups, channels)
     affine = torch.empty(2, channels)
     kernels.forward(BOTH, x, y, weight, bias, mean, var, groups, False, 1, eps)
     count = x.numel() / (groups * channels)

@@ -15,9 +15,6 @@ from normlab.kernels._library import BOTH, FIRST, SECOND, dense
 
 __all__ = ["batch_norm", "gradient", "gradient_sums", "moments", "normalize"]
 
-_defined = torch.library.Library("normlab", "DEF")
-_GROUPS = "SymInt groups, bool interleaved"
-
 
 def batch_norm(
     x: Tensor,
@@ -46,7 +43,11 @@ def batch_norm(
 
 
 def moments(x: Tensor, *, groups: int, interleaved: bool = False) -> tuple[Tensor, Tensor]:
-    """Mean and biased variance (G, C) of x (N, C, ...) in float64; groups as in `batch_norm`."""
+    """Mean and biased variance (G, C) of x (N, C, ...) in float64; groups as in `batch_norm`.
+
+    It has no derivative.
+    """
+    _refuse_gradient(x)
     call = torch.ops.normlab.moments if _seen(x) else _moments
     mean, var = call(x, groups, interleaved)
     return mean, var
@@ -68,6 +69,7 @@ def normalize(
     mean, weight and bias are zeros and ones where they are None. Groups and shapes are as in
     `batch_norm`. It has no derivative: who calls it has one.
     """
+    _refuse_gradient(x, weight, bias)
     call = torch.ops.normlab.normalize if _seen(x) else _normalize
     mean = None if mean is None else mean.double()
     known = mean, var.double(), _float(weight), _float(bias)
@@ -82,6 +84,7 @@ def gradient_sums(
 
     Groups are consecutive samples; mean and var are (G, C). It has no derivative.
     """
+    _refuse_gradient(dy, x)
     call = torch.ops.normlab.gradient_sums if _seen(x) else _gradient_sums
     sums: Tensor = call(dy, x, mean.double(), var.double(), groups, eps)
     return sums
@@ -104,6 +107,7 @@ def gradient(
     sums are `gradient_sums`, of all who share the statistics of `count` elements per channel. It
     has no derivative.
     """
+    _refuse_gradient(dy, x, weight, sums)
     call = torch.ops.normlab.gradient if _seen(x) else _gradient
     known = _float(weight), mean.double(), var.double(), sums
     dx: Tensor = call(dy, x, *known, groups, eps, count)
@@ -125,11 +129,19 @@ def batch_norm_backward(
 ) -> tuple[Tensor, Tensor]:
     """dx of `batch_norm`, and the gradients of bias and weight: (2, C), or (2, G, C) for own ones.
 
-    dx is empty unless for_x. It has no derivative.
+    dx is empty unless for_x.
     """
+    if torch.is_grad_enabled() and not torch.compiler.is_compiling():
+        # Somebody wants a derivative of this one: by operators that have one.
+        return by_formula(dy, x, weight, groups=groups, interleaved=interleaved, span=span, eps=eps)
     call = torch.ops.normlab.batch_norm_backward if _seen(x) else _batch_norm_backward
     dx, affine = call(dy, x, _float(weight), mean, var, groups, interleaved, span, eps, for_x)
     return dx, affine
+
+
+def _refuse_gradient(*tensors: Tensor | None) -> None:
+    if torch.is_grad_enabled() and any(v is not None and v.requires_grad for v in tensors):
+        raise RuntimeError("this kernel has no derivative, and an input requires one")
 
 
 def _float(v: Tensor | None) -> Tensor | None:
@@ -288,13 +300,8 @@ def _differentiate(ctx: Any, dy: Tensor | None, *_: Tensor | None) -> tuple[Tens
     groups, interleaved, span, eps = ctx.options
     for_x, for_weight, for_bias = ctx.needs_input_grad[:3]
     how = {"groups": groups, "interleaved": interleaved, "span": span, "eps": eps}
-    dx: Tensor | None
-    if torch.is_grad_enabled() and not torch.compiler.is_compiling():
-        # Somebody wants a derivative of this one: by operators that have one.
-        dx, dbias, dweight = by_formula(dy, x, weight, **how)
-    else:
-        dx, affine = batch_norm_backward(dy, x, weight, mean, var, **how, for_x=for_x)
-        dbias, dweight = affine.unbind()
+    dx, affine = batch_norm_backward(dy, x, weight, mean, var, **how, for_x=for_x)
+    dbias, dweight = affine.unbind()
     return (
         dx if for_x else None,
         dweight if for_weight else None,
@@ -315,58 +322,25 @@ class _BatchNorm(torch.autograd.Function):
     backward = staticmethod(_differentiate)
 
 
-# -- how torch knows them --------------------------------------------------------------------------
-
-_defined.define(
-    f"batch_norm(Tensor x, Tensor? weight, Tensor? bias, {_GROUPS}, SymInt span, float eps)"
-    " -> (Tensor, Tensor, Tensor)"
-)
-_defined.define(f"moments(Tensor x, {_GROUPS}) -> (Tensor, Tensor)")
-_defined.define(
-    "normalize(Tensor x, Tensor? mean, Tensor var, Tensor? weight, Tensor? bias, "
-    f"{_GROUPS}, float eps) -> Tensor"
-)
-_defined.define(
-    "batch_norm_backward(Tensor dy, Tensor x, Tensor? weight, Tensor mean, Tensor var, "
-    f"{_GROUPS}, SymInt span, float eps, bool for_x) -> (Tensor, Tensor)"
-)
-_defined.define(
-    "gradient_sums(Tensor dy, Tensor x, Tensor mean, Tensor var, SymInt groups, float eps)"
-    " -> Tensor"
-)
-_defined.define(
-    "gradient(Tensor dy, Tensor x, Tensor? weight, Tensor mean, Tensor var, Tensor sums, "
-    "SymInt groups, float eps, float count) -> Tensor"
-)
-for _name, _kernel in (
-    ("batch_norm", _batch_norm),
-    ("moments", _moments),
-    ("normalize", _normalize),
-    ("batch_norm_backward", _batch_norm_backward),
-    ("gradient_sums", _gradient_sums),
-    ("gradient", _gradient),
-):
-    _defined.impl(_name, _kernel, "CPU")
+# -- what a compiler may know of them without calling them ----------------------------------------
 
 
-@torch.library.register_fake("normlab::batch_norm", lib=_defined)
-def _(x: Tensor, _w: Any, _b: Any, groups: int, _i: bool, span: int, _e: float) -> Any:
+def _fake_batch_norm(
+    x: Tensor, _w: Any, _b: Any, groups: int, _i: bool, span: int, _e: float
+) -> Any:
     return torch.empty_like(_laid(x)), *_statistics(x, groups, span)
 
 
-@torch.library.register_fake("normlab::moments", lib=_defined)
-def _(x: Tensor, groups: int, _i: bool) -> Any:
+def _fake_moments(x: Tensor, groups: int, _i: bool) -> Any:
     return _statistics(x, groups, 1)
 
 
-@torch.library.register_fake("normlab::normalize", lib=_defined)
-def _(x: Tensor, *_: Any) -> Any:
+def _fake_normalize(x: Tensor, *_: Any) -> Any:
     return torch.empty_like(_laid(x))
 
 
-@torch.library.register_fake("normlab::batch_norm_backward", lib=_defined)
-def _(
-    _dy: Tensor, x: Tensor, weight: Any, _m: Tensor, _v: Tensor,
+def _fake_batch_norm_backward(
+    _dy: Tensor, x: Tensor, weight: Any, _m: Any, _v: Any,
     groups: int, _i: bool, _s: int, _e: float, for_x: bool,
 ) -> Any:  # fmt: skip
     own = weight is not None and weight.dim() == 2
@@ -375,16 +349,57 @@ def _(
     return dx, x.new_empty(size, dtype=torch.float32)
 
 
-@torch.library.register_fake("normlab::gradient_sums", lib=_defined)
-def _(_dy: Tensor, x: Tensor, _m: Tensor, _v: Tensor, groups: int, _e: float) -> Any:
+def _fake_gradient_sums(_dy: Tensor, x: Tensor, _m: Any, _v: Any, groups: int, _e: float) -> Any:
     return x.new_empty((2, groups, x.size(1)), dtype=torch.float64)
 
 
-@torch.library.register_fake("normlab::gradient", lib=_defined)
-def _(_dy: Tensor, x: Tensor, *_: Any) -> Any:
+def _fake_gradient(_dy: Tensor, x: Tensor, *_: Any) -> Any:
     return torch.empty_like(_laid(x))
 
 
+_GROUPS = "SymInt groups, bool interleaved"
+
+_defined = torch.library.Library("normlab", "DEF")
+for _name, _signature, _kernel, _fake in (
+    (
+        "batch_norm",
+        f"(Tensor x, Tensor? weight, Tensor? bias, {_GROUPS}, SymInt span, float eps)"
+        " -> (Tensor, Tensor, Tensor)",
+        _batch_norm,
+        _fake_batch_norm,
+    ),
+    ("moments", f"(Tensor x, {_GROUPS}) -> (Tensor, Tensor)", _moments, _fake_moments),
+    (
+        "normalize",
+        "(Tensor x, Tensor? mean, Tensor var, Tensor? weight, Tensor? bias, "
+        f"{_GROUPS}, float eps) -> Tensor",
+        _normalize,
+        _fake_normalize,
+    ),
+    (
+        "batch_norm_backward",
+        "(Tensor dy, Tensor x, Tensor? weight, Tensor mean, Tensor var, "
+        f"{_GROUPS}, SymInt span, float eps, bool for_x) -> (Tensor, Tensor)",
+        _batch_norm_backward,
+        _fake_batch_norm_backward,
+    ),
+    (
+        "gradient_sums",
+        "(Tensor dy, Tensor x, Tensor mean, Tensor var, SymInt groups, float eps) -> Tensor",
+        _gradient_sums,
+        _fake_gradient_sums,
+    ),
+    (
+        "gradient",
+        "(Tensor dy, Tensor x, Tensor? weight, Tensor mean, Tensor var, Tensor sums, "
+        "SymInt groups, float eps, float count) -> Tensor",
+        _gradient,
+        _fake_gradient,
+    ),
+):
+    _defined.define(_name + _signature)
+    _defined.impl(_name, _kernel, "CPU")
+    torch.library.register_fake(f"normlab::{_name}", _fake, lib=_defined)
 torch.library.register_autograd(
     "normlab::batch_norm", _differentiate, setup_context=_remember, lib=_defined
 )
