@@ -10,6 +10,7 @@ from normlab.kernels._operators import (
     batch_norm_backward,
     gradient,
     gradient_sums,
+    kept,
     moments,
     normalize,
 )
@@ -22,6 +23,7 @@ __all__ = [
     "enabled",
     "gradient",
     "gradient_sums",
+    "kept",
     "moments",
     "normalize",
     "takes",

@@ -13,7 +13,7 @@ from normlab.kernels import _switch
 from normlab.kernels._formula import batch_norm_backward as by_formula
 from normlab.kernels._library import BOTH, FIRST, SECOND, dense
 
-__all__ = ["batch_norm", "gradient", "gradient_sums", "moments", "normalize"]
+__all__ = ["batch_norm", "gradient", "gradient_sums", "kept", "moments", "normalize"]
 
 
 def batch_norm(
@@ -137,6 +137,16 @@ def batch_norm_backward(
     call = torch.ops.normlab.batch_norm_backward if _seen(x) else _batch_norm_backward
     dx, affine = call(dy, x, _float(weight), mean, var, groups, interleaved, span, eps, for_x)
     return dx, affine
+
+
+def kept(v: Tensor) -> Tensor:
+    """v (a constant) for the backward pass of a compiled step, which does not compute it again.
+
+    torch recomputes what is cheap from the inputs of the graph, buffers included, and finds them as
+    the forward has left them (torch 2.15). It recomputes no operator that it does not know.
+    """
+    constant: Tensor = torch.ops.normlab.kept(v) if torch.compiler.is_compiling() else v
+    return constant
 
 
 def _refuse_gradient(*tensors: Tensor | None) -> None:
@@ -280,6 +290,10 @@ def _gradient(
     return dx
 
 
+def _kept(v: Tensor) -> Tensor:
+    return v.clone()
+
+
 # -- derivatives -----------------------------------------------------------------------------------
 
 
@@ -400,6 +414,9 @@ for _name, _signature, _kernel, _fake in (
     _defined.define(_name + _signature)
     _defined.impl(_name, _kernel, "CPU")
     torch.library.register_fake(f"normlab::{_name}", _fake, lib=_defined)
+_defined.define("kept(Tensor v) -> Tensor")
+_defined.impl("kept", _kept, "CompositeExplicitAutograd")
+torch.library.register_fake("normlab::kept", _kept, lib=_defined)
 torch.library.register_autograd(
     "normlab::batch_norm", _differentiate, setup_context=_remember, lib=_defined
 )

@@ -189,7 +189,7 @@ class BatchRenorm(PopulationNorm):
         rstd = (running_var.to(var.dtype) + self.eps).rsqrt()
         r = ((var + self.eps).sqrt() * rstd).clamp(1 / r_limit, r_limit)
         d = ((mean - running_mean.to(mean.dtype)) * rstd).clamp(-d_limit, d_limit)
-        return r, d
+        return kernels.kept(r), kernels.kept(d)
 
     def _repeated(self, mean: Tensor, var: Tensor) -> "_Recent":
         """The forward that a recomputation repeats, whose first chunk had this mean (C,).
