@@ -68,7 +68,7 @@ template <class T, bool BACKWARD>
 inline void row_sums(const Fold<T>& fold, const T* x, const T* dy, int64_t rows, const float* k,
                      float* floats, double* sum, double* dot) {
     const int64_t width = fold.width, whole = rows / fold.rows;
-    const int64_t some = std::max<int64_t>(4, (8 << 10) / (width * (int64_t)sizeof(T)));
+    const int64_t some = std::max<int64_t>(4, (4 << 10) / (width * (int64_t)sizeof(T)));
     float *s = floats, *d = floats + width;
     std::fill(s, s + 2 * width, 0.0f);
     auto flush = [&] {
@@ -138,7 +138,9 @@ inline void row_sums(const Fold<T>& fold, const T* x, const T* dy, int64_t rows,
 
 // f(element, element of dy, its place among the factors) of a piece.
 template <class T, bool BACKWARD, class F>
-inline void row_map(const Fold<T>& fold, const T* x, const T* dy, T* y, int64_t rows, F f) {
+inline void row_map(const Fold<T>& fold, const T* x, const T* dy, T* y, int64_t rows, bool large,
+                    F f) {
+    const bool past = large && aligned(y);
     const int64_t width = fold.width, elements = rows * fold.channels;
     for (int64_t r = 0; r < elements; r += width) {
         const T *from = x + r, *with = BACKWARD ? dy + r : nullptr;
@@ -147,7 +149,8 @@ inline void row_map(const Fold<T>& fold, const T* x, const T* dy, T* y, int64_t 
         int64_t j = 0;
         for (; j + BLOCK <= here; j += BLOCK) {
             Block u = load(from + j), d = BACKWARD ? load(with + j) : u;
-            store(to + j, {f(u.a, d.a, j), f(u.b, d.b, j + WIDTH)});
+            Block made = {f(u.a, d.a, j), f(u.b, d.b, j + WIDTH)};
+            past ? store_past(to + j, made) : store(to + j, made);
         }
         if (j < here) {
             // Fewer than a block: through one of our own.
@@ -159,6 +162,7 @@ inline void row_map(const Fold<T>& fold, const T* x, const T* dy, T* y, int64_t 
             std::copy(out, out + (here - j), to + j);
         }
     }
+    if (past) fence();
 }
 
 template <class T> inline int64_t piece_rows(const Fold<T>& fold, int64_t streams) {
@@ -236,6 +240,7 @@ template <class T> void forward_last(const Forward& f, const T* x, T* y, int64_t
     const int64_t channels = s.channels, rows = s.samples * s.positions;
     const Fold<T> fold(channels);
     const Cut cut(s, piece_rows(fold, 2));
+    const bool large = s.groups * rows * channels * (int64_t)sizeof(T) >= PAST;
     const int64_t width = fold.width;
     auto guess = [&](int64_t g, float* k) {  // the mean of a few rows
         const T* from = x + g * s.group * s.positions * channels;
@@ -284,7 +289,7 @@ template <class T> void forward_last(const Forward& f, const T* x, T* y, int64_t
         [&](Piece piece, const float* factor) {
             const int64_t at = piece.start * channels;
             const float *k = factor, *a = k + width, *b = a + 2 * width;
-            row_map<T, false>(fold, x + at, nullptr, y + at, piece.rows,
+            row_map<T, false>(fold, x + at, nullptr, y + at, piece.rows, large,
                               [=](Floats u, Floats, int64_t j) {
                                   return (u - read<Floats>(k + j)) * read<Floats>(a + j) +
                                          read<Floats>(b + j);
@@ -298,6 +303,7 @@ void backward_last(const Backward& f, const T* dy, const T* x, T* dx, int64_t th
     const int64_t channels = s.channels, rows = s.samples * s.positions;
     const Fold<T> fold(channels);
     const Cut cut(s, piece_rows(fold, 3));
+    const bool large = s.groups * rows * channels * (int64_t)sizeof(T) >= PAST;
     const int64_t width = fold.width;
     passes(
         fold, cut, s.groups, threads, 2 * s.groups * rows * channels * (int64_t)sizeof(T),
@@ -320,7 +326,7 @@ void backward_last(const Backward& f, const T* dy, const T* x, T* dx, int64_t th
         [&](Piece piece, const float* factor) {
             const int64_t at = piece.start * channels;
             const float *k = factor, *a = k + width, *b = a + width, *e = b + width;
-            row_map<T, true>(fold, x + at, dy + at, dx + at, piece.rows,
+            row_map<T, true>(fold, x + at, dy + at, dx + at, piece.rows, large,
                              [=](Floats u, Floats d, int64_t j) {
                                  return d * read<Floats>(a + j) +
                                         ((u - read<Floats>(k + j)) * read<Floats>(b + j) +

@@ -5,6 +5,7 @@
 #include <cstdint>
 
 #include "team.h"
+#include "vectors.h"
 
 namespace normlab {
 
@@ -83,11 +84,11 @@ inline void factors(const Forward& f, int64_t g, int64_t first, int64_t channels
         int64_t at = known + (f.span == 1 ? first + c : (first + c) / f.span);
         double mean = f.mean ? f.mean[at] : 0, scale = 1 / std::sqrt(f.var[at] + f.eps);
         if (weight) scale *= weight[c];
-        float center = (float)mean;
+        float center = tame(mean);
         to.center[c] = center;
-        to.scale[c] = (float)scale;
+        to.scale[c] = tame(scale);
         // What rounding took from the mean is not lost.
-        to.shift[c] = (float)((bias ? bias[c] : 0.0) - (mean - center) * scale);
+        to.shift[c] = tame((bias ? bias[c] : 0.0) - (mean - center) * scale);
     }
 }
 
@@ -96,7 +97,7 @@ inline void centers(const Backward& f, int64_t g, int64_t first, int64_t channel
     int64_t known = g * (f.shape.channels / f.span);
     for (int64_t c = 0; c < channels; ++c) {
         int64_t at = known + (f.span == 1 ? first + c : (first + c) / f.span);
-        center[c] = (float)f.mean[at];
+        center[c] = tame(f.mean[at]);
     }
 }
 
@@ -125,14 +126,14 @@ inline void factors(const Backward& f, int64_t g, int64_t first, int64_t channel
             dot += w * f.dots[row + c];
         }
         double mean = f.mean[known + s], rstd = 1 / std::sqrt(f.var[known + s] + f.eps);
-        float center = (float)mean;
+        float center = tame(mean);
         double slope = -rstd * rstd * dot / f.count;
         double shift = -rstd * sum / f.count - slope * (mean - center);
         for (int64_t c = s * f.span; c < (s + 1) * f.span; ++c) {
             to.center[c] = center;
-            to.scale[c] = (float)(weight ? weight[c] * rstd : rstd);
-            to.slope[c] = (float)slope;
-            to.shift[c] = (float)shift;
+            to.scale[c] = tame(weight ? weight[c] * rstd : rstd);
+            to.slope[c] = tame(slope);
+            to.shift[c] = tame(shift);
         }
     }
 }

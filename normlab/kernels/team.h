@@ -19,6 +19,10 @@ struct Shape {
 
 // Bytes that two passes of one thread find in its cache, and bytes worth a thread.
 constexpr int64_t CACHED = 192 << 10;
+// The same where all cores share the cache.
+constexpr int64_t SHARED = 4 << 20;
+// Bytes of a result that no cache holds until its reader comes.
+constexpr int64_t PAST = 32 << 20;
 constexpr int64_t WORTH_A_THREAD = 512 << 10;
 
 // Threads that run one function together. Who does what depends on their number, what is computed

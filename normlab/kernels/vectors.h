@@ -44,6 +44,30 @@ template <class V> inline V read(const void* from) {
 
 template <class V> inline void write(void* to, V v) { std::memcpy(to, &v, sizeof v); }
 
+inline bool aligned(const void* at) { return (uintptr_t)at % BYTES == 0; }
+
+// Past the caches, to memory that is `aligned`: what is too large to stay in them is not first read
+// into them. Visible to other threads after fence().
+inline void write_past(void* to, Floats v) {
+#if defined(__clang__)
+    __builtin_nontemporal_store(v, (Floats*)to);
+#elif defined(__AVX512F__)
+    __builtin_ia32_movntps512((float*)to, v);
+#elif defined(__AVX__)
+    __builtin_ia32_movntps256((float*)to, v);
+#elif defined(__SSE__)
+    __builtin_ia32_movntps((float*)to, v);
+#else
+    write(to, v);
+#endif
+}
+
+inline void fence() {
+#if defined(__SSE__)
+    __builtin_ia32_sfence();
+#endif
+}
+
 inline Floats all(float value) { return Floats{} + value; }
 
 inline Block load(const float* from) { return {read<Floats>(from), read<Floats>(from + WIDTH)}; }
@@ -58,16 +82,26 @@ inline Block load(const bfloat16* from) {
     return {(Floats)(pairs << 16), (Floats)(pairs & 0xffff0000u)};
 }
 
-// To the nearest bfloat16, ties to even, in the upper half; a NaN stays one, whatever its payload.
+// To the nearest bfloat16, ties to even, in the upper half. A NaN stays one unless all of its lower
+// bits are set: none of a bfloat16 is such a one, nor what arithmetic makes, nor a tame() factor.
 inline Bits rounded(Floats v) {
     Bits bits = (Bits)v;
-    Bits near = bits + 0x7fffu + ((bits >> 16) & 1u);
-    Bits nan = (Bits)(v != v);
-    return (near & ~nan) | ((bits | 0x400000u) & nan);
+    return bits + 0x7fffu + ((bits >> 16) & 1u);
 }
+
+inline float tame(double v) { return v == v ? (float)v : __builtin_nanf(""); }
 
 inline void store(bfloat16* to, Block v) {
     write(to, (rounded(v.a) >> 16) | (rounded(v.b) & 0xffff0000u));
+}
+
+inline void store_past(float* to, Block v) {
+    write_past(to, v.a);
+    write_past(to + WIDTH, v.b);
+}
+
+inline void store_past(bfloat16* to, Block v) {
+    write_past(to, (Floats)((rounded(v.a) >> 16) | (rounded(v.b) & 0xffff0000u)));
 }
 
 inline float value(float v) { return v; }
