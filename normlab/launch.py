@@ -66,14 +66,30 @@ def run(config: dict[str, Any]) -> Outcome:
     when the run itself fails.
     """
     check(config)
-    from normlab import allocator, build
+    from normlab import allocator, build, kernels
 
     kept = config["allocator"] == "keep" and allocator.keep_freed_memory()
     device, data = build.device(config), build.data(config)
+    fused = _fused(config, device.type)
     directory = RunDir(Path(config["runs"]) / run_id(
-        config, device=device.type, data_digest=data.digest, kernels=False
+        config, device=device.type, data_digest=data.digest, kernels=fused
     ))  # fmt: skip
-    return _committed_outcome(config, directory) or _run(config, directory, memory_kept=kept)
+    with kernels.use(fused):
+        return _committed_outcome(config, directory) or _run(config, directory, memory_kept=kept)
+
+
+def _fused(config: dict[str, Any], device: str) -> bool:
+    """Whether norms use the fused kernels; ValueError where they are asked for and not there."""
+    from normlab import kernels
+
+    if not config["kernels"]:
+        return False
+    if device != "cpu":
+        raise ValueError(f"kernels=true: the fused kernels are for the CPU, not for {device}")
+    why = kernels.unavailable() if kernels.enabled() else "NORMLAB_KERNELS=0 turns them off"
+    if why:
+        raise ValueError(f"kernels=true: no fused kernels here: {why}")
+    return True
 
 
 @cache
@@ -300,6 +316,7 @@ def _environment(job: "Job") -> dict[str, Any]:
         "chance": 100 * (1 - 1 / job.data.num_classes),
         "device": device.type,
         "processor": torch.cuda.get_device_name() if device.type == "cuda" else _processor(),
+        "kernels": job.config["kernels"],
         "threads": job.config["threads"] or _default_threads(),
         "normlab": __version__,
         "python": platform.python_version(),

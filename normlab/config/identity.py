@@ -28,10 +28,10 @@ _OPEN = ("norm", "model", "data")  # groups whose keys are those of what is chos
 
 # What a run reads, writes, prints or is called; none of it reaches the weights. `remainder` decides
 # only whether to refuse. The number of threads changes the last bits of sums: it is recorded, and
-# restored on resuming.
+# restored on resuming. `kernels` enters the identity by `run_id`.
 NOT_TRAINING = {
     "evals", "eval_last", "ema_bank", "runs", "data_root", "skip_done", "checkpoint_every", "scale",
-    "experiment", "allocator", "device", "threads", "remainder",
+    "experiment", "allocator", "device", "threads", "remainder", "kernels",
 }  # fmt: skip
 
 

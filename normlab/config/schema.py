@@ -67,6 +67,7 @@ class Config:
     compile: bool = MISSING
     device: str = MISSING
     threads: int | None = MISSING
+    kernels: bool = MISSING
     allocator: str = MISSING
     checkpoint_every: float = MISSING
     runs: str = MISSING
