@@ -9,9 +9,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from normlab.kernels import _switch
+from normlab.kernels import _calls
 from normlab.kernels._formula import batch_norm_backward as by_formula
-from normlab.kernels._library import BOTH, FIRST, SECOND, dense
 
 __all__ = ["batch_norm", "gradient", "gradient_sums", "kept", "moments", "normalize"]
 
@@ -48,7 +47,7 @@ def moments(x: Tensor, *, groups: int, interleaved: bool = False) -> tuple[Tenso
     It has no derivative.
     """
     _refuse_gradient(x)
-    call = torch.ops.normlab.moments if _seen(x) else _moments
+    call = torch.ops.normlab.moments if _seen(x) else _calls.moments
     mean, var = call(x, groups, interleaved)
     return mean, var
 
@@ -70,7 +69,7 @@ def normalize(
     `batch_norm`. It has no derivative: who calls it has one.
     """
     _refuse_gradient(x, weight, bias)
-    call = torch.ops.normlab.normalize if _seen(x) else _normalize
+    call = torch.ops.normlab.normalize if _seen(x) else _calls.normalize
     mean = None if mean is None else mean.double()
     known = mean, var.double(), _float(weight), _float(bias)
     y: Tensor = call(x, *known, groups, interleaved, eps)
@@ -85,7 +84,7 @@ def gradient_sums(
     Groups are consecutive samples; mean and var are (G, C). It has no derivative.
     """
     _refuse_gradient(dy, x)
-    call = torch.ops.normlab.gradient_sums if _seen(x) else _gradient_sums
+    call = torch.ops.normlab.gradient_sums if _seen(x) else _calls.gradient_sums
     sums: Tensor = call(dy, x, mean.double(), var.double(), groups, eps)
     return sums
 
@@ -108,7 +107,7 @@ def gradient(
     has no derivative.
     """
     _refuse_gradient(dy, x, weight, sums)
-    call = torch.ops.normlab.gradient if _seen(x) else _gradient
+    call = torch.ops.normlab.gradient if _seen(x) else _calls.gradient
     known = _float(weight), mean.double(), var.double(), sums
     dx: Tensor = call(dy, x, *known, groups, eps, count)
     return dx
@@ -134,7 +133,7 @@ def batch_norm_backward(
     if torch.is_grad_enabled() and not torch.compiler.is_compiling():
         # Somebody wants a derivative of this one: by operators that have one.
         return by_formula(dy, x, weight, groups=groups, interleaved=interleaved, span=span, eps=eps)
-    call = torch.ops.normlab.batch_norm_backward if _seen(x) else _batch_norm_backward
+    call = torch.ops.normlab.batch_norm_backward if _seen(x) else _calls.batch_norm_backward
     dx, affine = call(dy, x, _float(weight), mean, var, groups, interleaved, span, eps, for_x)
     return dx, affine
 
@@ -165,133 +164,6 @@ def _seen(x: Tensor) -> bool:
         or type(x) not in (Tensor, nn.Parameter)
         or torch._C._len_torch_dispatch_stack() > 0
     )
-
-
-# -- what is behind them ---------------------------------------------------------------------------
-
-
-def _laid(x: Tensor) -> Tensor:
-    return x if dense(x) else x.contiguous()
-
-
-def _as(dy: Tensor, x: Tensor) -> Tensor:
-    """dy in the memory layout and dtype of x."""
-    same = dy.dtype == x.dtype and (dy.stride() == x.stride() or x.is_contiguous())
-    if same and (not x.is_contiguous() or dy.is_contiguous()):
-        return dy
-    return torch.empty_like(x).copy_(dy)
-
-
-def _contiguous(v: Tensor | None) -> Tensor | None:
-    return None if v is None else v.contiguous()
-
-
-def _statistics(x: Tensor, groups: int, span: int) -> tuple[Tensor, Tensor]:
-    mean = x.new_empty((groups, x.size(1) // span), dtype=torch.float64)
-    return mean, torch.empty_like(mean)
-
-
-def _batch_norm(
-    x: Tensor,
-    weight: Tensor | None,
-    bias: Tensor | None,
-    groups: int,
-    interleaved: bool,
-    span: int,
-    eps: float,
-) -> tuple[Tensor, Tensor, Tensor]:
-    x = _laid(x)
-    y, (mean, var) = torch.empty_like(x), _statistics(x, groups, span)
-    affine = _contiguous(weight), _contiguous(bias)
-    _switch.kernels().forward(BOTH, x, y, *affine, mean, var, groups, interleaved, span, eps)
-    return y, mean, var
-
-
-def _moments(x: Tensor, groups: int, interleaved: bool) -> tuple[Tensor, Tensor]:
-    x = _laid(x)
-    mean, var = _statistics(x, groups, 1)
-    none = None, None, None
-    _switch.kernels().forward(FIRST, x, *none, mean, var, groups, interleaved, 1, 1.0)
-    return mean, var
-
-
-def _normalize(
-    x: Tensor,
-    mean: Tensor | None,
-    var: Tensor,
-    weight: Tensor | None,
-    bias: Tensor | None,
-    groups: int,
-    interleaved: bool,
-    eps: float,
-) -> Tensor:
-    x = _laid(x)
-    y = torch.empty_like(x)
-    known = _contiguous(weight), _contiguous(bias), _contiguous(mean), var.contiguous()
-    _switch.kernels().forward(SECOND, x, y, *known, groups, interleaved, 1, eps)
-    return y
-
-
-def _batch_norm_backward(
-    dy: Tensor,
-    x: Tensor,
-    weight: Tensor | None,
-    mean: Tensor,
-    var: Tensor,
-    groups: int,
-    interleaved: bool,
-    span: int,
-    eps: float,
-    for_x: bool,
-) -> tuple[Tensor, Tensor]:
-    x = _laid(x)
-    channels = x.size(1)
-    dx = torch.empty_like(x) if for_x else x.new_empty(0)
-    sums = mean.new_empty((2, groups, channels))
-    own = weight is not None and weight.dim() == 2
-    affine = x.new_empty((2, groups, channels) if own else (2, channels), dtype=torch.float32)
-    _switch.kernels().backward(
-        BOTH if for_x else FIRST, _as(dy, x), x, dx if for_x else None, _contiguous(weight),
-        mean, var, sums, affine, groups, interleaved, span, eps,
-        span * x.numel() / (groups * channels),
-    )  # fmt: skip
-    return dx, affine
-
-
-def _gradient_sums(
-    dy: Tensor, x: Tensor, mean: Tensor, var: Tensor, groups: int, eps: float
-) -> Tensor:
-    x = _laid(x)
-    sums = mean.new_empty((2, groups, x.size(1)))
-    known = mean.contiguous(), var.contiguous()
-    _switch.kernels().backward(
-        FIRST, _as(dy, x), x, None, None, *known, sums, None, groups, False, 1, eps, 1.0
-    )
-    return sums
-
-
-def _gradient(
-    dy: Tensor,
-    x: Tensor,
-    weight: Tensor | None,
-    mean: Tensor,
-    var: Tensor,
-    sums: Tensor,
-    groups: int,
-    eps: float,
-    count: float,
-) -> Tensor:
-    x = _laid(x)
-    dx = torch.empty_like(x)
-    known = _contiguous(weight), mean.contiguous(), var.contiguous(), sums.contiguous()
-    _switch.kernels().backward(
-        SECOND, _as(dy, x), x, dx, *known, None, groups, False, 1, eps, count
-    )
-    return dx
-
-
-def _kept(v: Tensor) -> Tensor:
-    return v.clone()
 
 
 # -- derivatives -----------------------------------------------------------------------------------
@@ -329,7 +201,7 @@ class _BatchNorm(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, *inputs: Any) -> tuple[Tensor, Tensor, Tensor]:
-        output = _batch_norm(*inputs)
+        output = _calls.batch_norm(*inputs)
         _remember(ctx, inputs, output)
         return output
 
@@ -342,15 +214,15 @@ class _BatchNorm(torch.autograd.Function):
 def _fake_batch_norm(
     x: Tensor, _w: Any, _b: Any, groups: int, _i: bool, span: int, _e: float
 ) -> Any:
-    return torch.empty_like(_laid(x)), *_statistics(x, groups, span)
+    return torch.empty_like(_calls.laid(x)), *_calls.empty_statistics(x, groups, span)
 
 
 def _fake_moments(x: Tensor, groups: int, _i: bool) -> Any:
-    return _statistics(x, groups, 1)
+    return _calls.empty_statistics(x, groups, 1)
 
 
 def _fake_normalize(x: Tensor, *_: Any) -> Any:
-    return torch.empty_like(_laid(x))
+    return torch.empty_like(_calls.laid(x))
 
 
 def _fake_batch_norm_backward(
@@ -359,7 +231,7 @@ def _fake_batch_norm_backward(
 ) -> Any:  # fmt: skip
     own = weight is not None and weight.dim() == 2
     size = (2, groups, x.size(1)) if own else (2, x.size(1))
-    dx = torch.empty_like(_laid(x)) if for_x else x.new_empty(0)
+    dx = torch.empty_like(_calls.laid(x)) if for_x else x.new_empty(0)
     return dx, x.new_empty(size, dtype=torch.float32)
 
 
@@ -368,7 +240,7 @@ def _fake_gradient_sums(_dy: Tensor, x: Tensor, _m: Any, _v: Any, groups: int, _
 
 
 def _fake_gradient(_dy: Tensor, x: Tensor, *_: Any) -> Any:
-    return torch.empty_like(_laid(x))
+    return torch.empty_like(_calls.laid(x))
 
 
 _GROUPS = "SymInt groups, bool interleaved"
@@ -379,35 +251,35 @@ for _name, _signature, _kernel, _fake in (
         "batch_norm",
         f"(Tensor x, Tensor? weight, Tensor? bias, {_GROUPS}, SymInt span, float eps)"
         " -> (Tensor, Tensor, Tensor)",
-        _batch_norm,
+        _calls.batch_norm,
         _fake_batch_norm,
     ),
-    ("moments", f"(Tensor x, {_GROUPS}) -> (Tensor, Tensor)", _moments, _fake_moments),
+    ("moments", f"(Tensor x, {_GROUPS}) -> (Tensor, Tensor)", _calls.moments, _fake_moments),
     (
         "normalize",
         "(Tensor x, Tensor? mean, Tensor var, Tensor? weight, Tensor? bias, "
         f"{_GROUPS}, float eps) -> Tensor",
-        _normalize,
+        _calls.normalize,
         _fake_normalize,
     ),
     (
         "batch_norm_backward",
         "(Tensor dy, Tensor x, Tensor? weight, Tensor mean, Tensor var, "
         f"{_GROUPS}, SymInt span, float eps, bool for_x) -> (Tensor, Tensor)",
-        _batch_norm_backward,
+        _calls.batch_norm_backward,
         _fake_batch_norm_backward,
     ),
     (
         "gradient_sums",
         "(Tensor dy, Tensor x, Tensor mean, Tensor var, SymInt groups, float eps) -> Tensor",
-        _gradient_sums,
+        _calls.gradient_sums,
         _fake_gradient_sums,
     ),
     (
         "gradient",
         "(Tensor dy, Tensor x, Tensor? weight, Tensor mean, Tensor var, Tensor sums, "
         "SymInt groups, float eps, float count) -> Tensor",
-        _gradient,
+        _calls.gradient,
         _fake_gradient,
     ),
 ):
@@ -415,8 +287,8 @@ for _name, _signature, _kernel, _fake in (
     _defined.impl(_name, _kernel, "CPU")
     torch.library.register_fake(f"normlab::{_name}", _fake, lib=_defined)
 _defined.define("kept(Tensor v) -> Tensor")
-_defined.impl("kept", _kept, "CompositeExplicitAutograd")
-torch.library.register_fake("normlab::kept", _kept, lib=_defined)
+_defined.impl("kept", _calls.kept, "CompositeExplicitAutograd")
+torch.library.register_fake("normlab::kept", _calls.kept, lib=_defined)
 torch.library.register_autograd(
     "normlab::batch_norm", _differentiate, setup_context=_remember, lib=_defined
 )

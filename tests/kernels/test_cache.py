@@ -65,7 +65,8 @@ def test_compiled_once_into_a_directory_of_ones_own(folder, tmp_path):
     loaded()
 
 
-def test_another_source_compiler_or_cpu_is_compiled_anew(folder, tmp_path, monkeypatch):
+@pytest.mark.usefixtures("folder")
+def test_another_source_compiler_or_cpu_is_compiled_anew(tmp_path, monkeypatch):
     first = compiled()
     monkeypatch.setattr(_build, "_cpu", lambda: "another CPU")
     assert compiled() != first
@@ -108,14 +109,16 @@ def test_links_are_not_followed(folder, tmp_path):
         compiled()
 
 
-def test_another_owner_is_refused(folder, monkeypatch):
+@pytest.mark.usefixtures("folder")
+def test_another_owner_is_refused(monkeypatch):
     compiled()
     monkeypatch.setattr(os, "getuid", lambda: os.geteuid() + 1)
     with pytest.raises(Unavailable, match="belongs to another user"):
         compiled()
 
 
-def test_what_was_cut_short_is_compiled_again(folder, tmp_path):
+@pytest.mark.usefixtures("folder")
+def test_what_was_cut_short_is_compiled_again(tmp_path):
     library = compiled()
     content = library.read_bytes()
     library.write_bytes(content[: len(content) // 2])
@@ -126,12 +129,13 @@ def test_what_was_cut_short_is_compiled_again(folder, tmp_path):
 
 def test_a_compiler_that_fails(folder, tmp_path, monkeypatch):
     fake_compiler(tmp_path, monkeypatch, 'echo "fused.cpp:1: error: no such thing" >&2; exit 3')
-    with pytest.raises(Unavailable, match="failed with 3: fused.cpp:1: error: no such thing"):
+    with pytest.raises(Unavailable, match=r"failed with 3: fused\.cpp:1: error: no such thing"):
         compiled()
     assert list(folder.iterdir()) == []
 
 
-def test_no_compiler(folder, monkeypatch):
+@pytest.mark.usefixtures("folder")
+def test_no_compiler(monkeypatch):
     monkeypatch.delenv("CXX")
     monkeypatch.setattr(shutil, "which", lambda _: None)
     with pytest.raises(Unavailable, match="no C\\+\\+ compiler"):
@@ -141,14 +145,16 @@ def test_no_compiler(folder, monkeypatch):
         compiled()
 
 
-def test_a_compiler_without_march_native_is_asked_in_another_way(folder, tmp_path, monkeypatch):
+@pytest.mark.usefixtures("folder")
+def test_a_compiler_without_march_native_is_asked_in_another_way(tmp_path, monkeypatch):
     whole = compiled()
     action = f'cp "{whole}" "$last"'
     fake_compiler(tmp_path, monkeypatch, action, native="exit 1")
     assert compiled().exists()
 
 
-def test_what_is_no_library_is_not_used(folder, tmp_path, monkeypatch):
+@pytest.mark.usefixtures("folder")
+def test_what_is_no_library_is_not_used(tmp_path, monkeypatch):
     fake_compiler(tmp_path, monkeypatch, 'echo "not a library" > "$last"')
     with pytest.raises(Unavailable, match="cannot load"):
         loaded()
@@ -169,7 +175,8 @@ def test_kernels_that_compute_something_wrong_are_not_used(monkeypatch):
         loaded()
 
 
-def test_layers_fall_back_and_say_why_once(folder, tmp_path, monkeypatch, caplog):
+@pytest.mark.usefixtures("folder")
+def test_layers_fall_back_and_say_why_once(tmp_path, monkeypatch, caplog):
     import torch
 
     from normlab.norms import GhostBatchNorm
@@ -184,14 +191,14 @@ def test_layers_fall_back_and_say_why_once(folder, tmp_path, monkeypatch, caplog
     assert len(caplog.records) == 1
     assert "without the fused kernels: " in caplog.records[0].getMessage()
     assert "failed with 1" in caplog.records[0].getMessage()
-    with pytest.raises(RuntimeError, match="no fused kernels: .*failed with 1"):
+    with pytest.raises(RuntimeError, match=r"no fused kernels: .*failed with 1"):
         kernels.use(True).__enter__()
     monkeypatch.undo()
     with kernels.use(False):
         assert torch.equal(results[0], layer(x))
 
 
-def test_two_at_once(folder, tmp_path):
+def test_two_at_once(folder):
     """Both compile, neither sees half of the other's file."""
     start, found = threading.Barrier(2), []
 
