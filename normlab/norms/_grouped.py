@@ -3,7 +3,8 @@
 Routes are chosen by layout, precision and size, because no operator of torch is both quick and
 accurate on a CPU in all of them:
 
-- Whatever `normlab.kernels` takes: those, in any layout and size. What follows is the pure path.
+- Whatever `normlab.kernels` takes: those, in any size; group norm in channels_last alone, since in
+  NCHW torch's has fewer calls. What follows is the pure path.
 
 - NCHW: each group's channels gathered into rows, then group norm of one channel per group; of large
   maps on a CPU, `_chunked`; where groups interleave, half inputs go through batch norm on a view.
@@ -182,7 +183,7 @@ def group_norm(
 
     x is (N, C, ...) with `groups` dividing C. The output has the dtype and memory layout of x.
     """
-    if kernels.takes(x):
+    if is_channels_last(x) and kernels.takes(x):
         samples, channels = x.shape[:2]
         return kernels.batch_norm(
             x, weight, bias, groups=samples, span=channels // groups, eps=eps
