@@ -42,6 +42,7 @@ def describe(job: "Job") -> dict[str, Any]:
         "chance": 100 * (1 - 1 / job.data.num_classes),
         "device": device.type,
         "processor": torch.cuda.get_device_name() if device.type == "cuda" else _processor(),
+        "kernels": job.config["kernels"],
         "world_size": world,
         "backend": None if world == 1 else "nccl" if device.type == "cuda" else "gloo",
         "threads": job.config["threads"] or max(1, default_threads() // world),

@@ -75,13 +75,28 @@ def run(config: dict[str, Any]) -> Outcome:
     from normlab import allocator, build
 
     kept = config["allocator"] == "keep" and allocator.keep_freed_memory()
-    if taken_up is not None:
-        return _run(config, taken_up, memory_kept=kept)
-    device, data = build.device(config), build.data(config)
-    directory = RunDir(Path(config["runs"]) / run_id(
-        config, device=device.type, data_digest=data.digest, kernels=False
-    ))  # fmt: skip
-    return committed_outcome(config, directory) or _run(config, directory, memory_kept=kept)
+    with _kernels(config):
+        if taken_up is not None:
+            return _run(config, taken_up, memory_kept=kept)
+        device, data = build.device(config), build.data(config)
+        directory = RunDir(Path(config["runs"]) / run_id(
+            config, device=device.type, data_digest=data.digest, kernels=config["kernels"]
+        ))  # fmt: skip
+        return committed_outcome(config, directory) or _run(config, directory, memory_kept=kept)
+
+
+def _kernels(config: dict[str, Any]) -> AbstractContextManager[None]:
+    """Within, norms use the fused kernels or not, as the config says; ValueError where it asks for
+    kernels that are not there."""
+    from normlab import build, kernels
+
+    if config["kernels"]:
+        if (device := build.device(config).type) != "cpu":
+            raise ValueError(f"kernels=true: the fused kernels are for the CPU, not for {device}")
+        why = kernels.unavailable() if kernels.enabled() else "NORMLAB_KERNELS=0 turns them off"
+        if why:
+            raise ValueError(f"kernels=true: no fused kernels here: {why}")
+    return kernels.use(config["kernels"])
 
 
 @cache
@@ -258,7 +273,8 @@ def evaluate(run: str, specs: list[str], *, root: str, data_root: str | None = N
     status = directory.status().get("status", "unfinished")
     if status != "done":
         raise ValueError(f"run {directory.id} is {status}: only a finished run can be evaluated")
-    return _completed(config, directory)
+    with _kernels(config):
+        return _completed(config, directory)
 
 
 def _committed_as(run: str, root: Path) -> str:

@@ -315,9 +315,9 @@ def source_digest() -> str:
     """8 hex digits over the modules that a run executes, so that a report can mark older runs."""
     package = Path(__file__).resolve().parent
     digest = hashlib.sha256()
-    for path in sorted(package.rglob("*.py")):
+    for path in sorted(package.rglob("*")):
         relative = path.relative_to(package)
-        if relative.parts[0] not in _NOT_RUN:
+        if path.suffix in (".py", ".cpp", ".h") and relative.parts[0] not in _NOT_RUN:
             digest.update(str(relative).encode() + b"\0" + path.read_bytes())
     return digest.hexdigest()[:8]
 

@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from normlab import agreement, allocator, build, checkpoint, dist, logs, ranks
+from normlab import agreement, allocator, build, checkpoint, dist, kernels, logs, ranks
 from normlab.batchplan import BatchPlan
 from normlab.checkpoint import Stop
 from normlab.data.base import Dataset
@@ -368,9 +368,10 @@ def _take_part(config: dict[str, Any], run: RunDir, rank: int) -> None:
     ):
         if ranks.restarts():
             log.warning("all ranks were started again after a failure: %d", ranks.restarts())
-        job = construct(config)
-        check_environment(job, run)
-        finish(job, run, stop)
+        with kernels.use(config["kernels"]):
+            job = construct(config)
+            check_environment(job, run)
+            finish(job, run, stop)
 
 
 if __name__ == "__main__":

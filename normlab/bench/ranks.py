@@ -22,7 +22,7 @@ from unittest import mock
 import torch
 from torch import distributed, nn
 
-from normlab import allocator, norms
+from normlab import allocator, kernels, norms
 from normlab.bench import layers, peers
 from normlab.bench.measure import Spread, Together, take_turns
 from normlab.models.base import NormConstructor
@@ -76,6 +76,8 @@ class RankRow:
     """In one step."""
     peer_collectives: int
     bar: float = BAR
+    kernels: bool = False
+    """Whether the layer could use the fused kernels."""
 
     @property
     def met(self) -> bool:
@@ -167,6 +169,7 @@ def _row(
         elapsed=over("ours", "peer", clock=1),
         collectives=collectives["ours"],
         peer_collectives=collectives["peer"],
+        kernels=kernels.enabled() and kernels.available(),
     )
 
 

@@ -29,6 +29,7 @@ LATER: dict[str, Any] = {
     "sync_layers": None,
     "buffers": "average",
     "debug_sync": False,
+    "kernels": False,
 }
 """Dotted keys introduced after version 1, each with the default of its introduction."""
 

@@ -71,6 +71,7 @@ class Config:
     compile: bool | str = MISSING
     device: str = MISSING
     threads: int | None = MISSING
+    kernels: bool = MISSING
     allocator: str = MISSING
     checkpoint_every: float = MISSING
     launch: bool = MISSING

@@ -16,6 +16,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from normlab import kernels
 from normlab.norms._choices import (
     Choosing,
     Source,
@@ -270,10 +271,19 @@ class PopulationNorm(Choosing):
         bias: Tensor | None,
         population: str = "",
     ) -> tuple[Tensor, BatchStatistics | None]:
-        """torch's batch norm, to the bit, with the update inside; the statistics if observed.
+        """Batch norm with one group, and the update if any; the statistics if observed.
 
-        running is mean and var (C,) of `population`, in the buffers' memory.
+        On the pure path it is torch's, to the bit. running is mean and var (C,) of `population`, in
+        the buffers' memory.
         """
+        if kernels.takes(x):
+            y, batch_mean, batch_var = kernels.batch_norm(x, weight, bias, groups=1, eps=self.eps)
+            if self.updates:
+                unbiased = batch_var[0] * (count / (count - 1))
+                move_towards(*running, batch_mean[0], unbiased, self.momentum)
+            if not self.observers:
+                return y, None
+            return y, BatchStatistics(batch_mean.float(), batch_var.float(), count, population)
         if running[0].dtype == torch.float32:
             weight, bias = float32_affine(x, weight, bias)
         mean, var, momentum = (*running, self.momentum) if self.updates else (None, None, 0.0)

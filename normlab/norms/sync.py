@@ -9,7 +9,7 @@ from torch._compile import _disable_dynamo
 from torch.distributed import ProcessGroup
 from torch.nn.modules._functions import SyncBatchNorm as TorchSync
 
-from normlab import dist
+from normlab import dist, kernels
 from normlab.norms._grouped import float32_affine
 from normlab.norms._meeting import Call, Meeting, Watch, agree, reserve
 from normlab.norms.base import BatchStatistics, PopulationNorm, Source, _check_input
@@ -256,6 +256,9 @@ def _moments(x: Tensor) -> tuple[Tensor, Tensor]:
         nothing = x.new_zeros(x.size(1), dtype=torch.float64)
         return nothing, nothing
     over, shape = _per_channel(x)
+    if kernels.takes(x):
+        mean, var = kernels.moments(x, groups=1)
+        return mean[0], var[0]
     near = x.mean(over, dtype=precision)
     centered = x - near.view(shape)
     rest = centered.mean(over).double()
@@ -282,25 +285,39 @@ class _SynchronizedNorm(torch.autograd.Function):
         meeting: Meeting | None,
     ) -> Tensor:
         mean, var = statistics.mean[0], statistics.var[0]
-        ctx.save_for_backward(x, weight, mean, (var + eps).rsqrt_())
+        ctx.save_for_backward(x, weight, mean, var)
         ctx.count, ctx.meeting = statistics.count, meeting
+        ctx.eps, ctx.fused = eps, kernels.takes(x)
+        if ctx.fused:
+            return kernels.normalize(x, mean[None], var[None], weight, bias, eps=eps)
         return F.batch_norm(x, mean, var, weight, bias, False, eps=eps)
 
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
-        x, weight, mean, rstd = ctx.saved_tensors
-        over, shape = _per_channel(x)
-        centered = x - mean.view(shape)
-        sums = dy.sum(over, dtype=rstd.dtype)
-        dots = (dy * centered).sum(over, dtype=rstd.dtype) * rstd
+        x, weight, mean, var = ctx.saved_tensors
+        known = mean[None], var[None]
+        if ctx.fused:
+            own = kernels.gradient_sums(dy, x, *known, eps=ctx.eps)[:, 0]
+        else:
+            rstd = (var + ctx.eps).rsqrt_()
+            over, shape = _per_channel(x)
+            centered = x - mean.view(shape)
+            sums = dy.sum(over, dtype=rstd.dtype)
+            own = torch.stack([sums, (dy * centered).sum(over, dtype=rstd.dtype) * rstd])
         dx = None
         if ctx.meeting is not None:
-            total = ctx.meeting.sum(torch.stack([sums, dots]).double())
-            constant, slope = (total / ctx.count).to(rstd.dtype)
-            scale = rstd if weight is None else rstd * weight
-            dx = torch.addcmul((-scale * constant).view(shape), dy, scale.view(shape))
-            dx = dx.addcmul_(centered, (-scale * rstd * slope).view(shape)).to(x.dtype)
+            total = ctx.meeting.sum(own.to(torch.float64, copy=True))
+            if ctx.fused:
+                dx = kernels.gradient(
+                    dy, x, weight, *known, total[:, None], eps=ctx.eps, count=ctx.count
+                )
+            else:
+                constant, slope = (total / ctx.count).to(rstd.dtype)
+                scale = rstd if weight is None else rstd * weight
+                dx = torch.addcmul((-scale * constant).view(shape), dy, scale.view(shape))
+                dx = dx.addcmul_(centered, (-scale * rstd * slope).view(shape)).to(x.dtype)
+        sums, dots = own.to(mean.dtype)
         dweight, dbias = (
             value if wanted else None
             for value, wanted in zip((dots, sums), ctx.needs_input_grad[1:3], strict=True)
