@@ -41,16 +41,16 @@ def test_a_run_takes_the_path_of_its_config(calls):
         fused = start("kernels=true")
         assert calls
         assert kernels.enabled()
+        calls.clear()
+        launch.evaluate(without.id, ["val:batch"], root="runs")
+        assert not calls
+        launch.evaluate(fused.id, ["val:batch"], root="runs")
+        assert calls
     assert without.id != fused.id
     assert without.id.rpartition("-")[0] == fused.id.rpartition("-")[0]
     assert [launch.RunDir(o.path).env()["kernels"] for o in (without, fused)] == [False, True]
     errors = [outcome.summary["val:ema"] for outcome in (without, fused)]
     assert abs(errors[0] - errors[1]) < 10
-    calls.clear()
-    launch.evaluate(without.id, ["val:batch"], root="runs")
-    assert not calls
-    launch.evaluate(fused.id, ["val:batch"], root="runs")
-    assert calls
 
 
 def test_kernels_that_are_not_there_are_refused(monkeypatch, tmp_path):
