@@ -117,7 +117,7 @@ def task(cfg: DictConfig) -> None:
     sweeping = hydra.mode == RunMode.MULTIRUN
     note: dict[str, Any] = {"sweep": sweeping}
     try:
-        outcome = launch.run(config.resolve(cfg))
+        outcome = launch.run(config.resolve(cfg), config.keys(hydra.overrides.task))
     except launch.JobError as error:
         note |= {"status": "failed", "message": str(error)}
     except (ValueError, OSError) as error:

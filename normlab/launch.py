@@ -5,7 +5,7 @@ elsewhere is skipped, an unfinished one resumes, and two processes never work on
 """
 
 import logging
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass, replace
 from functools import cache
@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from normlab import environment, lease, logs, runs
-from normlab.config import check, continued, run_id, with_later_keys
+from normlab.config import OF_THE_PLACE, check, continued, run_id, with_later_keys
 from normlab.lease import LeaseLost
 from normlab.runs import FINISHED, RunDir
 
@@ -59,8 +59,11 @@ class Outcome:
         return f"recorded in {self.recorded}; skip_done=local runs it here"
 
 
-def run(config: dict[str, Any]) -> Outcome:
+def run(config: dict[str, Any], named: Collection[str] = OF_THE_PLACE) -> Outcome:
     """Run, resume or skip what the config describes.
+
+    named: the keys that were asked for by name. With ``resume``, what the run recorded holds for
+    the others.
 
     Raises ValueError or OSError before anything is written when the config cannot work, JobError
     when the run itself fails.
@@ -69,7 +72,7 @@ def run(config: dict[str, Any]) -> Outcome:
     taken_up: RunDir | None = None
     if config["resume"] is not None:
         taken_up = runs.find(config["resume"], Path(config["runs"]))
-        config = continued(taken_up.config(), config)
+        config = continued(taken_up.config(), config, named)
         if not taken_up.checkpoint.exists():
             raise ValueError(f"run {taken_up.id} has no checkpoint to go on from")
     from normlab import allocator, build
@@ -301,8 +304,9 @@ def _prepare(directory: RunDir, config: dict[str, Any], described: dict[str, Any
     directory.clear_status()
     _set_threads(directory)
     if directory.config()["world_size"] != config["world_size"]:
-        recorded |= {key: described[key] for key in ("world_size", "backend")}
+        recorded |= {key: described[key] for key in ("world_size", "backend", "threads")}
         _record_ranks(directory, config, recorded)
+        _set_threads(directory)
     if config["world_size"] > 1 or not config["launch"]:
         directory.write_config(config)  # where its ranks read what was asked for this time
     if described["source"] not in recorded["source"].split("+"):

@@ -19,8 +19,10 @@ from torch import nn
 from normlab import agreement, allocator, build, checkpoint, dist, kernels, logs, ranks
 from normlab.batchplan import BatchPlan
 from normlab.checkpoint import Stop
+from normlab.config import with_later_keys
 from normlab.data.base import Dataset
 from normlab.evaluate import Evaluator
+from normlab.lease import LeaseLost
 from normlab.norms.base import population_layers
 from normlab.population import EmaBank
 from normlab.protocols import Protocol
@@ -329,7 +331,7 @@ def main(run_dir: str) -> None:
     for another number of ranks than the run has.
     """
     run = RunDir(Path(run_dir))
-    config = run.config()
+    config = with_later_keys(run.config())
     rank, size = ranks.place()
     if size != config["world_size"]:
         raise ValueError(
@@ -346,10 +348,15 @@ def main(run_dir: str) -> None:
         try:
             # Whoever has started the ranks hands its lease to the first one; else that takes it.
             with run.lock() if rank == 0 else nullcontext():
-                _take_part(config, run, rank)
+                try:
+                    _take_part(config, run, rank)
+                except LeaseLost:
+                    raise  # the run is another process's now, and so is its status
+                except Exception as error:
+                    if rank == 0 and not ranks.launched():
+                        record_failure(run, error)
+                    raise
         except BaseException as error:
-            if rank == 0 and not ranks.launched() and isinstance(error, Exception):
-                record_failure(run, error)
             ranks.ended_by(error)
 
 

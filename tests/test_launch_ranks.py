@@ -45,7 +45,7 @@ def test_two_ranks_make_one_run():
     assert done.stderr == ""
     assert [path.name for path in Path.cwd().iterdir()] == ["runs"]
     run = only_run()
-    assert {path.name for path in run.path.iterdir()} - {".lock", "ranks"} == {
+    assert {path.name for path in run.path.iterdir()} - {".lease.1", "ranks"} == {
         "config.yaml", "env.json", "metrics.csv", "evals.csv", "checkpoint.pt", "epoch-1.pt",
         "log.txt", "status.json",
     }  # fmt: skip
@@ -71,7 +71,7 @@ def test_a_prepared_run_waits_for_its_ranks(capfd):
     assert "torchrun --nnodes=$NODES --nproc-per-node=$((2 / NODES)) " in said
     assert f" --max-restarts=3 --log-dir={path}/ranks " in said
     assert said.endswith(f" -m normlab.worker {path}\n")
-    assert {path.name for path in run.path.iterdir()} - {".lock"} == {
+    assert {path.name for path in run.path.iterdir()} - {".lease.1"} == {
         "config.yaml", "env.json", "log.txt",
     }  # fmt: skip
     assert cli.main(["train", "-m", *JOB, "seed=0,1", "launch=false"]) == 0

@@ -10,7 +10,7 @@ import torch
 import whole
 
 from normlab import checkpoint, cli, launch
-from normlab.config import ConfigError, check_resume, compose, continued, plan_of
+from normlab.config import ConfigError, check_resume, compose, continued, keys, plan_of
 from normlab.runs import RunDir
 
 
@@ -66,6 +66,14 @@ def test_other_batches_are_refused_with_the_reason(run, size, said):
     assert said in str(error.value)
     assert f"world_size={size}: the run has world_size={run['world_size']}" in str(error.value)
     assert "\n" not in str(error.value)
+
+
+def test_what_is_not_named_stays_as_it_was():
+    run = recorded("norm=sync", "nbs=64", "world_size=2") | {"stall_timeout": 9.0}
+    asked = run | {"world_size": 1, "stall_timeout": 600.0, "runs": "elsewhere"}
+    assert continued(run, asked, keys(["resume=tiny"])) == run
+    config = continued(run, asked, keys(["resume=tiny", "world_size=1"]))
+    assert (config["world_size"], config["stall_timeout"]) == (1, 9.0)
 
 
 def test_a_run_that_is_resumed_stays_what_it_was():

@@ -23,11 +23,12 @@ from normlab.config.identity import (
     training_config,
     with_later_keys,
 )
-from normlab.config.resumption import check_resume, continued
+from normlab.config.resumption import OF_THE_PLACE, check_resume, continued, keys
 from normlab.config.schema import Config, ConfigError, check, plan_of
 
 __all__ = [
     "LATER",
+    "OF_THE_PLACE",
     "SCHEMA_VERSION",
     "Config",
     "ConfigError",
@@ -39,6 +40,7 @@ __all__ = [
     "continued",
     "explained",
     "jobs",
+    "keys",
     "near",
     "options",
     "plan_of",

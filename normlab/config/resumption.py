@@ -1,5 +1,6 @@
 """A run that goes on with another number of ranks: the same run, as long as its batches are."""
 
+from collections.abc import Collection
 from typing import Any
 
 from normlab import batchplan
@@ -15,10 +16,10 @@ OF_THE_PLACE = (
 
 def check_resume(overrides: list[str]) -> None:
     """Refuse to say anew what a run is that is taken up again. Raises ConfigError."""
-    keys = [override.split("=")[0].lstrip("+~") for override in overrides]
-    if "resume" not in keys or "resume=null" in overrides:
+    named = keys(overrides)
+    if "resume" not in named or "resume=null" in overrides:
         return
-    for key, override in zip(keys, overrides, strict=True):
+    for key, override in zip(named, overrides, strict=True):
         if key != "resume" and key not in OF_THE_PLACE:
             raise ConfigError(
                 f"{override}: a run that is resumed stays what it was; beside resume= there may be"
@@ -26,15 +27,25 @@ def check_resume(overrides: list[str]) -> None:
             )
 
 
-def continued(recorded: dict[str, Any], asked: dict[str, Any]) -> dict[str, Any]:
+def keys(overrides: list[str]) -> list[str]:
+    """The key that each override names."""
+    return [override.split("=")[0].lstrip("+~") for override in overrides]
+
+
+def continued(
+    recorded: dict[str, Any], asked: dict[str, Any], named: Collection[str] = OF_THE_PLACE
+) -> dict[str, Any]:
     """The config of a recorded run that goes on where and with as many ranks as is asked.
+
+    Of what may be said beside ``resume``, the keys that are `named` are taken from what is asked;
+    the others stay as they were.
 
     Raises ConfigError if these cannot form the same batches: the same samples share statistics, in
     the same order, and a layer that would notice gets the same micro-batches.
     """
     recorded = with_later_keys(recorded)
-    config = recorded | {key: asked[key] for key in OF_THE_PLACE}
-    before, size = plan_of(recorded), asked["world_size"]
+    config = recorded | {key: asked[key] for key in OF_THE_PLACE if key in named}
+    before, size = plan_of(recorded), config["world_size"]
     if size == before.world_size:
         return config
     said = ""

@@ -72,7 +72,7 @@ def _cell(cell: dict[str, Any], settings: tuple[str, ...]) -> Cell:
 
     config.check(cell)
     device, data = build.device(cell).type, build.data(cell)
-    run = config.run_id(cell, device=device, data_digest=data.digest, kernels=False)
+    run = config.run_id(cell, device=device, data_digest=data.digest, kernels=cell["kernels"])
     directory = RunDir(Path(cell["runs"]) / run)
     if launch.committed_outcome(cell, directory):
         return Cell(run, settings, cell, "committed", 0.0)

@@ -12,7 +12,7 @@ from typing import Any, cast
 import torch
 from torch import Tensor
 
-from normlab import allocator, build, runs, worker
+from normlab import allocator, build, kernels, runs, worker
 from normlab.checkpoint import Stop
 from normlab.data.base import Dataset
 from normlab.protocols import Protocol
@@ -94,6 +94,12 @@ def warm_up(config: dict[str, Any]) -> None:
 
 
 def probe(config: dict[str, Any], *, threads: int | None) -> Cost | None:
+    """`_probe` with the layers on the path that the run would take."""
+    with kernels.use(config["kernels"]):
+        return _probe(config, threads=threads)
+
+
+def _probe(config: dict[str, Any], *, threads: int | None) -> Cost | None:
     """Some steps of a run and some batches of each of its evaluations, scaled to the whole.
 
     threads: as many as a run of the sweep has, where its config names none; None: torch's choice.
