@@ -23,6 +23,9 @@ Measured = dict[str, list[float]]
 FEWEST = 3
 """Rounds of which a median is taken at least, where time is short."""
 
+LEAVING = 60.0
+"""Seconds that a process has to end by itself: a busy machine takes many to leave an interpreter."""
+
 
 @dataclass(frozen=True)
 class Spread:
@@ -230,7 +233,7 @@ class Together:
                     process.stdin.close()  # type: ignore[union-attr]
             with suppress(subprocess.TimeoutExpired):
                 for process in [] if at_once else self.processes:
-                    process.wait(5)
+                    process.wait(LEAVING)
         finally:
             for process in self.processes:
                 process.kill()

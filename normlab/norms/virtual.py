@@ -1,5 +1,6 @@
 """Virtual batch norm: samples that are only run forward take part in the statistics."""
 
+import math
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any, ClassVar, Literal, get_args
@@ -8,7 +9,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from normlab.norms._grouped import float32_affine
+from normlab.norms import _forward_only
+from normlab.norms._grouped import float32_affine, variance
 from normlab.norms._moments import moments
 from normlab.norms.base import BatchStatistics, PopulationNorm, Source
 
@@ -40,7 +42,10 @@ class VirtualBatchNorm(PopulationNorm):
     gradient: "own" runs v forward only: what comes from v is a constant, so gradients reach x,
     weight and bias through x and its share of the statistics alone; the gradient of v is zero.
     "all" has the whole derivative of the N outputs, through v's share too, where v depends on
-    weights of earlier layers. (Memory is that of N + V samples either way.)
+    weights of earlier layers. (Memory is that of N + V samples either way.) With `extra`, they are
+    the gradients of BatchNorm on [x; v] for outputs N + 1 to N + V that nothing depends on: to the
+    bit, but for large inputs of float32 at least on a CPU, where they are so to rounding, and taken
+    in less time.
 
     Population: the running statistics follow the mean and *unbiased* variance of "all" N + V
     samples, or of the "own" N, as the argument `population` says: r += (1 - decay) (b - r).
@@ -115,7 +120,7 @@ class VirtualBatchNorm(PopulationNorm):
         return super()._groups(x)
 
     def _check_virtual(self, x: Tensor) -> None:
-        samples, virtual, elements = x.size(0), self.virtual, x[:1, :1].numel()
+        samples, virtual, elements = x.size(0), self.virtual, math.prod(x.shape[2:])
         if virtual and samples <= virtual:
             raise ValueError(
                 f"a batch of {samples} samples, of which {virtual} are forward-only, has no other: "
@@ -141,7 +146,9 @@ class VirtualBatchNorm(PopulationNorm):
             return super()._normalize(x, groups, interleaved, count)
         own = x.size(0) - virtual
         if self.gradient == "own" and not self.reference:
-            x = _constant_from(x, own)
+            if _forward_only.worth_own_sums(x):
+                return self._learning_from(x, own, count)
+            x = _forward_only.constant_from(x, own)
         if not self.reference and self.population == "all":
             y, statistics = super()._normalize(x, groups, interleaved, count)
         else:
@@ -152,7 +159,26 @@ class VirtualBatchNorm(PopulationNorm):
             if self.updates and statistics is not None:
                 self.ema_step(self.running_mean, self.running_var, statistics, self.decay)
         if self.gradient == "own" and not self.reference and y.requires_grad:
-            y = _constant_output(y, own)
+            y = _forward_only.constant_output(y, own)
+        return y, statistics
+
+    def _learning_from(
+        self, x: Tensor, own: int, count: int
+    ) -> tuple[Tensor, BatchStatistics | None]:
+        """`_normalize` of extra samples, with a backward pass over the first `own` samples."""
+        everyone = self.population == "all"
+        buffers = self.running_mean, self.running_var
+        running = buffers if everyone and self.updates else (None, None)
+        y, mean, rstd = _forward_only.own_gradient(
+            x, own, self.weight, self.bias, running, self.momentum, self.eps
+        )
+        statistics = None
+        if everyone and self.observers:
+            statistics = BatchStatistics(mean[None], variance(rstd, self.eps)[None], count)
+        elif not everyone and (self.updates or self.observers):
+            statistics = moments(x[:own])
+            if self.updates:
+                self.ema_step(*buffers, statistics, self.decay)
         return y, statistics
 
     def _by_batch(self, x: Tensor) -> Tensor:
@@ -209,60 +235,6 @@ def _centered(x: Tensor, over: list[int]) -> tuple[Tensor, Tensor, Tensor]:
 def _check_number(name: str, value: object) -> None:
     if isinstance(value, bool) or not isinstance(value, int) or value < 0:
         raise ValueError(f"{name} must be a whole number from 0 on, not {value!r}")
-
-
-def _transformed() -> bool:
-    return torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active()
-
-
-class _ConstantFrom(torch.autograd.Function):
-    """The identity, to whose derivative the samples from `own` on are constants."""
-
-    generate_vmap_rule = True
-
-    @staticmethod
-    def forward(x: Tensor, own: int) -> Tensor:  # noqa: ARG004
-        return x.view_as(x)
-
-    @staticmethod
-    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:  # noqa: ARG004
-        _, ctx.own = inputs
-
-    @staticmethod
-    def backward(ctx: Any, dy: Tensor) -> tuple[Tensor, None]:
-        # Outside of double backward dy is new, made by what normalizes: nobody else reads it.
-        dx = dy.clone() if torch.is_grad_enabled() or _transformed() else dy
-        dx[ctx.own :] = 0
-        return dx, None
-
-
-class _ConstantHere(torch.autograd.Function):
-    """_ConstantFrom in the memory of x: no view, which what follows could not change in place."""
-
-    @staticmethod
-    def forward(ctx: Any, x: Tensor, own: int) -> Tensor:
-        ctx.own = own
-        ctx.mark_dirty(x)
-        return x
-
-    @staticmethod
-    def backward(ctx: Any, dy: Tensor) -> tuple[Tensor, None]:
-        dx = dy.clone()
-        dx[ctx.own :].zero_()
-        return dx, None
-
-
-def _constant_from(x: Tensor, own: int) -> Tensor:
-    y: Tensor = _ConstantFrom.apply(x, own)
-    return y
-
-
-def _constant_output(y: Tensor, own: int) -> Tensor:
-    """y (N, C, ...), of which nothing else has a need, with samples from `own` on detached."""
-    if _transformed():
-        return torch.cat([y[:own], y[own:].detach()])  # such Functions are not taken there
-    constant: Tensor = _ConstantHere.apply(y, own)
-    return constant
 
 
 @contextmanager

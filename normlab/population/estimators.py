@@ -1,6 +1,7 @@
 """Population statistics of a model with fixed weights, estimated on any data."""
 
 import hashlib
+import sys
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager, nullcontext
 from functools import partial
@@ -89,7 +90,8 @@ def estimate(
 
     A layer used several times in a pass pools what it saw. Frozen layers (whose owner set
     `statistics` to "population") keep their constants and, like layers that were never reached, are
-    absent from the result. What a `normalization` around the call chose counts for nothing in it.
+    absent from the result, as what layers of other kinds keep is (timm's EvoNorm). What a
+    `normalization` around the call chose counts for nothing in it.
     Parameters, buffers, modes and settings are as before afterwards, also after an exception; no
     random number is drawn. A float32 layer knows means to about 1e-7 of their size, and variances
     to that and the mean's last places. Where torch's batch norm sums in float32 (channels_last and
@@ -97,8 +99,9 @@ def estimate(
     about larger ones, where that error would grow, another route is taken.
 
     Raises ValueError without any batch, for an unknown estimator, for a decay that does not belong,
-    for a model with torch's own batch norms, which it would leave as they are, for one whose batch
-    norms are all frozen, and what the layers raise; "layerwise" also for batches that can be passed
+    for a model with torch's own batch norms, which it would leave as they are, for one whose
+    parameters are sharded over ranks (FSDP), for one whose batch norms are all frozen, and what the
+    layers raise; "layerwise" also for batches that can be passed
     over only once, where batches reach the layers in different orders, and for layers of several
     populations or whose statistic is no variance. Over ranks also where their estimators, layers or
     group_size differ, and for a decay; RuntimeError for what failed on another rank.
@@ -152,6 +155,7 @@ def _checked(
             "out, or estimate on each rank alone (group='alone')"
         )
     refuse_strangers(model, "estimated")
+    _refuse_sharded(model)
     found = population_layers(model)
     layers = {name: layer for name, layer in found.items() if not layer.frozen}
     if found and not layers:
@@ -167,6 +171,19 @@ def _checked(
                 "loader, not an iterator that is spent after one pass"
             )
     return layers
+
+
+def _refuse_sharded(model: nn.Module) -> None:
+    # Each forward gathers the parameters from all ranks, and ranks may have unequal batches.
+    fsdp = sys.modules.get("torch.distributed.fsdp")  # without it, nothing is sharded
+    if fsdp is None:
+        return
+    for name, module in model.named_modules():
+        if isinstance(module, (fsdp.FullyShardedDataParallel, fsdp.FSDPModule)):
+            raise ValueError(
+                f"{name or 'the model'} is sharded over ranks (FSDP), which estimate cannot run: "
+                "load its full state_dict into a model that is not, and estimate that"
+            )
 
 
 def _facts(

@@ -86,8 +86,9 @@ def convert(
 
     Returns the model, or the new layer where the model is a norm itself. Raises ValueError for the
     above, for an option that `norm` does not have or needs, for momentum 0 (torch's statistics that
-    never move) or None (cumulative) where `norm` has no such decay, for TorchScript, and for
-    a model inside DistributedDataParallel, which holds the old buffers: convert before wrapping.
+    never move) or None (cumulative) where `norm` has no such decay, for eps=0, which torch takes in
+    eval() alone (give another: eps=1e-5), for TorchScript, and for a model inside
+    DistributedDataParallel, which holds the old buffers: convert before wrapping.
     """
     # `in` cannot name a module: it is the one norm that configurations call by another name.
     cls = find("instance" if norm == "in" else norm) if isinstance(norm, str) else norm

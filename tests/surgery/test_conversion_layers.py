@@ -311,3 +311,13 @@ def test_a_refusal_leaves_everything_alone():
     assert all(p.requires_grad for p in model.parameters())
     model.load_state_dict(model.state_dict())
     assert calls == [first]
+
+
+def test_an_eps_of_0_needs_another():
+    """torch's layer takes it, and refuses to train with it."""
+    model = nn.Sequential(nn.BatchNorm2d(3, eps=0.0))
+    with pytest.raises(ValueError, match="eps must be positive during training"):
+        model(torch.randn(2, 3, 2, 2))
+    with pytest.raises(ValueError, match=r"^0 \(BatchNorm2d\): eps must be above 0, not 0.0"):
+        convert(model, "bn")
+    assert convert(model, "bn", eps=1e-5)[0].eps == 1e-5

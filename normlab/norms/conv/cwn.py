@@ -34,9 +34,9 @@ class CenteredWeightNormConv2d(WeightNormConv2d):
     def _fused(self) -> Tensor:
         return self._vectors()
 
-    def _rounding(self, v: Tensor) -> Tensor:
+    def _excess(self, norm: Tensor) -> Tensor:
         # What rounding leaves of a difference is no direction.
-        return 8 * torch.finfo(v.dtype).eps * _norm(self.weight.detach())
+        return norm - 8 * torch.finfo(norm.dtype).eps * _norm(self.weight.detach())
 
 
 class _Centered(torch.autograd.Function):

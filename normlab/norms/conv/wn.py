@@ -1,10 +1,11 @@
 """Weight normalization (Salimans & Kingma 2016)."""
 
-from typing import Any
+from functools import partial
 
 import torch
 from torch import Tensor, nn
 
+from normlab.norms._grouped import is_channels_last
 from normlab.norms.conv.base import ReparametrizedConv2d
 
 __all__ = ["WeightNormConv2d"]
@@ -47,15 +48,16 @@ class WeightNormConv2d(ReparametrizedConv2d):
         """g times the directions of the filters, (O, I / groups, kh, kw)."""
         # Asking for a norm's value would wait for a GPU, and torch's transformations have none.
         transformed = torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active()
-        if self.weight.device.type == "cpu" and not transformed:
+        weight = self.weight
+        if weight.is_cpu and not transformed:
             v = self._fused()
             filters, norm = _weight_norm(v, self.weight_g.to(v.dtype))
-            if bool((norm > self._rounding(v)).all()):
-                return filters.to(self.weight.dtype)
+            if self._excess(norm).min().item() > 0:
+                return filters.to(weight.dtype)
         v = self._vectors()
         norm = _norm(v)
-        filters = v * (self.weight_g / norm.masked_fill(norm <= self._rounding(v), 1.0))
-        return filters.to(self.weight.dtype)
+        filters = v * (self.weight_g / norm.masked_fill(self._excess(norm) <= 0, 1.0))
+        return filters.to(weight.dtype)
 
     def _vectors(self) -> Tensor:
         """What the filters have the direction of, float32 at least."""
@@ -65,9 +67,9 @@ class WeightNormConv2d(ReparametrizedConv2d):
         """The same for torch's operator, whose statistics are float32 for half filters too."""
         return self.weight
 
-    def _rounding(self, v: Tensor) -> Tensor | float:  # noqa: ARG002
-        """The norms (O, 1, 1, 1) up to which `_vectors` are no directions."""
-        return 0.0
+    def _excess(self, norm: Tensor) -> Tensor:
+        """By how much the norms (O, 1, 1, 1) are above those of no direction."""
+        return norm
 
     def _adopt(self) -> None:
         self.weight_g = nn.Parameter(self._lengths(), self.weight.requires_grad)
@@ -77,38 +79,34 @@ class WeightNormConv2d(ReparametrizedConv2d):
 
 
 def _weight_norm(v: Tensor, g: Tensor) -> tuple[Tensor, Tensor]:
-    """g v / |v| in the memory layout of v, and |v| (O, 1, 1, 1) without gradient."""
-    last = not v.is_contiguous() and v.movedim(1, -1).is_contiguous()
-    filters, norm = _WeightNorm.apply(v.movedim(1, -1) if last else v.contiguous(), g)
-    return filters.movedim(-1, 1) if last else filters, norm
+    """g v / |v| in the memory layout of v, and |v| (O, 1, 1, 1) without gradient.
 
-
-class _WeightNorm(torch.autograd.Function):
-    """torch's operator, which reads contiguous v (O, ...) once, with the derivative it is due.
-
-    torch's own second derivative takes the norms for constants.
+    By torch's operator, which reads contiguous v (O, ...) once.
     """
+    last = is_channels_last(v)
+    v = v.movedim(1, -1) if last else v.contiguous()
+    filters, norm = torch._weight_norm_interface(v, g)
+    if filters.grad_fn is not None:
+        filters.grad_fn.register_hook(partial(_differentiable, v, g))
+    return filters.movedim(-1, 1) if last else filters, norm.detach()
 
-    @staticmethod
-    def forward(ctx: Any, v: Tensor, g: Tensor) -> tuple[Tensor, Tensor]:
-        filters, norm = torch._weight_norm_interface(v, g)
-        ctx.save_for_backward(v, g, norm)
-        ctx.mark_non_differentiable(norm)
-        return filters, norm
 
-    @staticmethod
-    def backward(ctx: Any, dy: Tensor, _: Tensor) -> tuple[Tensor, Tensor]:
-        v, g, norm = ctx.saved_tensors
-        dv: Tensor
-        dg: Tensor
-        if not torch.is_grad_enabled():
-            dv, dg = torch.ops.aten._weight_norm_interface_backward(dy.contiguous(), v, g, norm, 0)
-            return dv, dg
-        length = _norm(v)
-        directions = v / length
-        dg = (dy * directions).sum((1, 2, 3), keepdim=True)
-        dv = (dy - directions * dg) * (g / length)
-        return dv.to(v.dtype), dg.to(g.dtype)
+def _differentiable(
+    v: Tensor, g: Tensor, found: tuple[Tensor | None, ...], incoming: tuple[Tensor, ...]
+) -> tuple[Tensor | None, ...] | None:
+    """The gradients of v and g that were `found`, such that they can be differentiated again.
+
+    torch's own second derivative takes the norms for constants. A hook, since a Function of our own
+    costs more than the operator does for small filters.
+    """
+    if not torch.is_grad_enabled():
+        return None
+    length = _norm(v)
+    directions = v / length
+    dg = (incoming[0] * directions).sum((1, 2, 3), keepdim=True)
+    dv = (incoming[0] - directions * dg) * (g / length)
+    due = dv.to(v.dtype), dg.to(g.dtype)
+    return tuple(None if old is None else new for old, new in zip(found, due, strict=True))
 
 
 def _norm(filters: Tensor) -> Tensor:

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.common_types import _size_2_t
 
-from normlab.norms._grouped import layer_norm
+from normlab.norms._grouped import is_channels_last, is_half, layer_norm
 from normlab.norms.conv.base import ReparametrizedConv2d
 
 __all__ = ["WeightStandardizedConv2d"]
@@ -82,7 +82,14 @@ class WeightStandardizedConv2d(ReparametrizedConv2d):
     def filters(self) -> Tensor:
         """The standardized weight (O, I / groups, kh, kw)."""
         if self.convention == "timm":  # one operator: half the time of a batch norm over filters
-            return layer_norm(self.weight, self.weight.shape[1:], None, None, self.eps)
+            last = is_channels_last(self.weight)
+            v = self.weight.movedim(1, -1) if last else self.weight
+            ones = zeros = None
+            if is_half(v) and v.device.type == "cpu":  # beside float32 it rounds once, as a copy
+                ones = v.new_ones(v.shape[1:], dtype=torch.float32)
+                zeros = torch.zeros_like(ones)
+            y = layer_norm(v, v.shape[1:], ones, zeros, self.eps)
+            return y.movedim(-1, 1) if last else y
         weight = self.weight.to(torch.promote_types(self.weight.dtype, torch.float32))
         filters = weight.flatten(1)
         centered = filters - filters.mean(1, keepdim=True)

@@ -80,6 +80,24 @@ def test_gradients_agree_with_numerical_ones(kind):
 
 
 @pytest.mark.parametrize("kind", KINDS)
+def test_second_derivatives_in_channels_last_and_of_one_parameter(kind):
+    torch.manual_seed(0)
+    layer = make(kind, 2, 2, 2, bias=False).double().to(memory_format=torch.channels_last)
+    for name, value in layer.named_parameters():
+
+        def function(value, name=name):
+            return torch.func.functional_call(
+                layer, {name: value}, (torch.ones(1, 2, 2, 2).double(),)
+            )
+
+        value.requires_grad_()
+        others = [p for n, p in layer.named_parameters() if n != name]
+        for other in others:
+            other.requires_grad_(False)
+        assert torch.autograd.gradgradcheck(function, (value,))
+
+
+@pytest.mark.parametrize("kind", KINDS)
 def test_gradients_are_orthogonal_to_what_changes_nothing(kind):
     """To the filter, and to a constant where filters are centered."""
     torch.manual_seed(0)
