@@ -12,6 +12,7 @@ from normlab.kernels._operators import (
     gradient_sums,
     kept,
     moments,
+    move_towards,
     normalize,
 )
 from normlab.kernels._switch import available, enabled, takes, unavailable, use
@@ -25,6 +26,7 @@ __all__ = [
     "gradient_sums",
     "kept",
     "moments",
+    "move_towards",
     "normalize",
     "takes",
     "unavailable",

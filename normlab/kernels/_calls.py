@@ -2,6 +2,7 @@
 
 import torch
 from torch import Tensor
+from torch.autograd.graph import increment_version
 
 from normlab.kernels import _switch
 from normlab.kernels._library import BOTH, FIRST, SECOND, dense
@@ -15,6 +16,7 @@ __all__ = [
     "kept",
     "laid",
     "moments",
+    "move",
     "normalize",
 ]
 
@@ -36,8 +38,8 @@ def _contiguous(v: Tensor | None) -> Tensor | None:
 
 
 def empty_statistics(x: Tensor, groups: int, span: int) -> tuple[Tensor, Tensor]:
-    mean = x.new_empty((groups, x.size(1) // span), dtype=torch.float64)
-    return mean, torch.empty_like(mean)
+    size = groups, x.size(1) // span
+    return x.new_empty(size, dtype=torch.float64), x.new_empty(size, dtype=torch.float64)
 
 
 def batch_norm(
@@ -76,6 +78,8 @@ def normalize(
 ) -> Tensor:
     x = laid(x)
     y = torch.empty_like(x)
+    if mean is not None and mean.dtype != var.dtype:
+        mean, var = mean.double(), var.double()
     known = _contiguous(weight), _contiguous(bias), _contiguous(mean), var.contiguous()
     _switch.kernels().forward(SECOND, x, y, *known, groups, interleaved, 1, eps)
     return y
@@ -137,6 +141,11 @@ def gradient(
         SECOND, _as(dy, x), x, dx, *known, None, groups, False, 1, eps, count
     )
     return dx
+
+
+def move(mean: Tensor, var: Tensor, to: tuple[Tensor, Tensor], unbiased: float, w: float) -> None:
+    _switch.kernels().move(to, unbiased, w, mean, var)
+    increment_version((mean, var))
 
 
 def kept(v: Tensor) -> Tensor:

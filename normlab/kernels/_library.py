@@ -20,18 +20,21 @@ class Kernels:
 
     All tensors are on the CPU; x (N, C, ...) is `dense`, in float32 or bfloat16, y, dy and dx are
     laid out as it is; weight and bias are contiguous float32, (C,) or (G, C); mean and var are
-    float64 (G, C / span).
+    float64 (G, C / span), where they are given to a second pass alone also both float32.
     """
 
     def __init__(self, path: str) -> None:
         try:
             library = ctypes.CDLL(path)
             self._forward, self._backward = library.normlab_forward, library.normlab_backward
+            self._move = library.normlab_move
         except (OSError, AttributeError) as error:
             raise Unavailable(f"cannot load {path}: {error}") from error
         common: list[Any] = [c_int, c_int, c_int, c_int64, c_void_p, c_int64, c_double]
-        self._forward.argtypes = [*common, c_int, *[c_void_p] * 6]
+        self._forward.argtypes = [*common, c_int, c_int, *[c_void_p] * 6]
         self._backward.argtypes = [*common, c_double, c_int, *[c_void_p] * 10]
+        self._move.argtypes = [c_int64, c_int64, c_double, c_double, *[c_void_p] * 4]
+        self._move.restype = None
 
     def forward(
         self,
@@ -50,7 +53,8 @@ class Kernels:
         """Fills mean and var (first pass), and y by what they then are (second pass)."""
         failed = self._forward(
             *_common(passes, x, groups, interleaved, span, eps), _own(weight, bias),
-            x.data_ptr(), _at(y), _at(weight), _at(bias), _at(mean), var.data_ptr(),
+            var.dtype == torch.float32, x.data_ptr(), _at(y), _at(weight), _at(bias), _at(mean),
+            var.data_ptr(),
         )  # fmt: skip
         if failed:
             raise MemoryError("no memory for a batch norm's sums")
@@ -77,20 +81,34 @@ class Kernels:
         affine, if given, is filled with the gradients of bias and weight: (2, C), or (2, G, C) for
         a weight (G, C).
         """
+        # The second row of each, without a tensor for it.
+        to_sums, to_affine = sums.data_ptr(), _at(affine)
+        dots = to_sums + sums.numel() // 2 * 8
+        to_weight = None if affine is None else affine.data_ptr() + affine.numel() // 2 * 4
         failed = self._backward(
             *_common(passes, x, groups, interleaved, span, eps), count, _own(weight, None),
             dy.data_ptr(), x.data_ptr(), _at(dx), _at(weight), mean.data_ptr(), var.data_ptr(),
-            sums.data_ptr(), sums[1].data_ptr(),
-            None if affine is None else affine.data_ptr(),
-            None if affine is None else affine[1].data_ptr(),
+            to_sums, dots, to_affine, to_weight,
         )  # fmt: skip
         if failed:
             raise MemoryError("no memory for a batch norm's sums")
 
+    def move(
+        self, to: tuple[Tensor, Tensor], unbiased: float, weight: float, mean: Tensor, var: Tensor
+    ) -> None:
+        """mean and var (C,), float32, by `weight` towards the averages of those in `to` (G, C)."""
+        means, vars = to
+        at = means.data_ptr(), vars.data_ptr(), mean.data_ptr(), var.data_ptr()
+        self._move(*means.shape, unbiased, weight, *at)
+
 
 def dense(x: Tensor) -> bool:
     """Whether x (N, C, ...) is contiguous, or has its channels last."""
-    return x.is_contiguous() or x.movedim(1, -1).is_contiguous()
+    if x.is_contiguous():
+        return True
+    if x.dim() == 4:
+        return x.is_contiguous(memory_format=torch.channels_last)
+    return x.movedim(1, -1).is_contiguous()
 
 
 def _at(x: Tensor | None) -> int | None:

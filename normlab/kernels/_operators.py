@@ -9,10 +9,18 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from normlab.kernels import _calls
+from normlab.kernels import _calls, _switch
 from normlab.kernels._formula import batch_norm_backward as by_formula
 
-__all__ = ["batch_norm", "gradient", "gradient_sums", "kept", "moments", "normalize"]
+__all__ = [
+    "batch_norm",
+    "gradient",
+    "gradient_sums",
+    "kept",
+    "moments",
+    "move_towards",
+    "normalize",
+]
 
 
 def batch_norm(
@@ -63,16 +71,17 @@ def normalize(
     interleaved: bool = False,
     eps: float,
 ) -> Tensor:
-    """weight * (x - mean) / sqrt(var + eps) + bias by given statistics (G, C).
+    """weight * (x - mean) / sqrt(var + eps) + bias by given statistics, (G, C), or (C,) for G = 1.
 
-    mean, weight and bias are zeros and ones where they are None. Groups and shapes are as in
+    mean, weight and bias are zeros and ones where they are None. mean and var are computed with in
+    float64, whatever they come in. Groups and shapes are as in
     `batch_norm`. It has no derivative: who calls it has one.
     """
     _refuse_gradient(x, weight, bias)
     call = torch.ops.normlab.normalize if _seen(x) else _calls.normalize
-    mean = None if mean is None else mean.double()
-    known = mean, var.double(), _float(weight), _float(bias)
-    y: Tensor = call(x, *known, groups, interleaved, eps)
+    if var.dtype not in (torch.float32, torch.float64):
+        mean, var = None if mean is None else mean.double(), var.double()
+    y: Tensor = call(x, mean, var, _float(weight), _float(bias), groups, interleaved, eps)
     return y
 
 
@@ -136,6 +145,29 @@ def batch_norm_backward(
     call = torch.ops.normlab.batch_norm_backward if _seen(x) else _calls.batch_norm_backward
     dx, affine = call(dy, x, _float(weight), mean, var, groups, interleaved, span, eps, for_x)
     return dx, affine
+
+
+def move_towards(
+    mean: Tensor, var: Tensor, means: Tensor, vars: Tensor, *, count: int, weight: float
+) -> bool:
+    """Move mean and var (C,) in place as `PopulationNorm.ema_step` does, if the kernels can.
+
+    means and biased vars (G, C), over count elements each, are those of `batch_norm` or `moments`;
+    others, and what is compiled, are left to the caller: it returns whether it has moved.
+    """
+    if (
+        means.dtype != torch.float64
+        or mean.dtype != torch.float32
+        or var.dtype != torch.float32
+        or not _switch.enabled()
+        or _seen(mean)
+        or not (mean.is_contiguous() and var.is_contiguous())
+        or not (means.is_contiguous() and vars.is_contiguous())
+        or mean.device.type != "cpu"
+    ):
+        return False
+    _calls.move(mean, var, (means, vars), count / (count - 1), weight)
+    return True
 
 
 def kept(v: Tensor) -> Tensor:

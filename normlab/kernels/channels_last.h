@@ -136,21 +136,46 @@ inline void row_sums(const Fold<T>& fold, const T* x, const T* dy, int64_t rows,
     flush();
 }
 
-// f(element, element of dy, its place among the factors) of a piece.
+// Rows whose factors are read once.
+constexpr int AT_ONCE = 4;
+
+// f(place among the factors)(element, element of dy) of AT_ONCE whole rows.
+template <class T, bool BACKWARD, bool PAST, class F>
+inline void map_rows(const T* x, const T* dy, T* y, int64_t width, F f) {
+    for (int64_t j = 0; j < width; j += BLOCK) {
+        const auto a = f(j), b = f(j + WIDTH);
+#pragma GCC unroll 4
+        for (int r = 0; r < AT_ONCE; ++r) {
+            const int64_t at = r * width + j;
+            Block u = load(x + at), d = BACKWARD ? load(dy + at) : u;
+            Block made = {a(u.a, d.a), b(u.b, d.b)};
+            PAST ? store_past(y + at, made) : store(y + at, made);
+        }
+    }
+}
+
+// The same of a piece.
 template <class T, bool BACKWARD, class F>
 inline void row_map(const Fold<T>& fold, const T* x, const T* dy, T* y, int64_t rows, bool large,
                     F f) {
     const bool past = large && aligned(y);
     const int64_t width = fold.width, elements = rows * fold.channels;
-    for (int64_t r = 0; r < elements; r += width) {
+    int64_t r = 0;
+    for (; r + AT_ONCE * width <= elements; r += AT_ONCE * width) {
+        const T* with = BACKWARD ? dy + r : nullptr;
+        if (past)
+            map_rows<T, BACKWARD, true>(x + r, with, y + r, width, f);
+        else
+            map_rows<T, BACKWARD, false>(x + r, with, y + r, width, f);
+    }
+    for (; r < elements; r += width) {
         const T *from = x + r, *with = BACKWARD ? dy + r : nullptr;
         T* to = y + r;
         const int64_t here = std::min(width, elements - r);
         int64_t j = 0;
         for (; j + BLOCK <= here; j += BLOCK) {
             Block u = load(from + j), d = BACKWARD ? load(with + j) : u;
-            Block made = {f(u.a, d.a, j), f(u.b, d.b, j + WIDTH)};
-            past ? store_past(to + j, made) : store(to + j, made);
+            store(to + j, {f(j)(u.a, d.a), f(j + WIDTH)(u.b, d.b)});
         }
         if (j < here) {
             // Fewer than a block: through one of our own.
@@ -158,7 +183,7 @@ inline void row_map(const Fold<T>& fold, const T* x, const T* dy, T* y, int64_t 
             std::copy(from + j, from + here, in);
             if (BACKWARD) std::copy(with + j, with + here, other);
             Block u = load(in), d = load(other);
-            store(out, {f(u.a, d.a, j), f(u.b, d.b, j + WIDTH)});
+            store(out, {f(j)(u.a, d.a), f(j + WIDTH)(u.b, d.b)});
             std::copy(out, out + (here - j), to + j);
         }
     }
@@ -229,7 +254,8 @@ inline void passes(const Fold<T>& fold, const Cut& cut, int64_t groups, int64_t 
             }
             team.meet();
             // The pieces that were read last are the likeliest to be in cache.
-            for (int64_t p = to - 1; apply && p >= from; --p) map(cut.piece(g, p), shared.data());
+            for (int64_t p = from; apply && p < to; ++p)
+                map(cut.piece(g, measure ? from + to - 1 - p : p), shared.data());
             team.meet();
         }
     });
@@ -290,9 +316,13 @@ template <class T> void forward_last(const Forward& f, const T* x, T* y, int64_t
             const int64_t at = piece.start * channels;
             const float *k = factor, *a = k + width, *b = a + 2 * width;
             row_map<T, false>(fold, x + at, nullptr, y + at, piece.rows, large,
-                              [=](Floats u, Floats, int64_t j) {
-                                  return (u - read<Floats>(k + j)) * read<Floats>(a + j) +
-                                         read<Floats>(b + j);
+                              [=](int64_t j) {
+                                  const Floats center = read<Floats>(k + j),
+                                               scale = read<Floats>(a + j),
+                                               shift = read<Floats>(b + j);
+                                  return [=](Floats u, Floats) {
+                                      return (u - center) * scale + shift;
+                                  };
                               });
         });
 }
@@ -327,10 +357,14 @@ void backward_last(const Backward& f, const T* dy, const T* x, T* dx, int64_t th
             const int64_t at = piece.start * channels;
             const float *k = factor, *a = k + width, *b = a + width, *e = b + width;
             row_map<T, true>(fold, x + at, dy + at, dx + at, piece.rows, large,
-                             [=](Floats u, Floats d, int64_t j) {
-                                 return d * read<Floats>(a + j) +
-                                        ((u - read<Floats>(k + j)) * read<Floats>(b + j) +
-                                         read<Floats>(e + j));
+                             [=](int64_t j) {
+                                 const Floats center = read<Floats>(k + j),
+                                              scale = read<Floats>(a + j),
+                                              slope = read<Floats>(b + j),
+                                              shift = read<Floats>(e + j);
+                                 return [=](Floats u, Floats d) {
+                                     return d * scale + ((u - center) * slope + shift);
+                                 };
                              });
         });
 }

@@ -44,14 +44,25 @@ template <class Call> int guarded(Call call) {
 
 }  // namespace
 
-// passes: 1 the first one, 2 the second one, 3 both. shape is that of Shape. Returned is 1 where
-// memory was short.
+// passes: 1 the first one, 2 the second one, 3 both. shape is that of Shape. mean and var are in
+// double, unless single, which needs passes == 2. Returned is 1 where memory was short.
 extern "C" int normlab_forward(int half, int last, int passes, int64_t threads, const int64_t* shape,
-                               int64_t span, double eps, int own, const void* x, void* y,
-                               const float* weight, const float* bias, double* mean, double* var) {
+                               int64_t span, double eps, int own, int single, const void* x,
+                               void* y, const float* weight, const float* bias, void* mean,
+                               void* var) {
     Forward f{{shape[0], shape[1], shape[2], shape[3], shape[4], shape[5]},
-              span, eps, (passes & 1) != 0, (passes & 2) != 0, own != 0, weight, bias, mean, var};
+              span, eps, (passes & 1) != 0, (passes & 2) != 0, own != 0, weight, bias,
+              (double*)mean, (double*)var};
     return guarded([&] {
+        std::vector<double> known;
+        if (single) {
+            const int64_t size = shape[2] * shape[0] / span;
+            known.resize((size_t)(2 * size));
+            f.mean = mean ? known.data() : nullptr;
+            f.var = known.data() + size;
+            if (mean) std::copy_n((const float*)mean, size, f.mean);
+            std::copy_n((const float*)var, size, f.var);
+        }
         if (half)
             forward<bfloat16>(f, last != 0, x, y, threads);
         else
@@ -74,4 +85,17 @@ extern "C" int normlab_backward(int half, int last, int passes, int64_t threads,
             backward<float>(f, last != 0, dy, x, dx, threads);
         if (dbias) affine(f, dbias, dweight);
     });
+}
+
+// Moves mean and var by `weight` of the way to the averages of the groups' (groups, channels), the
+// variances times `unbiased`.
+extern "C" void normlab_move(int64_t groups, int64_t channels, double unbiased, double weight,
+                             const double* means, const double* vars, float* mean, float* var) {
+    for (int64_t c = 0; c < channels; ++c) {
+        double m = 0, v = 0;
+        for (int64_t g = 0; g < groups; ++g) m += means[g * channels + c], v += vars[g * channels + c];
+        m /= (double)groups, v *= unbiased / (double)groups;
+        mean[c] = (float)(mean[c] + weight * (m - mean[c]));
+        var[c] = (float)(var[c] + weight * (v - var[c]));
+    }
 }

@@ -158,13 +158,13 @@ class BatchRenorm(PopulationNorm):
             )
         return y, self._follow(mean, var, count)
 
-    def _fused(self, x: Tensor, groups: int, count: int) -> tuple[Tensor, BatchStatistics]:
+    def _fused(self, x: Tensor, groups: int, count: int) -> tuple[Tensor, BatchStatistics | None]:
         with torch.no_grad():
             precise = kernels.moments(x, groups=groups)
-        mean, var = (v.float() for v in precise)
-        r, d = self._correction(mean, var)
+        r, d = self._correction(*(v.float() for v in precise))
         y: Tensor = _FusedNorm.apply(x, self.weight, self.bias, r, d, *precise, self.eps)
-        return y, self._follow(mean, var, count)
+        statistics = self._follow(*precise, count)
+        return y, statistics.rounded() if self.observers else None
 
     def _follow(self, mean: Tensor, var: Tensor, count: int) -> BatchStatistics:
         statistics = BatchStatistics(mean, var, count)
