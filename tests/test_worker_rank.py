@@ -1,4 +1,4 @@
-"""One rank of a run, here in the test's process: which path its layers take, and whose the run is."""
+"""One rank of a run, here in the test's process: which path its layers take, whose the run is."""
 
 import json
 import logging
@@ -30,7 +30,7 @@ def run(tmp_path, monkeypatch):
 
 
 def test_who_lost_the_run_to_another_process_records_no_failure(run, monkeypatch):
-    def outrun(config, run, rank):
+    def outrun(_config, run, _rank):
         assert lease._take(run.path, lease._newest(run.path) + 1)
         run.write_metrics([{"epoch": 1}])
 
@@ -43,7 +43,7 @@ def test_who_lost_the_run_to_another_process_records_no_failure(run, monkeypatch
 
 
 def test_a_failure_is_recorded_while_the_run_is_held(run, monkeypatch):
-    def broken(config, run, rank):
+    def broken(*_):
         raise RuntimeError("a rank's own trouble")
 
     held = []
@@ -66,9 +66,9 @@ def test_layers_take_the_path_that_the_run_is_made_with(run, monkeypatch, fused)
     taken = []
     monkeypatch.setattr(ranks, "joined", lambda **_: nullcontext())
     monkeypatch.setattr(ranks, "watched", lambda *_, **__: nullcontext())
-    monkeypatch.setattr(worker, "construct", lambda config: None)
-    monkeypatch.setattr(worker, "check_environment", lambda job, run: None)
-    monkeypatch.setattr(worker, "finish", lambda job, run, stop: taken.append(kernels.enabled()))
+    monkeypatch.setattr(worker, "construct", lambda _: None)
+    monkeypatch.setattr(worker, "check_environment", lambda *_: None)
+    monkeypatch.setattr(worker, "finish", lambda *_: taken.append(kernels.enabled()))
     with kernels.use(not fused):
         worker._take_part(SOME | {"kernels": fused}, run, 0)
     assert taken == [fused]
