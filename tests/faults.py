@@ -107,6 +107,10 @@ class Endurance:
         return [replace(row, identical=same) for row in rows], faults[len(rows) :]
 
     def _start(self, where: Path, ranks: int, *more: str) -> BaseProcess:
+        # Until the new processes have told theirs, phase and pids would be those of the start
+        # before: a fault would fall at once, under a false name.
+        for told in (where / "phase", *where.glob("pid-*")):
+            told.unlink(missing_ok=True)
         composed = config.compose([*JOBS[ranks], "skip_done=local", *more])
         return agents.start(where, _train, composed, rank=killable.rank)
 

@@ -18,6 +18,7 @@ def test_three_kills_of_one_run(tmp_path):
     rows, missed = Endurance(tmp_path, seed=3).run(faults)
     assert not missed
     assert [row.code for row in rows] == [1, 1, -9]
+    assert [row.phase for row in rows] == [fault.phase for fault in faults]
     assert all(row.identical for row in rows)
 
 
