@@ -93,19 +93,19 @@ def test_the_rank_that_raised_is_the_one_shown(tmp_path):
 
 @pytest.mark.parametrize("rank", [pytest.param(0, marks=pytest.mark.slow), 1])
 def test_a_stopped_rank_is_named(tmp_path, rank):
-    run = prepare(tmp_path, stall_timeout=2)
+    run = prepare(tmp_path, stall_timeout=4)
     process = begin(tmp_path, run)
     os.kill(agents.pid(tmp_path, rank), signal.SIGSTOP)
     assert_ends(tmp_path, process, 1, within=60)
-    assert f": Stalled: rank {rank} has stalled: no sign of life for 2 s" in output(tmp_path)
+    assert f": Stalled: rank {rank} has stalled: no sign of life for 4 s" in output(tmp_path)
 
 
 def test_a_rank_that_hangs_is_named_with_the_place(tmp_path):
-    run = prepare(tmp_path, stall_timeout=2, hangs=SAVE_EVERY + 5)
+    run = prepare(tmp_path, stall_timeout=4, hangs=SAVE_EVERY + 5)
     process = begin(tmp_path, run)
     assert_ends(tmp_path, process, 1, within=60)
     said = output(tmp_path)
-    assert "rank 1 of 2: Stalled: no rank has moved on for 2 s" in said
+    assert "rank 1 of 2: Stalled: no rank has moved on for 4 s" in said
     assert "rank 1 at tests/rank_jobs.py:" in said
     assert "rank 0 at" not in said
     assert "time.sleep(600)" in run.log.read_text()
