@@ -91,7 +91,7 @@ class Watch:
         """Say that this rank is alive, how far it is, and where."""
         self._beats += 1
         here = f"{_machine()} {os.getpid()} {self._where()}"
-        looks = self._stop.looks if self._stop else 0
+        looks = 0 if self._stop is None else self._stop.looks  # a Stop is true once asked for
         self._store.set(_key(self._rank), f"{self._beats} {looks} {here}")
 
     def end(self) -> None:
