@@ -369,10 +369,11 @@ def _take_part(config: dict[str, Any], run: RunDir, rank: int) -> None:
     torch.set_num_threads(run.env()["threads"])
     cuda, timeout = build.device(config).type == "cuda", config["stall_timeout"]
     with (
+        ranks.watched(timeout=timeout) as follow,  # the first: some may never come
         ranks.joined(cuda=cuda, timeout=timeout) as control,
         checkpoint.deferred_signals(control) as stop,
-        ranks.watched(stop, timeout=timeout),
     ):
+        follow(stop)
         if ranks.restarts():
             log.warning("all ranks were started again after a failure: %d", ranks.restarts())
         with kernels.use(config["kernels"]):

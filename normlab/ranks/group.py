@@ -7,8 +7,9 @@ import os
 import signal
 import sys
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from datetime import timedelta
+from pathlib import Path
 from typing import Any, NoReturn
 
 import torch
@@ -78,9 +79,22 @@ def joined(*, cuda: bool, timeout: float) -> Iterator[ProcessGroup | None]:
 
 
 def store() -> TCPStore:
-    """A connection of its own to the store over which the ranks have met."""
+    """A connection of its own to the store over which the ranks meet; the agent keeps it."""
     address, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
     return TCPStore(address, port, is_master=False, timeout=timedelta(seconds=30))
+
+
+def sibling(rank: int) -> int | None:
+    """The process of another rank of this start, if the same parent has started it, here."""
+    parent = f"\nPPid:\t{os.getppid()}\n"
+    theirs = {f"RANK={rank}", f"MASTER_PORT={os.environ['MASTER_PORT']}"}
+    for process in Path("/proc").glob("[0-9]*"):
+        with suppress(OSError):  # it has ended, or is another user's
+            if parent in (process / "status").read_text():
+                environment = (process / "environ").read_bytes().decode(errors="replace")
+                if theirs <= set(environment.split("\0")):
+                    return int(process.name)
+    return None
 
 
 def prepare() -> None:

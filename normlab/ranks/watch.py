@@ -2,7 +2,8 @@
 
 A thread of every rank writes a beat into the store over which the ranks have met, and reads those
 of the others. So the watch reaches over machines, needs no parent, and works while the rank itself
-waits in a collective. Beats are counted and not timed: a machine that slept has missed none.
+waits for the others to come, or in a collective. Beats are counted and not timed: a machine that
+slept has missed none.
 """
 
 import logging
@@ -13,7 +14,7 @@ import sys
 import threading
 import time
 import traceback
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -36,14 +37,14 @@ _END = 0
 
 
 class Stalled(RuntimeError):
-    """A rank stands still; the message says which.
+    """Ranks stand still; the message says which.
 
-    process: the silent rank's, where it is on this machine.
+    processes: those of the silent ones that are on this machine.
     """
 
-    def __init__(self, message: str, process: int | None = None) -> None:
+    def __init__(self, message: str, processes: Sequence[int] = ()) -> None:
         super().__init__(message)
-        self.process = process
+        self.processes = processes
 
 
 @dataclass
@@ -72,20 +73,26 @@ class Watch:
     the others: none of them has looked whether to stop.
     """
 
-    def __init__(self, store: Store, rank: int, ranks: int, stop: Stop, timeout: float) -> None:
+    def __init__(self, store: Store, rank: int, ranks: int, timeout: float) -> None:
         self.interval = min(_LONGEST, timeout / 5)
-        self._store, self._rank, self._stop, self._timeout = store, rank, stop, timeout
+        self._store, self._rank, self._timeout = store, rank, timeout
+        self._stop: Stop | None = None
         self._others = {other: _Seen() for other in range(ranks)}
         self._beats = 0
         self._main = threading.main_thread().ident
         self._told: tuple[float, int] | None = None
         self.beat()
 
+    def follow(self, stop: Stop) -> None:
+        """Say from now on how far this rank is: how often it has looked whether to stop."""
+        self._stop = stop
+
     def beat(self) -> None:
         """Say that this rank is alive, how far it is, and where."""
         self._beats += 1
         here = f"{_machine()} {os.getpid()} {self._where()}"
-        self._store.set(_key(self._rank), f"{self._beats} {self._stop.looks} {here}")
+        looks = 0 if self._stop is None else self._stop.looks  # a Stop is true once asked for
+        self._store.set(_key(self._rank), f"{self._beats} {looks} {here}")
 
     def end(self) -> None:
         """Say that this rank has done its part: it is watched no more."""
@@ -100,14 +107,33 @@ class Watch:
                 seen.read(text.decode())
             else:
                 del self._others[other]
-        for other, seen in self._others.items():
-            if seen.silent * self.interval >= self._timeout:
-                raise Stalled(
-                    f"rank {other} has stalled: no sign of life for {self._timeout:g} s"
-                    " (stall_timeout); its process is stopped, or its machine is lost",
-                    seen.process if seen.machine == _machine() else None,
-                )
+        self._refuse_silence()
         self._refuse_standstill()
+
+    def _refuse_silence(self) -> None:
+        """Ranks give no sign of life, or have never given one."""
+        readings = self._timeout / self.interval
+        silent = [rank for rank, one in self._others.items() if one.silent >= readings]
+        if not silent:
+            return
+        if len(silent) == 1:
+            who, whose = f"rank {silent[0]} has", "its process is stopped, or its machine is lost"
+        else:
+            who = f"ranks {', '.join(map(str, silent))} have"
+            whose = "their processes are stopped, or their machines are lost"
+        processes = [self._process(rank) for rank in silent]
+        raise Stalled(
+            f"{who} stalled: no sign of life for {self._timeout:g} s (stall_timeout); {whose}",
+            [process for process in processes if process is not None],
+        )
+
+    def _process(self, rank: int) -> int | None:
+        """Another rank's, where it is on this machine: as it says, or as the kernel does of one
+        that has not begun to speak."""
+        seen = self._others[rank]
+        if seen.beat < 0:
+            return group.sibling(rank)
+        return seen.process if seen.machine == _machine() else None
 
     def _refuse_standstill(self) -> None:
         """All ranks live, and none moves on."""
@@ -155,7 +181,8 @@ def _machine() -> str:
 
 
 def _key(rank: int) -> str:
-    return f"normlab/beat/{rank}"
+    # The store may outlive a start of the ranks, and then holds what those before them said.
+    return f"normlab/beat/{group.restarts()}/{rank}"
 
 
 def _waiting(at: str) -> bool:
@@ -163,24 +190,27 @@ def _waiting(at: str) -> bool:
 
 
 @contextmanager
-def watched(stop: Stop, *, timeout: float) -> Iterator[None]:
+def watched(*, timeout: float) -> Iterator[Callable[[Stop], None]]:
     """Within, this rank watches the others and is watched by them; entered by all of them.
+
+    It needs only the store: to wait for ranks that never come is within. Yields what is to be
+    called with the request to stop as soon as there is one, for that shows how far this rank is.
 
     When one has stalled, this process notes it and ends. It ends too where it was told to stop and
     cannot, and where the store is lost: with it, the parent of all ranks.
     """
     rank, ranks = group.place()
     if ranks == 1:
-        yield
+        yield lambda _: None
         return
-    watch = Watch(group.store(), rank, ranks, stop, timeout)
+    watch = Watch(group.store(), rank, ranks, timeout)
     ours, theirs = os.pipe()
     os.set_blocking(theirs, False)
     before = signal.set_wakeup_fd(theirs, warn_on_full_buffer=False)
     thread = threading.Thread(target=_keep, args=(watch, ours), name="watch", daemon=True)
     thread.start()
     try:
-        yield
+        yield watch.follow
     finally:
         signal.set_wakeup_fd(before)
         os.write(theirs, bytes([_END]))
@@ -209,9 +239,9 @@ def _keep(watch: Watch, ours: int) -> None:
     except Stalled as stalled:
         log.error("%s; here:\n%s", stalled, watch.stack())
         failures.note(stalled, watch.stack(), certain=True)
-        if stalled.process:  # the agent would wait half a minute for it to end by itself
+        for process in stalled.processes:  # the agent would wait half a minute for their end
             with suppress(ProcessLookupError):
-                os.kill(stalled.process, signal.SIGKILL)
+                os.kill(process, signal.SIGKILL)
         group.leave(1)
     except Exception as error:
         failures.note(error)
