@@ -65,7 +65,7 @@ def test_layers_take_the_path_that_the_run_is_made_with(run, monkeypatch, fused)
     """Whatever the process is set to."""
     taken = []
     monkeypatch.setattr(ranks, "joined", lambda **_: nullcontext())
-    monkeypatch.setattr(ranks, "watched", lambda *_, **__: nullcontext())
+    monkeypatch.setattr(ranks, "watched", lambda **_: nullcontext(lambda _: None))
     monkeypatch.setattr(worker, "construct", lambda _: None)
     monkeypatch.setattr(worker, "check_environment", lambda *_: None)
     monkeypatch.setattr(worker, "finish", lambda *_: taken.append(kernels.enabled()))
