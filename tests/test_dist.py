@@ -298,7 +298,7 @@ def test_average_buffers_refuses_on_every_rank(ranks, mistake):
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ({"how": "mean"}, "'average' or 'broadcast'"),
+        ({"how": "median"}, "average, mean, broadcast"),
         ({"count": -1}, "count must be at least 0 and finite, not -1"),
         ({"count": math.inf}, "count must be at least 0 and finite, not inf"),
     ],
