@@ -6,13 +6,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from normlab.norms._grouped import is_half
+from normlab.norms._grouped import _transformed, is_half
 
 __all__ = ["constant_from", "constant_output", "own_gradient", "worth_own_sums"]
-
-
-def _transformed() -> bool:
-    return torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active()
 
 
 class _ConstantFrom(torch.autograd.Function):
