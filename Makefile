@@ -15,6 +15,9 @@ JOBS ?= 2
 FRESH ?=
 
 BIN := $(VENV)/bin
+# Ray's launcher wants an older cloudpickle: it has an environment of its own, for its test.
+RAY := $(VENV)-ray
+PYTEST = NORMLAB_RAY=$(abspath $(RAY))/bin/python $(BIN)/python -m pytest
 INSTALL = $(BIN)/python -m pip install --quiet --disable-pip-version-check \
 	$(if $(TORCH_INDEX),--extra-index-url $(TORCH_INDEX)) -c constraints.txt
 # Where the demo writes its report, and the one that compares its runs with the committed ones.
@@ -22,8 +25,14 @@ MINE = runs/demo-report
 BESIDE = runs/demo-compared
 SIDE_BY_SIDE = hydra/launcher=joblib hydra.launcher.n_jobs=$(JOBS)
 
+# Of pip's report on what it would install: the pins.
+PINS = $(PY) -c 'import json, sys; \
+	found = [item["metadata"] for item in json.load(sys.stdin)["install"]]; \
+	pins = sorted((f["name"].lower(), f["version"]) for f in found if f["name"] != "normlab"); \
+	print(*map("==".join, pins), sep="\n")'
+
 .DEFAULT_GOAL := help
-.PHONY: help setup demo report cards test test-slow lint bench lock clean
+.PHONY: help setup demo report cards test test-slow lint bench lock lock-ray clean
 .NOTPARALLEL:
 
 ## help         this list
@@ -46,6 +55,20 @@ $(VENV)/.ready: pyproject.toml constraints.txt | $(VENV)/.made
 $(VENV)/.ready-dev: pyproject.toml constraints.txt | $(VENV)/.made
 	$(INSTALL) -e '.[joblib,dev]'
 	@touch $(VENV)/.ready $@
+
+# It sees the packages of $(VENV), torch among them, after its own.
+define MAKE_RAY
+rm -rf $(RAY)
+$(BIN)/python -m venv --without-pip $(RAY)
+$(BIN)/python -c 'import sysconfig; print(sysconfig.get_path("purelib"), "$(CURDIR)", sep="\n")' \
+ > $$($(RAY)/bin/python -c 'import sysconfig; print(sysconfig.get_path("purelib"))')/beneath.pth
+endef
+
+$(RAY)/.ready: constraints-ray.txt | $(VENV)/.ready-dev
+	$(MAKE_RAY)
+	$(BIN)/python -m pip --python $(RAY)/bin/python install --quiet --disable-pip-version-check \
+	 --no-deps -r constraints-ray.txt
+	@touch $@
 
 ## demo         offline and in minutes: one run, a small sweep, the report; names the page to open
 demo: setup
@@ -74,12 +97,12 @@ cards: setup
 	$(BIN)/normlab show norm --all > docs/norms.md
 
 ## test         the test suite, under 10 minutes
-test: $(VENV)/.ready-dev
-	$(BIN)/python -m pytest
+test: $(VENV)/.ready-dev $(RAY)/.ready
+	$(PYTEST)
 
 ## test-slow    the test suite and its long cases, under an hour
-test-slow: $(VENV)/.ready-dev
-	$(BIN)/python -m pytest -m ''
+test-slow: $(VENV)/.ready-dev $(RAY)/.ready
+	$(PYTEST) -m ''
 
 ## lint         style, and types in the checker's strict mode
 lint: $(VENV)/.ready-dev
@@ -97,12 +120,17 @@ lock:
 	@'$(PY)' -c 'import sys; sys.exit(sys.version_info[:2] != (3, 11))' || { \
 	 echo "the pins must exist for the oldest Python too: make lock PY=python3.11" >&2; exit 1; }
 	{ sed -n '/^#/p' constraints.txt; '$(PY)' -m pip install --quiet --disable-pip-version-check \
-	 --dry-run --ignore-installed --report - '.[joblib,dev,bench]' | '$(PY)' -c 'import json, sys; \
-	 found = [item["metadata"] for item in json.load(sys.stdin)["install"]]; \
-	 pins = sorted((f["name"].lower(), f["version"]) for f in found if f["name"] != "normlab"); \
-	 print(*map("==".join, pins), sep="\n")'; } > constraints.new
+	 --dry-run --ignore-installed --report - '.[joblib,slurm,dev,bench]' | $(PINS); } > constraints.new
 	mv constraints.new constraints.txt
+
+## lock-ray     write constraints-ray.txt anew: what Ray's launcher needs beyond the locked environment
+lock-ray: $(VENV)/.ready-dev
+	$(MAKE_RAY)
+	{ sed -n '/^#/p' constraints-ray.txt; $(BIN)/python -m pip --python $(RAY)/bin/python install \
+	 --quiet --disable-pip-version-check --dry-run --report - 'hydra-ray-launcher>=1.2' 'joblib<1.6' \
+	 | $(PINS); } > constraints.new
+	mv constraints.new constraints-ray.txt
 
 ## clean        remove the environment and what building leaves behind (never runs/ or results/)
 clean:
-	rm -rf $(VENV) build dist .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	rm -rf $(VENV) $(RAY) build dist .pytest_cache .mypy_cache .ruff_cache .hypothesis

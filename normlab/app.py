@@ -8,7 +8,6 @@ hand nothing back; the exit code and the closing lines are made from these notes
 import json
 import os
 import sys
-import tempfile
 from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager, redirect_stderr
@@ -18,12 +17,13 @@ from typing import TYPE_CHECKING, Any
 
 from omegaconf import DictConfig
 
-from normlab import config, experiment, plugins
+from normlab import config, engines, experiment, plugins
 
 if TYPE_CHECKING:
     from normlab.launch import Outcome
 
 NOTES = "outcomes.jsonl"
+DRY = "--dry-run"
 
 _WITH_VALUE = {
     "-c", "--cfg", "-p", "--package", "-cp", "--config-path", "-cn", "--config-name", "-cd",
@@ -39,10 +39,16 @@ def train(argv: list[str]) -> int:
     had of a finished run no more, while the rest was made. 2: the same, and nothing was written.
     Raises ConfigError where not even a job could be composed.
     """
+    _refuse_torchrun()
     flags, overrides = _split(argv)
     _parse(flags, overrides)
+    config.check_resume(overrides)
     config.register(overrides)
-    with _scratch(overrides) as scratch, _hydra_argv(flags, overrides, scratch):
+    with (
+        engines.scratch(overrides) as scratch,
+        engines.prepared(overrides) as more,
+        _hydra_argv(flags, [*more, *overrides], scratch),
+    ):
         import hydra
 
         conf = str(plugins.package_dir("conf"))
@@ -53,17 +59,49 @@ def train(argv: list[str]) -> int:
         except KeyboardInterrupt:
             _close(_notes(scratch))
             raise
+        except Exception as error:  # a job was killed: the engine raises something of its own
+            refused = isinstance(error, ValueError | OSError)
+            if refused or engines.chosen(overrides) == "basic" or _with_traceback():
+                raise
+            _close(_notes(scratch))
+            kind, reason = type(error).__name__, in_words(error).splitlines()[0]
+            print(
+                f"normlab: {engines.chosen(overrides)} gave up ({kind}: {reason})\n"
+                "normlab: the same command resumes what is not finished",
+                file=sys.stderr,
+            )
+            return 1
         return _close(_notes(scratch))
 
 
+def _refuse_torchrun() -> None:
+    """Each rank would compose the run, and sweep, by itself."""
+    if int(os.environ.get("WORLD_SIZE", "1")) > 1 and "TORCHELASTIC_RUN_ID" in os.environ:
+        raise config.ConfigError(
+            "normlab train starts ranks by itself (world_size=N); torchrun starts those of a run "
+            "that is prepared: normlab train ... launch=false says how"
+        )
+
+
 def sweep(argv: list[str]) -> int:
-    """`normlab sweep <name> ...`: the missing cells, as `train -m experiment=<name> ...`."""
+    """`normlab sweep <name> ...`: the missing cells, as `train -m experiment=<name> ...`.
+
+    With --dry-run none of them is run: printed is what there is to do, and what it takes.
+    """
     if not argv or argv[0].startswith("-") or "=" in argv[0]:
         if {"-h", "--help"} & set(argv):
             return train(argv)
         known = ", ".join(experiment.names())
         raise config.ConfigError(f"sweep which experiment? normlab sweep <name> (names: {known})")
     experiment.load(argv[0])
+    if DRY in argv:
+        from normlab import forecast
+
+        flags, overrides = _split([word for word in argv[1:] if word != DRY])
+        if flags:
+            raise config.ConfigError(f"sweep {DRY} takes overrides (key=value), got {flags[0]}")
+        _parse([], overrides)
+        return forecast.main(argv[0], overrides)
     multirun = [] if _ONLY_SHOWS & set(argv) else ["-m"]
     return train([*multirun, f"experiment={argv[0]}", *argv[1:]])
 
@@ -79,11 +117,11 @@ def task(cfg: DictConfig) -> None:
     sweeping = hydra.mode == RunMode.MULTIRUN
     note: dict[str, Any] = {"sweep": sweeping}
     try:
-        outcome = launch.run(config.resolve(cfg))
+        outcome = launch.run(config.resolve(cfg), config.keys(hydra.overrides.task))
     except launch.JobError as error:
         note |= {"status": "failed", "message": str(error)}
     except (ValueError, OSError) as error:
-        if os.environ.get("NORMLAB_TRACEBACK"):
+        if _with_traceback():
             raise
         note |= {"status": "refused", "message": in_words(error)}
     else:
@@ -118,6 +156,10 @@ def evaluate(run: str, specs: list[str], *, root: str, data_root: str | None) ->
     return 2 if outcome.skipped else 1
 
 
+def _with_traceback() -> bool:
+    return bool(os.environ.get("NORMLAB_TRACEBACK"))
+
+
 def in_words(error: Exception) -> str:
     """An exception as one to five lines; files are named with what is wrong with them."""
     if isinstance(error, OSError) and error.filename and error.strerror:
@@ -128,7 +170,8 @@ def in_words(error: Exception) -> str:
 
 def _line(outcome: "Outcome") -> str:
     errors = "  ".join(f"{spec} {error:.2f}" for spec, error in outcome.summary.items())
-    return f"{outcome.id}  {'skipped' if outcome.skipped else outcome.status}  {errors}".rstrip()
+    told = errors or outcome.command
+    return f"{outcome.id}  {'skipped' if outcome.skipped else outcome.status}  {told}".rstrip()
 
 
 def _table(outcome: "Outcome") -> str:
@@ -136,6 +179,8 @@ def _table(outcome: "Outcome") -> str:
     rows = [("run", outcome.id), ("status", outcome.status + ", skipped" * outcome.skipped)]
     rows += [(spec, f"{error:.2f} % error") for spec, error in outcome.summary.items()]
     rows.append(("directory", outcome.place))
+    if outcome.command:
+        rows.append(("command", outcome.command))
     width = max(len(key) for key, _ in rows)
     return "\n".join(f"{key:<{width}}  {value}" for key, value in rows)
 
@@ -155,6 +200,7 @@ def _close(notes: list[dict[str, Any]]) -> int:
             f"{len(notes)} cells: {count['done']} done ({count['done'] - skipped} run, "
             f"{skipped} skipped), {count['diverged']} diverged, "
             f"{count['failed']} failed, {count['refused']} refused"
+            + (f", {count['prepared']} prepared" if count["prepared"] else "")
             + (f"; {lacking} of the done without all that was asked for" if lacking else "")
         )
     messages = Counter(note["message"] for note in notes if "message" in note)
@@ -203,22 +249,6 @@ def _parse(flags: list[str], overrides: list[str]) -> None:
         known = [option for action in parser._actions for option in action.option_strings]
         unknown = message.removeprefix("unrecognized arguments: ").split()[0]
         raise config.ConfigError(message + config.near(unknown, known)) from None
-
-
-@contextmanager
-def _scratch(overrides: list[str]) -> Iterator[Path]:
-    """A directory for the notes, and for what Hydra itself writes during a sweep.
-
-    submitit keeps its own files there and needs one that all machines see: it stays in the runs.
-    """
-    given = {key: value for key, _, value in (word.partition("=") for word in overrides)}
-    if "hydra.sweep.dir" in given:
-        yield Path(given["hydra.sweep.dir"])
-    elif given.get("hydra/launcher", "").startswith("submitit"):
-        yield Path(given.get("runs", "runs")) / ".sweep" / str(os.getpid())
-    else:
-        with tempfile.TemporaryDirectory(prefix="normlab-") as temporary:
-            yield Path(temporary)
 
 
 @contextmanager

@@ -58,8 +58,21 @@ class BatchPlan:
     """Ranks that share one set of statistics."""
     virtual_extra: int
     """Samples per forward pass that only add to the statistics."""
-    asked: tuple[int | None, int | None] = field(default=(None, None), compare=False, repr=False)
-    """The nbs and micro_batch that the plan was made from: what another batch size has to fit."""
+    asked: tuple[int | None, ...] = field(default=(None, None, None), compare=False, repr=False)
+    """The nbs, micro_batch and sync_group_size that the plan was made from: what another batch size
+    has to fit."""
+
+    def parts(self, rank: int) -> list[range]:
+        """A rank's micro-batches in their order, as places in the SGD batch.
+
+        What shares statistics is nbs consecutive places of the SGD batch, whatever forms it: a rank
+        takes consecutive micro-batches, and the ranks of a sync group take turns.
+        """
+        group, turn = divmod(rank, self.sync_group)
+        together = self.micro_batch * self.sync_group
+        first = group * self.accumulation * together + turn * self.micro_batch
+        starts = range(first, first + self.accumulation * together, together)
+        return [range(start, start + self.micro_batch) for start in starts]
 
     def rows(self) -> list[tuple[str, str, str]]:
         """(key, value, meaning) for every quantity, in the order in which a step is taken apart."""
@@ -88,6 +101,7 @@ def plan(
     batch: str = "per_rank",
     norm: str = "bn",
     micro_batch: int | None = None,
+    sync_group_size: int | None = None,
 ) -> BatchPlan:
     """Take one step of SGD apart, or raise PlanError.
 
@@ -95,20 +109,27 @@ def plan(
     statistics; None takes the whole micro-batch for `per_rank` and that of all ranks for `sync`,
     and is refused by `ghost` and `virtual`. batch: how the norm called `norm` forms its batch, one
     of BATCHES. micro_batch: samples per rank and forward pass; None takes as many as the plan
-    allows.
+    allows. sync_group_size: for `sync`, the ranks of a group, consecutive ones; None takes as few
+    as give the nbs, and all ranks without one.
     """
     if batch not in BATCHES:
         raise PlanError(
             f"norm={norm}: norm.batch must be one of {', '.join(BATCHES)}, got norm.batch={batch}"
         )
 
-    def solve(batch_size: int, nbs: int | None, micro_batch: int | None) -> BatchPlan:
-        return _solve(batch_size, nbs, world_size, batch, norm, micro_batch)
+    def solve(
+        batch_size: int,
+        nbs: int | None,
+        micro_batch: int | None,
+        group: int | None = sync_group_size,
+    ) -> BatchPlan:
+        return _solve(batch_size, nbs, world_size, batch, norm, micro_batch, group)
 
     try:
         return solve(batch_size, nbs, micro_batch)
     except PlanError as refusal:
-        if any(not 1 <= n <= MOST for n in (batch_size, world_size, nbs or 1, micro_batch or 1)):
+        numbers = (batch_size, world_size, nbs or 1, micro_batch or 1, sync_group_size or 1)
+        if any(not 1 <= n <= MOST for n in numbers):
             raise
         choices = {
             "nbs": _nearest(
@@ -124,6 +145,13 @@ def plan(
             "micro_batch": []
             if micro_batch is None
             else _nearest(micro_batch, _divisors(batch_size), lambda n: solve(batch_size, nbs, n)),
+            "sync_group_size": []
+            if sync_group_size is None
+            else _nearest(
+                sync_group_size,
+                _divisors(world_size),
+                lambda n: solve(batch_size, nbs, micro_batch, n),
+            ),
         }
         raise PlanError(str(refusal) + _spelled(choices), choices) from None
 
@@ -135,14 +163,16 @@ def _solve(
     batch: str,
     norm: str,
     micro_batch: int | None,
+    sync_group_size: int | None,
 ) -> BatchPlan:
     """The plan, or a refusal that does not yet say what would work."""
-    asked = (nbs, micro_batch)
+    asked = (nbs, micro_batch, sync_group_size)
     for name, value in (
         ("batch_size", batch_size),
         ("world_size", world_size),
         ("nbs", nbs),
         ("micro_batch", micro_batch),
+        ("sync_group_size", sync_group_size),
     ):
         least = 2 if name == "nbs" else 1
         if value is not None and not least <= value <= MOST and (name, value) != ("nbs", 1):
@@ -152,6 +182,11 @@ def _solve(
     if batch == "none" and nbs is not None:
         raise PlanError(
             f"norm={norm} looks at no other sample and takes no nbs, got nbs={nbs}: leave it out"
+        )
+    if batch != "sync" and sync_group_size is not None:
+        raise PlanError(
+            f"norm={norm} shares no statistics between ranks and takes no sync_group_size, got"
+            f" sync_group_size={sync_group_size}: leave it out, or use norm=sync"
         )
     if batch in ("ghost", "virtual") and nbs is None:
         raise PlanError(
@@ -170,8 +205,9 @@ def _solve(
         )
 
     micro, chunks, ranks, extra = _form(
-        per_rank, nbs, world_size, batch, micro_batch, _share(batch_size, world_size)
-    )
+        per_rank, nbs, world_size, batch, micro_batch, sync_group_size,
+        _share(batch_size, world_size),
+    )  # fmt: skip
     if batch != "none" and nbs is None:
         nbs = micro * ranks
         if nbs == 1:
@@ -194,14 +230,24 @@ def _solve(
 
 
 def _form(
-    per_rank: int, nbs: int | None, world_size: int, batch: str, micro_batch: int | None, share: str
+    per_rank: int,
+    nbs: int | None,
+    world_size: int,
+    batch: str,
+    micro_batch: int | None,
+    sync_group_size: int | None,
+    share: str,
 ) -> tuple[int, int, int, int]:
     """(micro_batch, ghost_chunks, sync_group, virtual_extra) of one way to form the batch."""
     whole = micro_batch or per_rank
     if batch == "none" or (batch == "per_rank" and nbs is None):
         return whole, 1, 1, 0
+    if sync_group_size is not None and world_size % sync_group_size:
+        raise PlanError(
+            f"sync_group_size={sync_group_size} does not divide world_size={world_size}"
+        )
     if batch == "sync" and nbs is None:
-        return whole, 1, world_size, 0
+        return whole, 1, sync_group_size or world_size, 0
     assert nbs is not None
     if batch == "per_rank":  # accumulation: each forward pass is one normalization batch
         if per_rank % nbs:
@@ -220,11 +266,14 @@ def _form(
     if batch == "sync":
         # The largest micro-batch whose multiple by a divisor of the ranks is the nbs.
         for micro in [micro_batch] if micro_batch else reversed(_divisors(per_rank)):
-            if nbs % micro == 0 and world_size % (nbs // micro) == 0:
-                return micro, 1, nbs // micro, 0
+            group = nbs // micro
+            fits = nbs % micro == 0 and world_size % group == 0
+            if fits and sync_group_size in (None, group):
+                return micro, 1, group, 0
         where = f"micro_batch={micro_batch}" if micro_batch else share
+        group_of = f"sync_group_size={sync_group_size}" if sync_group_size else "a group"
         raise PlanError(
-            f"nbs={nbs} cannot be split over a group of the {world_size} ranks: {where}"
+            f"nbs={nbs} cannot be split over {group_of} of the {world_size} ranks: {where}"
         )
     fitting = [d for d in ([micro_batch] if micro_batch else _divisors(per_rank)) if d <= nbs]
     if not fitting:
@@ -241,13 +290,13 @@ def steps(n: int, plan: BatchPlan, remainder: str = "drop") -> tuple[int, int]:
     """
     if remainder not in ("drop", "error"):
         raise PlanError(f"remainder must be drop or error, got remainder={remainder}")
-    size, (nbs, micro_batch) = plan.batch_size, plan.asked
+    size, (nbs, micro_batch, group) = plan.batch_size, plan.asked
     count, dropped = divmod(n, size)
 
     def works(other: int) -> None:
         if not 1 <= other <= n or (remainder == "error" and n % other):
             raise PlanError("leaves a remainder")
-        _solve(other, nbs, plan.world_size, plan.batch, "", micro_batch)
+        _solve(other, nbs, plan.world_size, plan.batch, "", micro_batch, group)
 
     if count > 0 and not (dropped and remainder == "error"):
         return count, dropped

@@ -10,19 +10,24 @@ import json
 import types
 import typing
 from collections.abc import Callable, Iterable
+from fnmatch import fnmatchcase
 from functools import lru_cache, partial
 from typing import Any
 
 import torch
 from torch import nn
+from torch.distributed import ProcessGroup
 
 import normlab.data
 import normlab.models
 import normlab.norms
 import normlab.norms.conv.base
-from normlab import batchplan, schedule
+from normlab import batchplan, dist, schedule
 from normlab.config import plan_of
 from normlab.data.base import Dataset
+from normlab.norms import BatchNorm
+from normlab.norms.base import PopulationNorm, population_layers
+from normlab.norms.sync import name_layers
 from normlab.orders import Order
 from normlab.train import Settings
 
@@ -30,6 +35,9 @@ Norm = Callable[..., nn.Module]
 
 PLAIN = "plain"
 """The convolutions that a network has by itself."""
+
+GRAPHS = "graphs"
+"""Of the key compile: the compiled network is recorded once and replayed, without launches."""
 
 TENTH = 0.1
 """Of the learning rate, for scalar biases and factors (Fixup, in its authors' code)."""
@@ -103,14 +111,16 @@ def norm(config: dict[str, Any], dataset: Dataset | None = None) -> Norm:
             f"norm.batch={config['norm']['batch']}: norm={config['norm']['name']} is a "
             f"{layer.__name__}, whose batch is formed as {batch} (norm.batch={batch})"
         )
-    given = {"nbs": plan(config).nbs, "decay": config["decay"]}
+    given: dict[str, Any] = {"nbs": plan(config).nbs, "decay": config["decay"]}
+    if batch == "sync":
+        given["group"] = _group(plan(config))
     if batch == "virtual":
         given["extra"] = plan(config).virtual_extra
     parameters = _parameters(layer)
     taken = {key: value for key, value in given.items() if key in parameters}
     if "forwards" in parameters and dataset is not None:
         taken["forwards"] = _forwards(config, dataset)
-    reserved = {"num_features", "shape", "forwards", *given}
+    reserved = {"num_features", "shape", "forwards", "group", *given}
     if batch == "virtual":
         reserved.add("reference")
     options = _options("norm", config["norm"], layer, reserved)
@@ -120,6 +130,41 @@ def norm(config: dict[str, Any], dataset: Dataset | None = None) -> Norm:
             " is from; norm.num_domains=1 trains, more are for `normlab.norms.domains` in code"
         )
     return partial(layer, **options, **taken)
+
+
+def _group(formed: batchplan.BatchPlan) -> ProcessGroup | None:
+    """The ranks that share this one's statistics; None: all, or a process that is no rank yet.
+
+    Raises ValueError where there are other ranks than planned.
+    """
+    _, ranks = dist.place()
+    if ranks == 1:
+        return None
+    if ranks != formed.world_size:
+        raise ValueError(f"world_size={formed.world_size}: there are {ranks} ranks")
+    return dist.subgroup(formed.sync_group)
+
+
+def _keep_apart(network: nn.Module, pattern: str, layers: Norm) -> None:
+    """Put batch norms of one rank in the place of the synchronized layers that `pattern`, a glob of
+    names or, after "!", of the names of the others, does not mean. Raises ValueError where it
+    means none or all of them."""
+    glob, reverse = pattern.removeprefix("!"), pattern.startswith("!")
+    found = population_layers(network)
+    meant = [name for name in found if fnmatchcase(name, glob) != reverse]
+    if not meant or len(meant) == len(found):
+        which = "none" if not meant else "every one"
+        raise ValueError(
+            f"sync_layers={pattern} means {which} of the layers {', '.join(found)}"
+            + (": leave it out" if meant else "")
+        )
+    assert isinstance(layers, partial)
+    options = {key: value for key, value in layers.keywords.items() if key != "group"}
+    for name in found.keys() - set(meant):
+        layer = found[name]
+        own = BatchNorm(layer.num_features, **options)
+        own.load_state_dict(layer.state_dict())  # a gamma may start at zero
+        network.set_submodule(name, own)
 
 
 def _forwards(config: dict[str, Any], dataset: Dataset) -> int:
@@ -139,17 +184,42 @@ def model(config: dict[str, Any], dataset: Dataset) -> nn.Module:
     layers = norm(config, dataset)
     if "shape" in _parameters(normlab.norms.find(_module(config["norm"]))):
         layers = _shaped(layers, network, dataset)
-    # fp32 means float32: convolutions on a GPU would round their inputs to TF32 by default.
-    torch.backends.cudnn.allow_tf32 = False
+    # fp32 means float32: a GPU would round what it multiplies to TF32, in convolutions by default.
+    torch.backends.cudnn.allow_tf32 = torch.backends.cuda.matmul.allow_tf32 = False
     torch.manual_seed(config["seed"])
     built: nn.Module = network(layers)
+    if config["sync_layers"] is not None:
+        _keep_apart(built, config["sync_layers"], layers)
     if config["conv"]["name"] != PLAIN:
         kind = normlab.norms.conv.find(config["conv"]["name"])
         reserved = inspect.signature(nn.Conv2d).parameters
         options = _options("conv", config["conv"], kind, reserved)
         built = normlab.norms.conv.base.replace(built, kind, **options)
+    name_layers(built, debug=config["debug_sync"])
     layout = torch.channels_last if config["channels_last"] else torch.contiguous_format
     return built.to(device(config)).to(memory_format=layout)
+
+
+def check_graphs(config: dict[str, Any]) -> None:
+    """Refuse CUDA graphs where there is no GPU to replay them, and where a step accumulates: its
+    second forward pass would write over the gradients of the first."""
+    if config["compile"] != GRAPHS:
+        return
+    if (kind := device(config).type) != "cuda":
+        raise ValueError(f"compile={GRAPHS} needs a GPU, and device={kind}: compile=true or false")
+    if (accumulation := plan(config).accumulation) > 1:
+        raise ValueError(
+            f"compile={GRAPHS} needs one forward pass per rank and step, and this plan has"
+            f" accumulation={accumulation}: compile=true or false, or another way to form the batch"
+        )
+
+
+def compiled(config: dict[str, Any], network: nn.Module) -> nn.Module | None:
+    """What training calls in the place of `network`, on the same weights; None: the network."""
+    if not config["compile"]:
+        return None
+    mode = "reduce-overhead" if config["compile"] == GRAPHS else None
+    return typing.cast(nn.Module, torch.compile(network, mode=mode))
 
 
 def _check_init(config: dict[str, Any], network: Callable[..., nn.Module]) -> None:
@@ -217,7 +287,8 @@ def optimizer(config: dict[str, Any], network: nn.Module) -> torch.optim.Optimiz
     """
     recipe = config["recipe"]
     layer = normlab.norms.find(_module(config["norm"]))
-    norms = {id(p) for m in network.modules() if isinstance(m, layer) for p in m.parameters()}
+    kinds = (layer, PopulationNorm)  # of norm=sync, some layers may be each rank's own batch norm
+    norms = {id(p) for m in network.modules() if isinstance(m, kinds) for p in m.parameters()}
     slow = ("bias", "scale") if config["init"] == "fixup" else ()
     gains = ("scale",) if slow else ("weight_g",) if config["conv"]["name"] != PLAIN else ()
     groups: dict[tuple[bool, bool], list[nn.Parameter]] = {(False, True): [], (False, False): []}
@@ -255,6 +326,7 @@ def settings(config: dict[str, Any]) -> Settings:
         label_smoothing=recipe["label_smoothing"],
         clip_norm=recipe["clip_norm"],
         checkpoint_every=config["checkpoint_every"],
+        buffers=config["buffers"],
     )
 
 

@@ -20,6 +20,7 @@ usage: normlab <command> [arguments]
 
   train   [key=value ...]       one run, or with -m a sweep: normlab train norm=ghost nbs=32
   sweep   EXPERIMENT [...]      the missing runs of an experiment: normlab sweep nbs scale=desk
+  sweep   EXPERIMENT --dry-run  what there is to run, and the time, memory and disk it takes
   report  [EXPERIMENT ...]      tables, figures and verdicts from runs/ into results/
   eval    RUN [SPEC ...]        a finished run under further evaluation protocols
   plan    [key=value ...]       how a step's batch is formed: normlab plan batch_size=1024 nbs=32

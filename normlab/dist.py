@@ -7,7 +7,7 @@ ValueError. Gradients are those of the *sum* of the ranks' losses.
 """
 
 import math
-from collections.abc import Callable
+from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import chain
 from typing import Any, Literal, get_args
@@ -17,10 +17,12 @@ from torch import Tensor, distributed, nn
 from torch.distributed import ProcessGroup
 
 __all__ = [
+    "How",
     "Shuffled",
     "all_gather",
     "all_reduce",
     "average_buffers",
+    "average_statistics",
     "home",
     "members",
     "merge",
@@ -28,6 +30,7 @@ __all__ = [
     "pool",
     "shuffle",
     "stack",
+    "subgroup",
     "unshuffle",
     "with_gradient",
 ]
@@ -45,6 +48,17 @@ def place(group: ProcessGroup | None = None) -> tuple[int, int]:
             "every group on every rank, and give each rank the one that it belongs to"
         )
     return rank, distributed.get_world_size(group)
+
+
+def subgroup(size: int) -> ProcessGroup | None:
+    """The group of `size` consecutive ranks that this process is in; None where that is all.
+
+    Every rank must call it, and `size` divide their number. Calls make groups anew: keep it.
+    """
+    if size == place()[1]:
+        return None
+    group: ProcessGroup = distributed.new_subgroups(size)[0]
+    return group
 
 
 def members(group: ProcessGroup | None) -> ProcessGroup:
@@ -210,42 +224,67 @@ def merge(
     return pool(both[:, 0], both[:, 1], parts[:, -1])
 
 
+How = Literal["average", "mean", "broadcast"]
+"""How ranks make one set of population statistics out of theirs, see `average_statistics`."""
+
+Statistic = tuple[Tensor, Tensor, Tensor | None]
+"""Means, variances, and how many updates they have seen if that is known; changed in place."""
+
+
 def average_buffers(
     model: nn.Module,
     *,
-    how: Literal["average", "broadcast"] = "average",
+    how: How = "average",
     count: float = 1.0,
     group: ProcessGroup | None = None,
 ) -> None:
     """Make the population statistics of `model`'s batch norms bitwise the same on all ranks.
 
-    Concerns every module with the buffers running_mean and running_var, torch's own included.
-
-    - "average": the statistics of the union of what the ranks saw, `count` being this rank's share
-      (samples, say; by default ranks count alike): the variance includes the spread of the ranks'
-      means (`pool`). timm, mmengine and pycls average the variances alone: too small wherever
-      ranks differ. num_batches_tracked becomes the largest.
-    - "broadcast": those of the group's first rank, num_batches_tracked included.
-
-    Raises ValueError on every rank, before anything changes, if one of them has another `how` or a
-    count that is negative or not finite, if all counts are 0 where they are averaged, and where
-    the layers of the ranks, in their order, hold different numbers of statistics.
+    Concerns every module with the buffers running_mean and running_var, torch's own included; the
+    rest is as in `average_statistics`.
     """
-    hows = get_args(Literal["average", "broadcast"])
-    layers: list[tuple[Any, Any, Any]] = [
+    layers: list[Any] = [
         (module.running_mean, module.running_var, getattr(module, "num_batches_tracked", None))
         for module in model.modules()
         if isinstance(getattr(module, "running_mean", None), Tensor)
         and isinstance(getattr(module, "running_var", None), Tensor)
     ]
+    average_statistics(layers, how=how, count=count, group=group, device=home(model, group))
+
+
+def average_statistics(
+    layers: Sequence[Statistic],
+    *,
+    how: How = "average",
+    count: float = 1.0,
+    group: ProcessGroup | None = None,
+    device: torch.device,
+) -> None:
+    """Make statistics, one triple for each layer, bitwise the same on all ranks.
+
+    - "average": the statistics of the union of what the ranks saw, `count` being this rank's share
+      (samples, say; by default ranks count alike): the variance includes the spread of the ranks'
+      means (`pool`). timm, mmengine and pycls average the variances alone: too small wherever
+      ranks differ. The number of updates becomes the largest.
+    - "mean": the averages of the means and of the variances, weighted by `count`, as they do. Of
+      running averages it is the running average of the averages: what one process has that moves
+      towards the mean of the ranks' batch statistics (`norms.ghost`, population="mean"), which
+      "average" is only up to the spread of the ranks' running means.
+    - "broadcast": those of the group's first rank, the number of updates included.
+
+    device: where the ranks exchange numbers. Raises ValueError on every rank, before anything
+    changes, if one of them has another `how` or a count that is negative or not finite, if all
+    counts are 0 where they are averaged, and where the layers of the ranks, in their order, hold
+    different numbers of statistics.
+    """
+    hows = get_args(How)
     choice = hows.index(how) if how in hows else -1
     head = torch.tensor([choice, count, len(layers)], dtype=torch.float64)
     alone = place(group)[1] == 1
-    device = home(model, group)
     heads = head[None] if alone else stack(head.to(device), group)
     choices, counts, numbers = heads.T.tolist()
     if choice < 0 or set(choices) != {choice}:
-        raise ValueError(f"how is 'average' or 'broadcast', on every rank the same; here {how!r}")
+        raise ValueError(f"how is one of {', '.join(hows)}, on every rank the same; here {how!r}")
     if not all(0 <= value < math.inf for value in counts):
         told = ", ".join(f"{value:g}" for value in counts)
         raise ValueError(f"count must be at least 0 and finite, not {told}")
@@ -260,25 +299,29 @@ def average_buffers(
         what = ("means", "variances", "counts of batches")[kind]
         raise ValueError(f"ranks hold different numbers of {what} in layer {number}: {told}")
 
-    def packed(pick: Callable[[Any], Any]) -> Tensor:
-        return torch.cat([pick(layer).detach().double().flatten() for layer in layers])
+    def packed(kind: int) -> Tensor:
+        held = [buffer for layer in layers if (buffer := layer[kind]) is not None]
+        flat = [buffer.detach().to(device).double().flatten() for buffer in held]
+        return torch.cat(flat) if flat else torch.empty(0, dtype=torch.float64, device=device)
 
-    means, variances = packed(lambda layer: layer[0]), packed(lambda layer: layer[1])
-    steps = packed(lambda layer: means.new_zeros(1) if layer[2] is None else layer[2])
-    parts = stack(torch.cat([means, variances, steps]), group)
-    means, variances, steps = parts.split([means.numel(), variances.numel(), steps.numel()], dim=1)
+    own_values = [packed(kind) for kind in range(3)]
+    parts = stack(torch.cat(own_values), group)
+    means, variances, steps = parts.split([len(values) for values in own_values], dim=1)
+    weights = means.new_tensor(counts)
     if how == "average":
-        mean, var, _ = pool(means, variances, means.new_tensor(counts))
-        batches = steps.amax(0)
+        agreed = [*pool(means, variances, weights)[:2], steps.amax(0)]
+    elif how == "mean":
+        nothing = torch.zeros_like(means)
+        plain = [pool(values, nothing, weights)[0] for values in (means, variances)]
+        agreed = [*plain, steps.amax(0)]
     else:
-        mean, var, batches = means[0], variances[0], steps[0]
+        agreed = [means[0], variances[0], steps[0]]
     with torch.no_grad():
-        for own_layer in layers:
-            for buffer, values in zip(own_layer, (mean, var, batches), strict=True):
-                if buffer is not None:
-                    buffer.copy_(values[: buffer.numel()].view_as(buffer))
-            mean, var = mean[own_layer[0].numel() :], var[own_layer[1].numel() :]
-            batches = batches[1 if own_layer[2] is None else own_layer[2].numel() :]
+        for kind, values in enumerate(agreed):
+            held = [buffer for layer in layers if (buffer := layer[kind]) is not None]
+            pieces = values.split([buffer.numel() for buffer in held])
+            for buffer, piece in zip(held, pieces, strict=True):
+                buffer.copy_(piece.view_as(buffer))
 
 
 # -- shuffled samples -----------------------------------------------------------------------------

@@ -1,10 +1,11 @@
-"""`normlab equiv`: one SGD step's batch, formed in three ways, gives the same numbers in float64.
+"""`normlab equiv`: one SGD step's batch, formed in several ways, gives the same numbers in float64.
 
 k chunks inside one forward (ghost), k micro-batches one after the other (accumulation), and k
-processes with a part each (ranks, gradients averaged) are the same normalization of the same
-batch: outputs and every gradient agree to rounding. Running statistics do not: one forward, k
-forwards and k sets of buffers move them differently. The population policies of `GhostBatchNorm`
-that reproduce each route are shown with it.
+processes with a part each (ranks) are the same normalization of the same batch: outputs, every
+gradient and the weights afterwards agree to rounding, and so they do after many steps. So do one
+batch and ranks that synchronize their statistics, all of them, in pairs, or with two micro-batches
+each. Running statistics do not: one forward, k forwards and k sets of buffers move them
+differently. The policies that reproduce each route are shown with it.
 """
 
 import copy
@@ -14,17 +15,20 @@ import sys
 import tempfile
 import warnings
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from datetime import timedelta
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 from torch.nn import functional as F
+from torch.nn.parallel import DistributedDataParallel
 
-from normlab import build, config
+from normlab import build, config, parallel
+from normlab import dist as ranked
+from normlab.batchplan import BatchPlan, plan
 from normlab.norms.base import PopulationNorm, population_layers
 from normlab.norms.ghost import Population
 from normlab.surgery import convert
@@ -34,6 +38,16 @@ __all__ = ["Row", "compare", "main"]
 TOLERANCE = 1e-12
 """What counts as equal, relative to the largest value of the quantity, 1 at least."""
 
+STEPS = 20
+"""How many steps of SGD with momentum are taken; step t has the samples turned round by t places.
+
+Rounding grows from step to step, by about the factor that a change of the weights does; with this
+step it stays within the same tolerance.
+"""
+
+LR, MOMENTUM = 0.05, 0.9
+
+Batch = tuple[Tensor, Tensor]
 
 _FORMS: dict[str, tuple[object, str]] = {
     "norm.grouping": (
@@ -50,22 +64,28 @@ _FORMS: dict[str, tuple[object, str]] = {
 
 @dataclass(frozen=True)
 class Outcome:
-    """What one step computes, on the CPU: outputs, gradients and buffers by name."""
+    """What a step computes and leaves behind, on the CPU: outputs, the others by name."""
 
     outputs: Tensor
     gradients: dict[str, Tensor]
+    weights: dict[str, Tensor]
     buffers: dict[str, Tensor]
+
+
+Trace = dict[int, Outcome]
+"""The outcomes of the first and the last step, by how many have been taken."""
 
 
 @dataclass(frozen=True)
 class Row:
-    """The largest relative difference of one quantity between two routes, and whether it should be
-    nothing but rounding. One that is not finite is wrong in any case."""
+    """The largest relative difference of one quantity between two routes, after so many steps, and
+    whether it should be nothing but rounding. One that is not finite is wrong in any case."""
 
     routes: str
     quantity: str
     difference: float
     equal: bool = True
+    steps: int = 1
 
     @property
     def holds(self) -> bool:
@@ -94,67 +114,111 @@ def main(overrides: Sequence[str]) -> int:
     x, y = next(iter(data.eval_batches("train", batch_size=samples, order=given["seed"])))
     network = build.model(given, data).cpu()
     rows = compare(network, x, y, nbs=nbs, decay=given["decay"])
-    print(f"{given['model']['name']}, {samples} samples, nbs {nbs}, one step in float64:")
+    print(f"{given['model']['name']}, {samples} samples, nbs {nbs}, in float64:")
     width = max(len(row.routes) for row in rows)
     for row in rows:
         verdict = ("equal" if row.equal else "differ, as they must") if row.holds else "WRONG"
-        print(f"  {row.routes:{width}}  {row.quantity:9}  {row.difference:7.1e}  {verdict}")
+        after = f"{row.steps:2} step{'s' if row.steps > 1 else ' '}"
+        print(
+            f"  {row.routes:{width}}  {after}  {row.quantity:9}  {row.difference:7.1e}  {verdict}"
+        )
     sys.stdout.flush()
     return 0 if all(row.holds for row in rows) else 1
 
 
-def compare(network: nn.Module, x: Tensor, y: Tensor, *, nbs: int, decay: float = 0.9) -> list[Row]:
-    """The routes against each other, for the step of `network` on x (N, ...) with labels y (N,).
+def compare(
+    network: nn.Module, x: Tensor, y: Tensor, *, nbs: int, decay: float = 0.9, steps: int = STEPS
+) -> list[Row]:
+    """The routes against each other, for steps of `network` on x (N, ...) with labels y (N,).
 
     Every PopulationNorm of the network stands for the layer that each route has in its place, with
     its weights and buffers; the network itself is not changed. All in float64; the loss is the mean
     cross-entropy over the N samples; all other layers are in eval(). Raises ValueError unless
     nbs >= 2 divides N into two chunks or more, and without a layer to compare.
     """
-    chunks, rest = divmod(len(x), nbs)
+    samples = len(x)
+    chunks, rest = divmod(samples, nbs)
     if rest or chunks < 2:
-        raise ValueError(f"nbs={nbs} does not divide {len(x)} samples into two chunks or more")
+        raise ValueError(f"nbs={nbs} does not divide {samples} samples into two chunks or more")
     if not population_layers(network):
         raise ValueError("the network has no layer with population statistics")
     x = x.double()
+    batches = [(x.roll(-step, 0), y.roll(-step, 0)) for step in range(steps)]
 
-    def ghost(population: Population, kept: float = decay) -> Outcome:
-        formed = _formed(network, "ghost", nbs=nbs, population=population, decay=kept)
-        return _step(formed, [x], [y])
+    def alone(formed: nn.Module, size: int = samples) -> Trace:
+        parts = [range(start, start + size) for start in range(0, samples, size)]
+        return _train(formed, batches, parts)
+
+    def ghost(population: Population, size: int = nbs, kept: float = decay) -> Trace:
+        return alone(_formed(network, "ghost", nbs=size, population=population, decay=kept))
 
     plain = _formed(network, "bn", decay=decay)
-    accumulated = _step(copy.deepcopy(plain), list(x.split(nbs)), list(y.split(nbs)))
-    ranks = _over_ranks(plain, x, y, chunks)
-    first, mean = ghost("first"), ghost("mean")
-    averaged = {
-        name: torch.stack([rank.buffers[name] for rank in ranks]).mean(0)
-        for name in ranks[0].buffers
-    }
-    rows = [
-        *_differences("ghost = accumulation", first, accumulated),
-        *_differences("ghost = ranks", first, _joined(ranks)),
-        _buffers("ghost, population=first = rank 0", first.buffers, ranks[0].buffers),
-        _buffers("ghost, population=mean = mean of ranks", mean.buffers, averaged),
-    ]
-    # k forwards forget 1 - decay^k of the old values, one forward 1 - decay.
-    rows.append(
-        Row(
-            f"ghost, population=mean, against accumulation ({1 - decay:.3g} of the old forgotten, "
-            f"{1 - decay**chunks:.3g})",
-            "buffers",
-            _largest(mean.buffers, accumulated.buffers),
-            equal=False,
-        )
-    )
+    plans = _plans(samples, nbs)
+    over = _over_ranks(plain, batches, plans)
+    together = {name: _joined(over[name], made) for name, made in plans.items()}
+    accumulated = alone(copy.deepcopy(plain), nbs)
+    # What ranks form in pairs, one process does in larger chunks, and all together in none.
+    whole = alone(copy.deepcopy(plain))
+    sizes = {made.nbs for made in plans.values() if made.nbs is not None} - {samples}
+    chunked = {size: ghost("mean", size) for size in sizes}
+    first, mean, sequential = ghost("first"), chunked[nbs], None
     # A forward that takes k steps of a share of 1 - decay each has to be told to take whole ones.
-    forgetting = chunks * (1 - decay)
-    if forgetting <= 1:
+    if (forgetting := chunks * (1 - decay)) <= 1:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # a decay this low is meant
-            sequential = ghost("sequential", 1 - forgetting).buffers
-        name = f"ghost, population=sequential, decay={1 - forgetting:.3g} = accumulation"
-        rows.append(_buffers(name, sequential, accumulated.buffers))
+            sequential = ghost("sequential", kept=1 - forgetting)
+
+    rows = []
+    for count in dict.fromkeys((1, steps)):
+        rows += _differences("ghost = accumulation", mean, accumulated, count)
+        for name, made in plans.items():
+            size = made.nbs or samples
+            alike = "one batch" if size == samples else "ghost" + f", nbs={size}" * (size != nbs)
+            theirs = whole if size == samples else chunked[size]
+            rows += _differences(f"{alike} = {name}", theirs, together[name], count)
+            if made.accumulation > 1:
+                continue
+            if size == samples:
+                alike = "one batch = each rank of " + name
+                rows.append(_buffers(alike, theirs, over[name][-1], count))
+            else:
+                alike += f", population=mean = {name}, buffers=mean"
+                rows.append(_buffers(alike, theirs, _averaged(over[name], "mean"), count))
+        # The law of total variance adds the spread of the ranks' means to the variance.
+        ranks = over["ranks"]
+        rows.append(_buffers("ghost, population=first = rank 0", first, ranks[0], count))
+        rows.append(
+            _buffers(
+                "ghost, population=mean, but ranks, buffers=average",
+                mean, _averaged(ranks, "average"), count, equal=False,
+            )
+        )  # fmt: skip
+        # k forwards forget 1 - decay^k of the old values, one forward 1 - decay.
+        rows.append(
+            _buffers(
+                f"ghost, population=mean, but accumulation (forget {1 - decay:.3g}, "
+                f"{1 - decay**chunks:.3g})",
+                mean, accumulated, count, equal=False,
+            )
+        )  # fmt: skip
+        if sequential is not None:
+            name = f"ghost, population=sequential, decay={1 - forgetting:.3g} = accumulation"
+            rows.append(_buffers(name, sequential, accumulated, count))
     return rows
+
+
+def _plans(samples: int, nbs: int) -> dict[str, BatchPlan]:
+    """How as many ranks as there are chunks form batches: alone, all together, and, where that is
+    something else again, in pairs and in two micro-batches each."""
+    ranks = samples // nbs
+    sync: dict[str, Any] = {"world_size": ranks, "batch": "sync", "norm": "sync"}
+    plans = {"ranks": plan(samples, nbs, world_size=ranks), "sync": plan(samples, None, **sync)}
+    if ranks > 2 and ranks % 2 == 0:
+        plans["sync in pairs"] = plan(samples, 2 * nbs, sync_group_size=2, **sync)
+    if nbs % 2 == 0:
+        halves = plan(samples, samples // 2, sync_group_size=ranks, **sync)
+        plans["sync in two micro-batches"] = halves
+    return plans
 
 
 def _formed(network: nn.Module, norm: str, **options: Any) -> nn.Module:
@@ -167,25 +231,37 @@ def _formed(network: nn.Module, norm: str, **options: Any) -> nn.Module:
     )
 
 
-def _step(network: nn.Module, xs: list[Tensor], ys: list[Tensor]) -> Outcome:
-    """Forward and backward over the micro-batches, each weighted by its share of the samples.
+def _train(network: nn.Module, batches: list[Batch], parts: list[range]) -> Trace:
+    """Steps of SGD, each on these parts of a batch, one micro-batch after the other.
 
-    Only the compared layers are in train(): dropout would draw other numbers on every route.
+    The loss of a step is the mean over the parts' samples; gradients of a network over ranks are
+    averaged with the others'. Only the compared layers are in train(): dropout would draw other
+    numbers on every route.
     """
     network.eval()
     for layer in population_layers(network).values():
         layer.training = True
-    samples = sum(len(y) for y in ys)
-    outputs, inputs = [], []
-    for x, y in zip(xs, ys, strict=True):
-        leaf = x.detach().clone().requires_grad_()
-        logits = network(leaf)
-        (F.cross_entropy(logits, y, reduction="sum") / samples).backward()
-        outputs.append(logits.detach())
-        inputs.append(leaf.grad)
-    gradients = {name: p.grad for name, p in network.named_parameters() if p.grad is not None}
-    gradients["input"] = torch.cat([grad for grad in inputs if grad is not None])
-    return Outcome(torch.cat(outputs), gradients, _running(network))
+    inner = network.module if isinstance(network, DistributedDataParallel) else network
+    optimizer = torch.optim.SGD(network.parameters(), lr=LR, momentum=MOMENTUM)
+    own, trace = sum(len(part) for part in parts), {}
+    for step, (x, y) in enumerate(batches, start=1):
+        optimizer.zero_grad()
+        outputs, inputs = [], []
+        for number, part in enumerate(parts, start=1):
+            places = slice(part.start, part.stop)
+            leaf = x[places].detach().clone().requires_grad_()
+            with parallel.averaging(network, number == len(parts)):
+                logits = network(leaf)
+                (F.cross_entropy(logits, y[places], reduction="sum") / own).backward()
+            outputs.append(logits.detach())
+            inputs.append(leaf.grad)
+        gradients = {k: p.grad.clone() for k, p in inner.named_parameters() if p.grad is not None}
+        gradients["input"] = torch.cat([grad for grad in inputs if grad is not None])
+        optimizer.step()
+        if step in (1, len(batches)):
+            weights = {name: p.detach().clone() for name, p in inner.named_parameters()}
+            trace[step] = Outcome(torch.cat(outputs), gradients, weights, _running(inner))
+    return trace
 
 
 def _running(network: nn.Module) -> dict[str, Tensor]:
@@ -196,13 +272,18 @@ def _running(network: nn.Module) -> dict[str, Tensor]:
     }
 
 
-def _over_ranks(network: nn.Module, x: Tensor, y: Tensor, ranks: int) -> list[Outcome]:
-    """One process per chunk, joined by gloo; each one's outcome, its gradients averaged by all."""
-    context = multiprocessing.get_context("spawn")
+def _over_ranks(
+    network: nn.Module, batches: list[Batch], plans: dict[str, BatchPlan]
+) -> dict[str, list[Trace]]:
+    """What each rank of the plans does: as many processes, joined by gloo."""
+    (count,) = {made.world_size for made in plans.values()}
+    # Processes that import torch one by one take longer than all they compute.
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload([__name__, "torch._dynamo"])  # what optimizers import
     with tempfile.TemporaryDirectory(prefix="normlab-equiv-") as directory:
-        torch.save((network, x, y), Path(directory) / "step.pt")
+        torch.save((network, batches, plans), Path(directory) / "steps.pt")
         processes = [
-            context.Process(target=_rank, args=(rank, ranks, directory)) for rank in range(ranks)
+            context.Process(target=_rank, args=(rank, count, directory)) for rank in range(count)
         ]
         try:
             for process in processes:
@@ -216,50 +297,85 @@ def _over_ranks(network: nn.Module, x: Tensor, y: Tensor, ranks: int) -> list[Ou
         if any(process.exitcode for process in processes):
             raise RuntimeError("a rank of normlab equiv failed; its traceback is above")
         loaded = [
-            torch.load(Path(directory) / f"{rank}.pt", weights_only=True) for rank in range(ranks)
+            torch.load(Path(directory) / f"{rank}.pt", weights_only=True) for rank in range(count)
         ]
-    return [Outcome(**outcome) for outcome in loaded]
+    return {
+        name: [
+            {step: Outcome(**outcome) for step, outcome in of_rank[name].items()}
+            for of_rank in loaded
+        ]
+        for name in plans
+    }
 
 
-def _rank(rank: int, ranks: int, directory: str) -> None:
-    """What one process does: its part of the batch, then the mean of all ranks' gradients."""
+def _rank(rank: int, count: int, directory: str) -> None:
+    """What one process does: its parts of every batch, as each plan says."""
     torch.set_num_threads(1)
     dist.init_process_group(
-        "gloo", init_method=f"file://{directory}/meeting", rank=rank, world_size=ranks,
+        "gloo", init_method=f"file://{directory}/meeting", rank=rank, world_size=count,
         timeout=timedelta(seconds=60),
     )  # fmt: skip
     try:
         # Written a moment ago by the process that started this one: it holds a module.
-        network, x, y = torch.load(Path(directory) / "step.pt", weights_only=False)
-        done = _step(network, [x.chunk(ranks)[rank]], [y.chunk(ranks)[rank]])
-        for name, gradient in done.gradients.items():
-            if name == "input":  # each rank's own: its part of the mean over all samples
-                gradient /= ranks
-            else:
-                dist.all_reduce(gradient)
-                gradient /= ranks
-        torch.save(vars(done), Path(directory) / f"{rank}.pt")
+        network, batches, plans = torch.load(Path(directory) / "steps.pt", weights_only=False)
+        done = {}
+        for name, made in plans.items():
+            formed = copy.deepcopy(network)
+            if made.batch == "sync":
+                formed = _formed(network, "sync", group=ranked.subgroup(made.sync_group))
+            trace = _train(parallel.wrapped(formed, torch.device("cpu")), batches, made.parts(rank))
+            done[name] = {step: vars(outcome) for step, outcome in trace.items()}
+        torch.save(done, Path(directory) / f"{rank}.pt")
     finally:
         dist.destroy_process_group()
 
 
-def _joined(ranks: list[Outcome]) -> Outcome:
-    """Outputs and input gradients of all ranks in order; the parameters' gradients are rank 0's."""
-    gradients = {**ranks[0].gradients}
-    gradients["input"] = torch.cat([rank.gradients["input"] for rank in ranks])
-    return Outcome(torch.cat([rank.outputs for rank in ranks]), gradients, ranks[0].buffers)
+def _joined(ranks: list[Trace], made: BatchPlan) -> Trace:
+    """Outputs and input gradients of all ranks at their places in the batch; what is left is rank
+    0's. A rank's input gradients are those of its own mean, whose share is one of the ranks'."""
+    places = [place for rank in range(len(ranks)) for part in made.parts(rank) for place in part]
+    order = torch.tensor(places).argsort()
+    joined = {}
+    for step, outcome in ranks[0].items():
+        inputs = torch.cat([rank[step].gradients["input"] for rank in ranks]) / len(ranks)
+        joined[step] = replace(
+            outcome,
+            outputs=torch.cat([rank[step].outputs for rank in ranks])[order],
+            gradients={**outcome.gradients, "input": inputs[order]},
+        )
+    return joined
 
 
-def _differences(routes: str, ours: Outcome, theirs: Outcome) -> list[Row]:
-    assert ours.gradients.keys() == theirs.gradients.keys()
+def _averaged(ranks: list[Trace], how: Literal["average", "mean"]) -> Trace:
+    """Rank 0's outcomes with the buffers that a run's ranks would agree on."""
+    averaged = {}
+    for step, outcome in ranks[0].items():
+        buffers = {
+            name: torch.stack([rank[step].buffers[name] for rank in ranks])
+            for name in outcome.buffers
+        }
+        found = {name: values.mean(0) for name, values in buffers.items()}
+        if how == "average":
+            for name in (name for name in found if name.endswith(".var")):
+                means = buffers[name.removesuffix("var") + "mean"]
+                found[name] = found[name] + means.var(0, correction=0)
+        averaged[step] = replace(outcome, buffers=found)
+    return averaged
+
+
+def _differences(routes: str, ours: Trace, theirs: Trace, steps: int) -> list[Row]:
+    one, other = ours[steps], theirs[steps]
+    assert one.gradients.keys() == other.gradients.keys()
     return [
-        Row(routes, "outputs", _difference(ours.outputs, theirs.outputs)),
-        Row(routes, "gradients", _largest(ours.gradients, theirs.gradients)),
+        Row(routes, "outputs", _difference(one.outputs, other.outputs), steps=steps),
+        Row(routes, "gradients", _largest(one.gradients, other.gradients), steps=steps),
+        Row(routes, "weights", _largest(one.weights, other.weights), steps=steps),
     ]
 
 
-def _buffers(routes: str, ours: dict[str, Tensor], theirs: dict[str, Tensor]) -> Row:
-    return Row(routes, "buffers", _largest(ours, theirs))
+def _buffers(routes: str, ours: Trace, theirs: Trace, steps: int, equal: bool = True) -> Row:
+    difference = _largest(ours[steps].buffers, theirs[steps].buffers)
+    return Row(routes, "buffers", difference, equal, steps)
 
 
 def _largest(ours: dict[str, Tensor], theirs: dict[str, Tensor]) -> float:

@@ -2,6 +2,9 @@
 
 ``normlab.protocols`` defines and reads the protocols. Sums are taken over samples and divided once.
 Evaluating changes neither the model nor any global random state.
+
+Several ranks evaluate together: each has its share of the samples, of which none is counted twice,
+and all get the same row. What shares statistics is dealt whole, and augmented as one process would.
 """
 
 from collections.abc import Callable, Iterator
@@ -14,6 +17,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from tqdm import tqdm
 
+from normlab import dist
 from normlab.data.base import Dataset
 from normlab.norms.base import normalization, population_layers, refuse_strangers
 from normlab.orders import SHUFFLED, Order
@@ -56,7 +60,8 @@ class Evaluator:
 
     ``nbs`` is the run's normalization batch size (None for norms without one), ``batch_size`` its
     SGD batch (for sorted ones), ``bank`` the tracked EMA bank if there is one, and ``tick`` is
-    called once a batch: it may raise to stop.
+    called once a batch: it may raise to stop (among several ranks it must not: others wait).
+    Every rank makes one, of the same model, and calls it alike.
     """
 
     model: nn.Module
@@ -101,7 +106,7 @@ class Evaluator:
             assert self.bank is not None, "check() has seen to it"
             statistics = using(self.model, self.bank.population(protocol.decay))
         batches = self.data.eval_batches(
-            protocol.split, batch_size=_BLOCK, order=None,
+            protocol.split, batch_size=_BLOCK, order=None, share=dist.place(),
             device=self.device, channels_last=self.channels_last,
         )  # fmt: skip
         with statistics, self._on_population():
@@ -208,11 +213,13 @@ class Evaluator:
         augment: bool = False,
         pattern: Order = SHUFFLED,
     ) -> Iterator[tuple[Tensor, Tensor]]:
-        """Whole groups of ``batch`` samples, several a forward; a last partial one is dropped."""
+        """This rank's whole groups of ``batch`` samples, several a forward; a last partial one is
+        dropped."""
         waiting: list[tuple[Tensor, Tensor]] = []
         for read in self.data.eval_batches(
             split, batch_size=_BLOCK, samples=samples,
             order=self.seed * ORDERS + order,  # every seed has orders of its own
+            share=dist.place(), unit=batch,
             augment=augment, device=self.device, channels_last=self.channels_last,
             pattern=pattern, within=self._within(pattern, batch),
         ):  # fmt: skip
@@ -251,10 +258,12 @@ class Evaluator:
             for x, y in self._shown(batches, protocol):
                 with self._autocast():
                     logits = self.model(x)
-                loss += F.cross_entropy(logits.float(), y, reduction="sum")
+                precise = logits.to(torch.promote_types(logits.dtype, torch.float32))
+                loss += F.cross_entropy(precise, y, reduction="sum")
                 wrong += (logits.argmax(1) != y).sum()
                 n += len(y)
         finally:
             for module, training in modes.items():
                 module.training = training
-        return {"n": n, "error": 100 * wrong.item() / n, "loss": loss.item() / n}
+        n, wrong, loss = dist.stack(torch.stack([torch.full_like(loss, n), wrong, loss])).sum(0)
+        return {"n": int(n), "error": 100 * wrong.item() / n.item(), "loss": loss.item() / n.item()}

@@ -5,21 +5,19 @@ elsewhere is skipped, an unfinished one resumes, and two processes never work on
 """
 
 import logging
-import platform
-import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager, suppress
+from collections.abc import Callable, Collection, Iterator
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass, replace
 from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
-from normlab import experiment, runs
-from normlab.config import cell_key, check, run_id, with_later_keys
+from normlab import environment, lease, logs, runs
+from normlab.config import OF_THE_PLACE, check, continued, run_id, with_later_keys
+from normlab.lease import LeaseLost
 from normlab.runs import FINISHED, RunDir
 
 if TYPE_CHECKING:
-    from normlab.checkpoint import Stop
     from normlab.worker import Job
 
 log = logging.getLogger(__name__)
@@ -50,6 +48,8 @@ class Outcome:
     summary: dict[str, float]
     lacking: str = ""
     recorded: Path | None = None
+    command: str = ""
+    """What starts a run that is only prepared."""
 
     @property
     def place(self) -> str:
@@ -59,21 +59,47 @@ class Outcome:
         return f"recorded in {self.recorded}; skip_done=local runs it here"
 
 
-def run(config: dict[str, Any]) -> Outcome:
+def run(config: dict[str, Any], named: Collection[str] = OF_THE_PLACE) -> Outcome:
     """Run, resume or skip what the config describes.
+
+    named: the keys that were asked for by name. With ``resume``, what the run recorded holds for
+    the others.
 
     Raises ValueError or OSError before anything is written when the config cannot work, JobError
     when the run itself fails.
     """
     check(config)
+    taken_up: RunDir | None = None
+    if config["resume"] is not None:
+        taken_up = runs.find(config["resume"], Path(config["runs"]))
+        config = continued(taken_up.config(), config, named)
+        if not taken_up.checkpoint.exists():
+            raise ValueError(f"run {taken_up.id} has no checkpoint to go on from")
     from normlab import allocator, build
 
     kept = config["allocator"] == "keep" and allocator.keep_freed_memory()
-    device, data = build.device(config), build.data(config)
-    directory = RunDir(Path(config["runs"]) / run_id(
-        config, device=device.type, data_digest=data.digest, kernels=False
-    ))  # fmt: skip
-    return _committed_outcome(config, directory) or _run(config, directory, memory_kept=kept)
+    with _kernels(config):
+        if taken_up is not None:
+            return _run(config, taken_up, memory_kept=kept)
+        device, data = build.device(config), build.data(config)
+        directory = RunDir(Path(config["runs"]) / run_id(
+            config, device=device.type, data_digest=data.digest, kernels=config["kernels"]
+        ))  # fmt: skip
+        return committed_outcome(config, directory) or _run(config, directory, memory_kept=kept)
+
+
+def _kernels(config: dict[str, Any]) -> AbstractContextManager[None]:
+    """Within, norms use the fused kernels or not, as the config says; ValueError where it asks for
+    kernels that are not there."""
+    from normlab import build, kernels
+
+    if config["kernels"]:
+        if (device := build.device(config).type) != "cpu":
+            raise ValueError(f"kernels=true: the fused kernels are for the CPU, not for {device}")
+        why = kernels.unavailable() if kernels.enabled() else "NORMLAB_KERNELS=0 turns them off"
+        if why:
+            raise ValueError(f"kernels=true: no fused kernels here: {why}")
+    return kernels.use(config["kernels"])
 
 
 @cache
@@ -81,7 +107,7 @@ def _committed() -> dict[str, runs.Committed]:
     return runs.committed(RESULTS)
 
 
-def _committed_outcome(config: dict[str, Any], directory: RunDir) -> Outcome | None:
+def committed_outcome(config: dict[str, Any], directory: RunDir) -> Outcome | None:
     """The outcome of a run that the committed results already hold whole, and ``runs=`` not."""
     from normlab import worker
 
@@ -108,24 +134,38 @@ def _committed_outcome(config: dict[str, Any], directory: RunDir) -> Outcome | N
 
 
 def _run(config: dict[str, Any], directory: RunDir, *, memory_kept: bool) -> Outcome:
-    from normlab import checkpoint, worker
+    from normlab import worker
 
     if directory.status().get("status") in FINISHED:
         return _completed(config, directory)
+    _check_gpus(config)
     config = _with_tracked(config, directory)
-    job = worker.construct(config)
-    environment = _environment(job) | {"memory_kept": memory_kept}
+    job = _constructed(config)
+    described = environment.describe(job) | {"memory_kept": memory_kept}
     if directory.checkpoint.exists():
         worker.check_resumable(config, directory)
-        _check_environment(directory, environment)
-    with directory.lock(), _logging_to(directory), checkpoint.deferred_signals() as stop:
+        worker.check_environment(job, directory)
+    with _locked(directory), _logging_to(directory):
         ours = directory.status().get("status") not in FINISHED
         if ours:  # and no other process has run it meanwhile
-            _prepare(directory, config, environment)
+            _prepare(directory, config, described)
             log.info("%s: %s, freed memory is kept: %s", directory.id, job.plan, memory_kept)
-            _guarded(directory, lambda: _work(job, directory, stop))
+            if not config["launch"]:
+                return _prepared(config, directory)
+            _guarded(directory, lambda: _start(job, directory))
     outcome = _completed(config, directory)
     return replace(outcome, skipped=outcome.skipped and not ours)
+
+
+def _constructed(config: dict[str, Any]) -> "Job":
+    """The objects of a run, or its refusal. The parent of ranks makes them on the CPU: the memory
+    of a GPU is its rank's."""
+    from normlab import build, worker
+
+    if config["world_size"] == 1:
+        return worker.construct(config)
+    build.check_graphs(config)
+    return replace(worker.construct(config | {"device": "cpu", "compile": False}), config=config)
 
 
 def _completed(config: dict[str, Any], directory: RunDir) -> Outcome:
@@ -149,11 +189,21 @@ def _completed(config: dict[str, Any], directory: RunDir) -> Outcome:
         | {"evals": [spec for spec in asked if spec in possible]}
         | {"ema_bank": worker.tracked_decays(state)}
     )
-    _check_environment(directory, _environment(job))
-    with directory.lock(), _logging_to(directory), checkpoint.deferred_signals() as stop:
+    worker.check_environment(job, directory)
+    with _locked(directory), _logging_to(directory), checkpoint.deferred_signals() as stop:
         _set_threads(directory)
         _guarded(directory, lambda: worker.evaluate_finished(job, directory, stop))
     return replace(_outcome(directory, skipped=False), lacking=lacking)
+
+
+@contextmanager
+def _locked(directory: RunDir) -> Iterator[None]:
+    """Hold the run. To lose it to another process is a failure of this one, and writes nothing."""
+    try:
+        with directory.lock():
+            yield
+    except LeaseLost as error:
+        raise JobError(str(error)) from None
 
 
 def _with_tracked(config: dict[str, Any], directory: RunDir) -> dict[str, Any]:
@@ -166,12 +216,45 @@ def _with_tracked(config: dict[str, Any], directory: RunDir) -> dict[str, Any]:
     return config | {"ema_bank": tracked} if set(config["ema_bank"]) <= set(tracked) else config
 
 
-def _work(job: "Job", directory: RunDir, stop: "Stop") -> None:
-    from normlab import worker
+def _prepared(config: dict[str, Any], directory: RunDir) -> Outcome:
+    from normlab.ranks import agent
 
-    status = worker.work(job, directory, stop)
-    directory.write_env(directory.env() | {"ended": _now()})
-    directory.write_status(status)
+    path, size = directory.path.resolve(), config["world_size"]
+    line = agent.torchrun(path, size, max_restarts=config["max_restarts"])
+    return Outcome(directory.id, "prepared", False, directory.path, {}, command=line)
+
+
+def _check_gpus(config: dict[str, Any]) -> None:
+    """Refuse more ranks on this machine than it has GPUs."""
+    import torch
+
+    from normlab import build
+
+    size = config["world_size"]
+    if size == 1 or not config["launch"] or build.device(config).type != "cuda":
+        return
+    if size > (count := torch.cuda.device_count()):
+        raise ValueError(
+            f"world_size={size}: each rank needs a GPU of its own, and this machine has {count}"
+            f" (launch=false prepares a run for several machines; world_size={count}; device=cpu)"
+        )
+
+
+def _start(job: "Job", directory: RunDir) -> None:
+    """The work of a run, in this process or by ranks that this process starts."""
+    from normlab import checkpoint, worker
+    from normlab.ranks import agent
+
+    config = job.config
+    if config["world_size"] == 1:
+        with checkpoint.deferred_signals() as stop:
+            worker.finish(job, directory, stop)
+        return
+    threads, restarts = directory.env()["threads"], config["max_restarts"]
+    agent.start(
+        directory.path, config["world_size"], threads=threads, max_restarts=restarts,
+        handed=lease.environment(directory.path),
+    )  # fmt: skip
 
 
 def evaluate(run: str, specs: list[str], *, root: str, data_root: str | None = None) -> Outcome:
@@ -193,7 +276,8 @@ def evaluate(run: str, specs: list[str], *, root: str, data_root: str | None = N
     status = directory.status().get("status", "unfinished")
     if status != "done":
         raise ValueError(f"run {directory.id} is {status}: only a finished run can be evaluated")
-    return _completed(config, directory)
+    with _kernels(config):
+        return _completed(config, directory)
 
 
 def _committed_as(run: str, root: Path) -> str:
@@ -208,48 +292,48 @@ def _committed_as(run: str, root: Path) -> str:
     )
 
 
-def _prepare(directory: RunDir, config: dict[str, Any], environment: dict[str, Any]) -> None:
+def _prepare(directory: RunDir, config: dict[str, Any], described: dict[str, Any]) -> None:
     """Write what describes the run, and set its threads; a resumed run keeps its first start's."""
     recorded = directory.env()
     if not recorded or not directory.checkpoint.exists():  # nothing of it is left to continue
         directory.clear()
         directory.write_config(config)
-        _set_threads(directory, environment["threads"])
-        directory.write_env(environment)
+        _set_threads(directory, described["threads"])
+        directory.write_env(described)
         return
     directory.clear_status()
     _set_threads(directory)
-    if environment["source"] not in recorded["source"].split("+"):
+    if directory.config()["world_size"] != config["world_size"]:
+        recorded |= {key: described[key] for key in ("world_size", "backend", "threads")}
+        _record_ranks(directory, config, recorded)
+        _set_threads(directory)
+    if config["world_size"] > 1 or not config["launch"]:
+        directory.write_config(config)  # where its ranks read what was asked for this time
+    if described["source"] not in recorded["source"].split("+"):
         # Half of the run comes from other code: neither digest alone would be true.
-        recorded["source"] += "+" + environment["source"]
-        recorded["dirty"] = recorded["dirty"] or environment["dirty"]
+        recorded["source"] += "+" + described["source"]
+        recorded["dirty"] = recorded["dirty"] or described["dirty"]
         directory.write_env(recorded)
 
 
-def _check_environment(directory: RunDir, environment: dict[str, Any]) -> None:
-    """Refuse to continue or evaluate a run under what would make other numbers."""
-    recorded = directory.env()
-    for key, name in (("torch", "torch"), ("data_digest", "data"), ("device", "device")):
-        if recorded.get(key) != environment[key]:
-            raise ValueError(
-                f"run {directory.id} was made with {name} {recorded.get(key)}, and this is "
-                f"{environment[key]}: use that, or give another runs= to train it anew"
-            )
+def _record_ranks(directory: RunDir, config: dict[str, Any], recorded: dict[str, Any]) -> None:
+    """Note from where on a run has another number of ranks, and make it what is planned."""
+    from normlab import checkpoint
 
-
-@cache
-def _default_threads() -> int:
-    """What torch would use in this process, before any run set a number."""
-    import torch
-
-    return torch.get_num_threads()
+    at = checkpoint.load(directory.checkpoint)["position"]
+    before = directory.config()["world_size"]
+    recorded.setdefault("world_sizes", [f"{before} from epoch 1, step 0"])
+    where = f"epoch {at['epoch'] + 1}, step {at['step']}"
+    recorded["world_sizes"].append(f"{config['world_size']} from {where}")
+    directory.write_config(config)
+    directory.write_env(recorded)
 
 
 def _set_threads(directory: RunDir, number: int | None = None) -> None:
     """As many threads as the run began with: sums depend on how they are split."""
     import torch
 
-    _default_threads()
+    environment.default_threads()
     torch.set_num_threads(number or directory.env()["threads"])
 
 
@@ -257,12 +341,12 @@ def _guarded(directory: RunDir, action: Callable[[], T]) -> T:
     """Run; an exception is logged with its traceback, recorded, and becomes one line."""
     try:
         return action()
+    except LeaseLost:
+        raise
     except Exception as error:
-        log.exception("%s failed", directory.id)
-        reason = f"{type(error).__name__}: {error}".splitlines()[0]
-        with suppress(OSError):  # what failed may be the disk
-            if directory.status().get("status") not in FINISHED:
-                directory.write_status({"status": "failed", "reason": reason})
+        from normlab import worker
+
+        reason = worker.record_failure(directory, error)
         raise JobError(f"{directory.id} failed: {reason} (log: {directory.log})") from None
 
 
@@ -278,73 +362,6 @@ def _summary(errors: dict[tuple[str, int], float]) -> dict[str, float]:
     return {protocol: error for (protocol, epoch), error in errors.items() if epoch == last}
 
 
-def _environment(job: "Job") -> dict[str, Any]:
-    """What the numbers depend on besides the config; no names of hosts or users."""
-    import numpy
-    import torch
-    import torchvision
-
-    from normlab import __version__, build
-
-    device = build.device(job.config)
-    commit, dirty = runs.commit()
-    return {
-        "cell": cell_key(job.config),
-        "nbs": job.plan.nbs,
-        "commit": commit,
-        "dirty": dirty,
-        "source": runs.source_digest(),
-        "claims": _claims(job.config["scale"]),
-        "data_digest": job.data.digest,
-        "data_note": job.data.note,
-        "chance": 100 * (1 - 1 / job.data.num_classes),
-        "device": device.type,
-        "processor": torch.cuda.get_device_name() if device.type == "cuda" else _processor(),
-        "threads": job.config["threads"] or _default_threads(),
-        "normlab": __version__,
-        "python": platform.python_version(),
-        "torch": torch.__version__,
-        "torchvision": torchvision.__version__,
-        "numpy": numpy.__version__,
-        "parameters": sum(p.numel() for p in job.model.parameters()),
-        "dropped_per_epoch": job.dropped,
-        "started": _now(),
-    }
-
-
-def _now() -> str:
-    return time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime())
-
-
-def _claims(scale: str | None) -> str:
-    """``experiment:digest`` of every experiment that judges at this scale, as declared now."""
-    loaded = [experiment.load(name) for name in experiment.names()]
-    return " ".join(f"{e.name}:{e.claims_digest(scale)}" for e in loaded if scale in e.scales)
-
-
-def _processor() -> str:
-    """The processor's model, for the record of a measurement."""
-    try:
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
-        return next(
-            line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")
-        )
-    except (OSError, StopIteration):
-        return platform.machine()
-
-
-@contextmanager
-def _logging_to(directory: RunDir) -> Iterator[None]:
+def _logging_to(directory: RunDir) -> AbstractContextManager[None]:
     """Append what normlab logs to the run's ``log.txt``."""
-    root = logging.getLogger("normlab")
-    handler = logging.FileHandler(directory.log)
-    handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(name)s: %(message)s"))
-    level = root.level
-    root.addHandler(handler)
-    root.setLevel(logging.INFO)
-    try:
-        yield
-    finally:
-        root.removeHandler(handler)
-        root.setLevel(level)
-        handler.close()
+    return logs.logging_to(logs.LogFile(directory.log, directory.locked))

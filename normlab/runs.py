@@ -3,11 +3,11 @@
 ``runs/<id>/`` holds ``config.yaml`` (resolved), ``env.json``, ``metrics.csv`` (a row per epoch),
 ``evals.csv`` (a row per evaluation), ``checkpoint.pt``, ``log.txt`` and, written last,
 ``status.json``. The directory is the state of the run: no status means unfinished. Every file is
-replaced atomically, so that a kill at any moment leaves the old file or the new one.
+replaced atomically, so that a kill at any moment leaves the old file or the new one, and only by
+who holds the directory's lease (``normlab.lease``).
 """
 
 import csv
-import fcntl
 import hashlib
 import io
 import json
@@ -15,11 +15,13 @@ import logging
 import os
 import subprocess
 from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from contextlib import AbstractContextManager, suppress
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
+
+from normlab import lease
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -47,19 +49,25 @@ NUMBERS = {
 # What no run executes: changing it cannot change a run's numbers.
 _NOT_RUN = {
     "report", "bench", "cli.py", "app.py", "show.py", "equiv.py", "surgery", "experiment",
-    "runs.py", "plugins.py", "__main__.py", "__init__.py",
+    "engines.py", "forecast", "runs.py", "lease.py", "plugins.py", "__main__.py", "__init__.py",
 }  # fmt: skip
 
 
 def write_atomically(path: Path, content: str | bytes) -> None:
-    """Replace a file so that a reader, or a kill, sees the old content or the new, never a part."""
-    temporary = path.with_name(f".{path.name}.{os.getpid()}")
+    """Replace a file so that a reader, or a kill, sees the old content or the new, never a part.
+
+    Raises LeaseLost for a file of a run that another process has taken over.
+    """
+    temporary = (lease.place(path.parent) or path.parent) / f".{path.name}.{os.getpid()}"
     try:
         with temporary.open("wb") as file:
             file.write(content.encode() if isinstance(content, str) else content)
             file.flush()
             os.fsync(file.fileno())
         temporary.replace(path)
+    except FileNotFoundError:
+        lease.check(path.parent)
+        raise
     finally:
         with suppress(FileNotFoundError):
             temporary.unlink()
@@ -87,28 +95,16 @@ class RunDir:
         """The weights at the end of an epoch that was evaluated before the last one."""
         return self.path / f"epoch-{epoch}.pt"
 
-    @contextmanager
-    def lock(self) -> Iterator[None]:
-        """Hold the run; a second process that starts the same run waits here and says so.
+    def lock(self) -> AbstractContextManager[None]:
+        """Hold the run's lease; a second process that starts the same run waits here and says so.
 
-        The kernel drops the lock with the process that holds it, however that ends; its data
-        workers do not inherit it.
+        Within, what another process has taken over can no longer be written: LeaseLost.
         """
-        path = self.path / ".lock"
-        while True:
-            self.path.mkdir(parents=True, exist_ok=True)
-            with path.open("a") as file:
-                try:
-                    fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-                except (BlockingIOError, PermissionError):
-                    log.warning("%s is running in another process: waiting for it", self.id)
-                    fcntl.lockf(file, fcntl.LOCK_EX)
-                # Somebody may have deleted the directory while we waited.
-                if path.exists() and os.path.samestat(os.fstat(file.fileno()), path.stat()):
-                    for left in self.path.glob(".*.[0-9]*"):  # by a kill in the middle of a write
-                        left.unlink(missing_ok=True)
-                    yield
-                    return
+        return lease.hold(self.path)
+
+    def locked(self) -> bool:
+        """Whether this process holds the run's lease, and has not lost it."""
+        return lease.held(self.path)
 
     def config(self) -> dict[str, Any]:
         """The resolved config. Raises ValueError if there is none or it cannot be read."""
@@ -142,13 +138,13 @@ class RunDir:
     def clear(self) -> None:
         """Remove what an earlier start has made, for a start from nothing; its log stays."""
         for name in ("evals.csv", "metrics.csv", "status.json"):
-            (self.path / name).unlink(missing_ok=True)
+            lease.remove(self.path / name)
         for snapshot in self.path.glob("epoch-*.pt"):
-            snapshot.unlink()
+            lease.remove(snapshot)
 
     def clear_status(self) -> None:
         """Make the run unfinished again."""
-        (self.path / "status.json").unlink(missing_ok=True)
+        lease.remove(self.path / "status.json")
 
     def write_status(self, status: dict[str, Any]) -> None:
         write_atomically(self.path / "status.json", json.dumps(status, indent=1) + "\n")
@@ -162,6 +158,10 @@ class RunDir:
         key = (row["protocol"], str(row["epoch"]))
         kept = [old for old in self.evals() if (old["protocol"], old["epoch"]) != key]
         self._write_csv("evals.csv", [*kept, row], EVAL_COLUMNS)
+
+    def metrics(self) -> list[dict[str, str]]:
+        """The epochs so far, one row each, as text."""
+        return self._csv("metrics.csv")
 
     def write_metrics(self, rows: list[dict[str, Any]]) -> None:
         if rows:
@@ -315,9 +315,9 @@ def source_digest() -> str:
     """8 hex digits over the modules that a run executes, so that a report can mark older runs."""
     package = Path(__file__).resolve().parent
     digest = hashlib.sha256()
-    for path in sorted(package.rglob("*.py")):
+    for path in sorted(package.rglob("*")):
         relative = path.relative_to(package)
-        if relative.parts[0] not in _NOT_RUN:
+        if path.suffix in (".py", ".cpp", ".h") and relative.parts[0] not in _NOT_RUN:
             digest.update(str(relative).encode() + b"\0" + path.read_bytes())
     return digest.hexdigest()[:8]
 

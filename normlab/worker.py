@@ -1,24 +1,32 @@
 """One rank of a run: train what is left to train, evaluate what is left to evaluate.
 
 ``construct`` makes every object of a run and refuses what cannot work; ``work`` then runs in a
-prepared run directory.
+prepared run directory. ``python -m normlab.worker RUN_DIR`` does both, as one of the run's ranks.
 """
 
 import logging
+import sys
+import time
+from contextlib import ExitStack, nullcontext, suppress
 from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
 from typing import Any
 
 import torch
 from torch import nn
 
-from normlab import build, checkpoint
+from normlab import agreement, allocator, build, checkpoint, dist, kernels, logs, ranks
 from normlab.batchplan import BatchPlan
 from normlab.checkpoint import Stop
+from normlab.config import with_later_keys
 from normlab.data.base import Dataset
 from normlab.evaluate import Evaluator
+from normlab.lease import LeaseLost
+from normlab.norms.base import population_layers
 from normlab.population import EmaBank
 from normlab.protocols import Protocol
-from normlab.runs import RunDir
+from normlab.runs import FINISHED, RunDir
 from normlab.train import Diverged, Trainer
 
 log = logging.getLogger(__name__)
@@ -41,19 +49,27 @@ class Job:
 def construct(config: dict[str, Any]) -> Job:
     """Build everything a run needs. Raises ValueError or OSError with one clear line."""
     plan = build.plan(config)
+    build.check_graphs(config)
     data = build.data(config)
     per_epoch, dropped = build.steps(config, data)
-    extra = plan.virtual_extra * plan.accumulation
+    extra = plan.virtual_extra * plan.accumulation * plan.world_size
     if extra > data.size("train"):
         raise ValueError(
             f"nbs={plan.nbs}: a step needs {extra} forward-only images (virtual_extra="
-            f"{plan.virtual_extra}, accumulation={plan.accumulation}), and there are only"
+            f"{plan.virtual_extra}, accumulation={plan.accumulation}, world_size="
+            f"{plan.world_size}), and there are only"
             f" {data.size('train')} training images"
         )
     try:
         model = build.model(config, data)
     except RuntimeError as error:  # too large for the memory, or a shape the network cannot take
         raise ValueError(f"model={config['model']['name']}: {str(error).splitlines()[0]}") from None
+    pools = all(layer.pools for layer in population_layers(model).values())
+    if plan.world_size > 1 and config["buffers"] == "average" and not pools:
+        raise ValueError(
+            f"buffers=average pools means and variances, and the statistic of norm="
+            f"{config['norm']['name']} is no variance: buffers=mean or buffers=broadcast"
+        )
     bank = EmaBank(model, config["ema_bank"]) if config["ema_bank"] else None
     job = Job(config, plan, data, model, build.optimizer(config, model), bank, per_epoch, dropped)
     check = evaluator(job, Stop()).check
@@ -63,7 +79,12 @@ def construct(config: dict[str, Any]) -> Job:
 
 
 def evaluator(job: Job, stop: Stop) -> Evaluator:
-    """What evaluates the job's model as it now is; it ends between batches when asked to stop."""
+    """What evaluates the job's model as it now is; alone, it ends between batches when asked to
+    stop, and several ranks go on to the end of an evaluation."""
+
+    def lives() -> None:
+        stop.looks += 1
+
     return Evaluator(
         job.model,
         job.data,
@@ -74,7 +95,7 @@ def evaluator(job: Job, stop: Stop) -> Evaluator:
         channels_last=job.config["channels_last"],
         precision=job.config["precision"],
         bank=job.bank,
-        tick=stop.raise_if_asked,
+        tick=stop.raise_if_asked if dist.place()[1] == 1 else lives,
     )
 
 
@@ -154,9 +175,10 @@ def check_resumable(config: dict[str, Any], run: RunDir) -> None:
 def work(job: Job, run: RunDir, stop: Stop) -> dict[str, Any]:
     """Train and evaluate to the end; returns the status to record (done or diverged).
 
-    Resumes from the run's checkpoint. When ``stop`` is asked for, saves and raises.
+    Resumes from the run's checkpoint. When ``stop`` is asked for, saves and raises. All ranks of
+    the run work together; the first alone writes into the directory.
     """
-    config = job.config
+    config, device = job.config, build.device(job.config)
     trainer = Trainer(
         model=job.model,
         optimizer=job.optimizer,
@@ -167,10 +189,11 @@ def work(job: Job, run: RunDir, stop: Stop) -> dict[str, Any]:
         path=run.checkpoint,
         stop=stop,
         bank=job.bank,
-        forward=torch.compile(job.model) if config["compile"] else None,
+        forward=build.compiled(config, job.model),
     )
-    if run.checkpoint.exists():
+    if any(agreement.told([run.checkpoint.exists()], device)):
         trainer.load_state_dict(checkpoint.load(run.checkpoint))
+        agreement.check_same({"epoch and step": trainer.position}, device)
         log.info("resumed at epoch %d, step %d", trainer.epoch + 1, trainer.step)
     elif job.dropped:
         log.info("each epoch drops %d of %d samples", job.dropped, job.data.size("train"))
@@ -179,22 +202,32 @@ def work(job: Job, run: RunDir, stop: Stop) -> dict[str, Any]:
         while True:
             # Evaluate the epoch that has just ended, if it is one of the last ones.
             if trainer.step == 0 and trainer.epoch >= max(1, first_evaluated):
-                due = [p for epoch, p in missing_evals(config, run) if epoch == trainer.epoch]
+                due = [p for epoch, p in _missing(config, run, device) if epoch == trainer.epoch]
                 evaluate_epoch(job, run, trainer.epoch, due, trainer.history, stop)
             if trainer.epoch == config["epochs"]:
                 break
             trainer.train_epoch()
-            run.write_metrics(trainer.history)
+            agreement.by_first(lambda: run.write_metrics(trainer.history), device)
             # The weights of an evaluated epoch must outlive a kill, and the epochs after it.
             if trainer.epoch >= first_evaluated:
                 if trainer.epoch < config["epochs"]:
-                    checkpoint.save(run.snapshot(trainer.epoch), _snapshot(trainer))
+                    kept = partial(checkpoint.save, run.snapshot(trainer.epoch), _snapshot(trainer))
+                    agreement.by_first(kept, device)
                 trainer.save()
     except Diverged as error:
         log.warning("diverged: %s", error)
         ended = {"status": "diverged", "reason": str(error), "seconds": trainer.elapsed}
         return ended | trainer.last
     return {"status": "done", "seconds": trainer.elapsed} | trainer.history[-1]
+
+
+def _missing(
+    config: dict[str, Any], run: RunDir, device: torch.device
+) -> list[tuple[int, Protocol]]:
+    """`missing_evals` as the first rank finds it, whatever it has written since."""
+    wanted, missing = wanted_evals(config), missing_evals(config, run)
+    told = agreement.told([one in missing for one in wanted], device)
+    return [one for one, lacks in zip(wanted, told, strict=True) if lacks]
 
 
 def _snapshot(trainer: Trainer) -> dict[str, Any]:
@@ -211,8 +244,12 @@ def evaluate_epoch(
     stop: Stop,
 ) -> None:
     """Make the evaluations of an epoch that are due, with the weights the model holds."""
-    evaluate = evaluator(job, stop)
+    evaluate, device = evaluator(job, stop), build.device(job.config)
+    banked = job.bank.tensors() if job.bank else {}
+    agreement.check_same(job.model.state_dict() | banked, device)
     for protocol in due:
+        if stop.look():
+            stop.end_if_settled()
         if protocol.statistics == "augmented":
             row = history[epoch - 1]
             seen = job.steps * job.plan.batch_size
@@ -225,7 +262,7 @@ def evaluate_epoch(
             }
         else:
             row = evaluate.run(protocol)
-        run.add_eval({"epoch": epoch, **row})
+        agreement.by_first(partial(run.add_eval, {"epoch": epoch, **row}), device)
         log.info("epoch %d, %s: error %.2f %% (n=%d)", epoch, protocol, row["error"], row["n"])
 
 
@@ -233,8 +270,8 @@ def evaluate_finished(job: Job, run: RunDir, stop: Stop) -> None:
     """Make the evaluations that a finished run lacks, as far as its checkpoint, its snapshots and
     its history can give them."""
     final = checkpoint.load(run.checkpoint)
-    lost = lost_evals(job.config, run, final)
-    possible = [one for one in missing_evals(job.config, run) if one not in lost]
+    lost, device = lost_evals(job.config, run, final), build.device(job.config)
+    possible = [one for one in _missing(job.config, run, device) if one not in lost]
     for epoch in sorted({epoch for epoch, _ in possible}):
         last = epoch == final["position"]["epoch"]
         if last or run.snapshot(epoch).exists():
@@ -244,3 +281,112 @@ def evaluate_finished(job: Job, run: RunDir, stop: Stop) -> None:
                 job.bank.load_state_dict(state["ema_bank"])
         due = [protocol for e, protocol in possible if e == epoch]
         evaluate_epoch(job, run, epoch, due, final["history"], stop)
+
+
+def finish(job: Job, run: RunDir, stop: Stop) -> None:
+    """Do a run's work, and record that it has ended."""
+    status = work(job, run, stop)
+    if dist.place()[0] == 0:
+        run.write_env(run.env() | {"ended": now()})
+        run.write_status(status)
+
+
+def now() -> str:
+    """The time, as run directories state it."""
+    return time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime())
+
+
+def check_environment(job: Job, run: RunDir) -> None:
+    """Refuse to continue or evaluate a run under what would make other numbers."""
+    recorded = run.env()
+    for key, name, here in (
+        ("torch", "torch", torch.__version__),
+        ("data_digest", "data", job.data.digest),
+        ("device", "device", build.device(job.config).type),
+    ):
+        if recorded.get(key) != here:
+            raise ValueError(
+                f"run {run.id} was made with {name} {recorded.get(key)}, and this is "
+                f"{here}: use that, or give another runs= to train it anew"
+            )
+
+
+def record_failure(run: RunDir, error: Exception) -> str:
+    """Log an exception with its traceback and make it the run's status; returns it in a line."""
+    log.error("%s failed", run.id, exc_info=error)
+    reason = ranks.one_line(error)
+    with suppress(OSError):  # what failed may be the disk
+        if run.status().get("status") not in FINISHED:
+            run.write_status({"status": "failed", "reason": reason})
+    return reason
+
+
+# -- one rank, as a process -----------------------------------------------------------------------
+
+
+def main(run_dir: str) -> None:
+    """One rank of a prepared run, all of which are started alike; or the run's only process.
+
+    Raises ValueError, before anything is written, for a directory that holds no prepared run and
+    for another number of ranks than the run has.
+    """
+    run = RunDir(Path(run_dir))
+    config = with_later_keys(run.config())
+    rank, size = ranks.place()
+    if size != config["world_size"]:
+        raise ValueError(
+            f"run {run.id} has world_size={config['world_size']}, and {size} ranks were started"
+        )
+    if not run.env():
+        raise ValueError(f"run {run.id} is not prepared: normlab train ... launch=false does that")
+    if run.status().get("status") in FINISHED:
+        return
+    ranks.prepare()
+    with logs.logging_to(logging.StreamHandler()), ExitStack() as opened:
+        if rank == 0:
+            opened.enter_context(logs.logging_to(logs.LogFile(run.log, run.locked)))
+        try:
+            # Whoever has started the ranks hands its lease to the first one; else that takes it.
+            with run.lock() if rank == 0 else nullcontext():
+                try:
+                    _take_part(config, run, rank)
+                except LeaseLost:
+                    raise  # the run is another process's now, and so is its status
+                except Exception as error:
+                    if rank == 0 and not ranks.launched():
+                        record_failure(run, error)
+                    raise
+        except BaseException as error:
+            ranks.ended_by(error)
+
+
+def _take_part(config: dict[str, Any], run: RunDir, rank: int) -> None:
+    """Join the other ranks and do this one's part of the run."""
+    if rank == 0:
+        run.clear_status()
+    if config["allocator"] == "keep":
+        allocator.keep_freed_memory()
+    torch.set_num_threads(run.env()["threads"])
+    cuda, timeout = build.device(config).type == "cuda", config["stall_timeout"]
+    with (
+        ranks.watched(timeout=timeout) as follow,  # the first: some may never come
+        ranks.joined(cuda=cuda, timeout=timeout) as control,
+        checkpoint.deferred_signals(control) as stop,
+    ):
+        follow(stop)
+        if ranks.restarts():
+            log.warning("all ranks were started again after a failure: %d", ranks.restarts())
+        with kernels.use(config["kernels"]):
+            job = construct(config)
+            check_environment(job, run)
+            finish(job, run, stop)
+
+
+if __name__ == "__main__":
+    from normlab import worker  # and not this module's copy of it
+
+    try:
+        worker.main(*sys.argv[1:])
+    except (ValueError, OSError, TypeError) as refused:
+        print(f"normlab: {refused}", file=sys.stderr)
+        sys.exit(2)

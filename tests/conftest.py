@@ -11,6 +11,10 @@ from ranks import Ranks
 # and to share it out among threads takes several times as long as to do it.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
+# The reference path, unless a test says otherwise: it is the same on every machine, and to the bit
+# what the tests of the layers compare with.
+os.environ.setdefault("NORMLAB_KERNELS", "0")
+
 
 @pytest.fixture(scope="session")
 def installed(tmp_path_factory: pytest.TempPathFactory) -> Installed:

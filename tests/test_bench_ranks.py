@@ -14,7 +14,7 @@ import torch
 from ranks import Ranks
 from torch import Tensor, nn
 
-from normlab.bench import layers, main, peers, rank_write, ranks
+from normlab.bench import layers, main, peers, rank_training, rank_write, ranks, training
 from normlab.bench.measure import Spread, Together
 
 ALL = 4
@@ -84,9 +84,9 @@ def test_ours_and_the_peer_are_the_batch_norm_of_all_ranks_and_native_is_not(
 
 def test_the_peer_alone_and_in_evaluation_is_torchs_batch_norm() -> None:
     x, dy, weight, bias = _inputs()
-    for training in (True, False):
+    for trains in (True, False):
         both = [
-            _with_gradients(_made(kind(3), weight, bias).train(training), x, dy)
+            _with_gradients(_made(kind(3), weight, bias).train(trains), x, dy)
             for kind in (peers.NaiveSyncBatchNorm, nn.BatchNorm2d)
         ]
         assert all(torch.equal(a, b) for a, b in zip(*both, strict=True))
@@ -185,6 +185,7 @@ def test_every_cell_has_a_row_within_its_rounds(
     monkeypatch.setattr(ranks, "IMAGES", (4, 3, 8, 8))
     monkeypatch.setattr(layers, "SHAPES", ((8, 4, 4, 4), (4, 8, 2, 2)))
     monkeypatch.setattr(layers, "REPEAT", 0.0)
+    monkeypatch.setattr(rank_training, "rows", lambda **_: (_trained() for _ in range(1)))
     assert len(list(ranks.rows(quick=True))) == 2  # the first shape, in both formats
     assert main(["ranks"]) == 0
     assert capsys.readouterr().out.count("x detectron2's, limit 0.90 ") == 6
@@ -207,6 +208,11 @@ TURNS = {
 }
 
 
+def _trained(exchanges: int = 43) -> rank_training.TrainingRow:
+    seconds = {"sync": [1.0, 1.0, 2.0], "alone": [1.0, 2.0, 4.0]}
+    return rank_training.row("sync", seconds, 100, synchronized=21, exchanges=exchanges)
+
+
 def _made_up(ours: float = 1.0) -> ranks.RankRow:
     turns = TURNS | {"ours": [(ours * cpu, elapsed) for cpu, elapsed in TURNS["ours"]]}
     return ranks._row("layer", "2x3x4x4", "NCHW", turns, {"ours": 2, "peer": 3, "native": 0})
@@ -225,7 +231,9 @@ def test_ratios_are_taken_within_a_round_and_judged_by_cpu_time() -> None:
 
 
 def test_the_page_says_what_was_missed_and_on_what_machine(tmp_path: Path) -> None:
-    table, page = rank_write.results([_made_up(), _made_up(2.0)], tmp_path / "bench")
+    table, training, page = rank_write.results(
+        [_made_up(), _made_up(2.0)], [_trained()], tmp_path / "bench"
+    )
     first, second = csv.DictReader(table.open())
     assert (first["ratio_median"], first["met"], second["met"]) == ("0.8", "True", "False")
     assert first["cores"] == str(os.cpu_count())
@@ -235,6 +243,54 @@ def test_the_page_says_what_was_missed_and_on_what_machine(tmp_path: Path) -> No
     assert "Limits met: 1 of 2." in text
     assert platform.node() not in text + table.read_text()
     assert "MISSED" in rank_write.line(_made_up(2.0))
+    assert "| sync | 100 | 50 | 2.00 [1.50, 2.00] | 21 | 43 | 3 |" in text
+    (row,) = csv.DictReader(training.open())
+    assert (row["exchanges"], row["met"]) == ("43", "True")
+    assert "| **44** |" in rank_write._page([_made_up()], [_trained(44)])
+    assert "MORE THAN 43" in rank_write.training_line(_trained(44))
+
+
+def trained_on_rank(_rank: int, folder: str) -> list[dict[str, int]]:
+    """What both norms exchange in a step, of batches that all ranks share."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(training, "BATCH", 8)
+        contestant = rank_training.Trained(Path(folder))
+        made = [contestant.answer("make", norm, 1) for norm in rank_training.NORMS]
+        assert contestant.answer("turn", "sync") > 0
+    return made
+
+
+def test_a_training_step_exchanges_gradients_once_and_each_layer_both_ways(
+    ranks: Ranks, tmp_path: Path
+) -> None:
+    for plain, sync in ranks.run(trained_on_rank, str(tmp_path)):
+        assert plain == {"synchronized": 0, "exchanges": 1}
+        assert sync == {"synchronized": 21, "exchanges": 43}
+
+
+class Said:
+    """Stands in for processes: notes what it is asked, and has the seconds of each turn ready."""
+
+    def __init__(self, answers: list[float]) -> None:
+        self.answers, self.asked = answers, []
+
+    def ask(self, what: list[Any]) -> list[Any]:
+        self.asked.append(what[:2])
+        if what[0] == "make":
+            return [{"synchronized": 0, "exchanges": 1}] * len(self.answers)
+        return self.answers
+
+
+def test_two_ranks_and_one_train_in_turns_and_the_slower_rank_counts() -> None:
+    together, alone = Said([1.0, 2.0]), Said([4.0])
+    rows = rank_training.measured(together, alone, rounds=3, steps=2)
+    assert [(row.norm, row.rounds, row.exchanges) for row in rows] == [("bn", 3, 1), ("sync", 3, 1)]
+    assert rows[0].rate.median == 2 * training.BATCH / 2.0
+    assert rows[0].alone.median == 2 * training.BATCH / 4.0
+    assert rows[0].ratio.median == 2.0
+    assert alone.asked == [["make", "bn"], *[["turn", "bn"]] * 4]
+    both = [["turn", "bn"], ["turn", "sync"]]
+    assert together.asked[2:] == [*reversed(both), *both] * 2
 
 
 @pytest.mark.slow  # two processes that import torch

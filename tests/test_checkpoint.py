@@ -95,3 +95,37 @@ def test_a_signal_after_the_last_look_is_not_lost():
     with pytest.raises(SystemExit) as error, checkpoint.deferred_signals():
         os.kill(os.getpid(), signal.SIGTERM)
     assert error.value.code == 143
+
+
+def looks_of_rank(rank, signals, dues):
+    stop = checkpoint.Stop()
+    seen = []
+    for number, due in zip(signals[rank], dues[rank], strict=True):
+        stop.signal = number
+        seen.append((stop.look(due), stop.settled))
+    return seen
+
+
+def test_ranks_stop_and_save_at_the_same_step(ranks):
+    signals = [[None] * 4, [None, None, 15, 15], [None] * 4, [None, None, None, 2]]
+    dues = [[False, True, False, False], [False] * 4, [False] * 4, [False] * 4]
+    everywhere = [(False, None), (True, None), (True, 15), (True, 15)]
+    assert ranks.run(looks_of_rank, signals, dues) == [everywhere] * 4
+
+
+def test_a_signal_after_a_look_waits_for_the_next(ranks):
+    assert ranks.run(signalled_after_a_look) == ["goes on, then 143"] * 4
+
+
+def signalled_after_a_look(rank):
+    with checkpoint.deferred_signals() as stop:
+        assert not stop.look()
+        for _ in range(rank):  # to rank 0 none, and to ranks 2 and 3 a second one
+            os.kill(os.getpid(), signal.SIGTERM)
+        stop.end_if_settled()
+        assert stop.look()
+        try:
+            stop.end_if_settled()
+        except SystemExit as end:
+            stop.signal = None
+            return f"goes on, then {end.code}"

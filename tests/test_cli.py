@@ -148,7 +148,7 @@ def recorded(monkeypatch: pytest.MonkeyPatch, **fate: str) -> list[dict]:
     """Replace the run by a record of its config; fate: what becomes of the runs of a seed."""
     seen: list[dict] = []
 
-    def pretend(run: dict) -> launch.Outcome:
+    def pretend(run: dict, _named: list[str]) -> launch.Outcome:
         seen.append(run)
         what = fate.get(f"seed{run['seed']}", "done")
         identity = f"run-{run['seed']}"
@@ -259,7 +259,7 @@ def test_a_refusal_shows_where_it_comes_from_when_asked(monkeypatch: pytest.Monk
 
 
 def test_ctrl_c_is_130(capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
-    def interrupted(_: dict) -> None:
+    def interrupted(*_: object) -> None:
         raise KeyboardInterrupt
 
     monkeypatch.setattr(launch, "run", interrupted)
@@ -270,7 +270,7 @@ def test_ctrl_c_is_130(capfd: pytest.CaptureFixture[str], monkeypatch: pytest.Mo
 def test_sigterm_is_143(monkeypatch: pytest.MonkeyPatch) -> None:
     before = signal.getsignal(signal.SIGTERM)
 
-    def terminated(_: dict) -> None:
+    def terminated(*_: object) -> None:
         os.kill(os.getpid(), signal.SIGTERM)
 
     monkeypatch.setattr(launch, "run", terminated)

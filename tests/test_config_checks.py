@@ -33,7 +33,7 @@ def test_all_that_is_offered_passes_the_check() -> None:
         ("allocator=own", "one of keep, system"),
         ("threads=0", "threads must be at least 1"),
         ("checkpoint_every=nan", "checkpoint_every must be at least 0 and finite"),
-        ("world_size=2", "only world_size=1 runs"),
+        ("world_size=3", "world_size=3 does not divide"),
         ("world_size=0", "world_size must be at least 1"),
         ("eval_last=99", "eval_last must be at most epochs="),
         ("recipe.schedule=linear", "recipe.schedule must be one of cosine, step, constant"),

@@ -38,10 +38,27 @@ def test_what_is_imported_is_declared() -> None:
     assert imported() <= declared
 
 
+def pins(file: str) -> set[str]:
+    return names([line for line in (ROOT / file).read_text().splitlines() if "==" in line])
+
+
 def test_what_is_declared_is_pinned() -> None:
-    pins = names([p for p in (ROOT / "constraints.txt").read_text().splitlines() if "==" in p])
-    extras = PROJECT["optional-dependencies"].values()
-    assert names(PROJECT["dependencies"]).union(*map(names, extras)) <= pins
+    extras = dict(PROJECT["optional-dependencies"])
+    assert names(extras.pop("ray")) <= pins("constraints-ray.txt")
+    declared = names(PROJECT["dependencies"]).union(*map(names, extras.values()))
+    assert declared <= pins("constraints.txt")
+
+
+def test_the_environment_of_ray_differs_where_it_says_so() -> None:
+    """Ray's file repeats no pin of the other: what it names is new, or has another version."""
+    lines = [set((ROOT / file).read_text().splitlines()) for file in (
+        "constraints.txt", "constraints-ray.txt")]  # fmt: skip
+    assert {line for line in lines[0] & lines[1] if not line.startswith("#")} == set()
+
+
+def test_the_tests_have_the_engines_that_share_an_environment() -> None:
+    extras = PROJECT["optional-dependencies"]
+    assert names(extras["joblib"]) | names(extras["slurm"]) <= names(extras["dev"])
 
 
 def test_the_tests_have_what_the_benchmarks_compare_with() -> None:

@@ -259,7 +259,7 @@ BAD = {
     "order": "ranks hold different numbers of means in layer 0: 2, 3, 2, 2",
     "none": "ranks hold different numbers of means in layer 0: 2, no layer, 2, 2",
     "counters": "ranks hold different numbers of counts of batches in layer 0: 1, 0, 1, 1",
-    "how": "how is 'average' or 'broadcast', on every rank the same",
+    "how": "how is one of average, mean, broadcast, on every rank the same",
     "negative": "count must be at least 0 and finite, not 1, -1, 1, 1",
     "infinite": "count must be at least 0 and finite, not 1, inf, 1, 1",
     "nan": "count must be at least 0 and finite, not 1, nan, 1, 1",
@@ -298,7 +298,7 @@ def test_average_buffers_refuses_on_every_rank(ranks, mistake):
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ({"how": "mean"}, "'average' or 'broadcast'"),
+        ({"how": "median"}, "average, mean, broadcast"),
         ({"count": -1}, "count must be at least 0 and finite, not -1"),
         ({"count": math.inf}, "count must be at least 0 and finite, not inf"),
     ],

@@ -1,6 +1,7 @@
-"""Three ways to form one batch, to 1e-12 in float64 (E21), and a command that can say no."""
+"""All ways to form one batch, to 1e-12 in float64 (E21), and a command that can say no."""
 
 import copy
+from dataclasses import replace
 
 import pytest
 import torch
@@ -15,24 +16,24 @@ from normlab.surgery import convert
 
 def network() -> nn.Module:
     torch.manual_seed(0)
-    return build(BatchNorm, num_classes=10, shape=(3, 16, 16), depth=8)
+    return build(BatchNorm, num_classes=10, shape=(3, 8, 8), depth=8)
 
 
-def test_every_route_gives_the_same_step():
-    """P35: accumulated gradients are ghost's, and those of as many processes; dropout is off.
-
-    How often ranks meet in an accumulated step is a question to a trainer over ranks, and none is
-    here; groups that are not full are below.
-    """
-    samples, nbs = 6, 2
-    x, y = torch.randn(samples, 3, 16, 16), torch.arange(samples) % 10
+def test_every_route_gives_the_same_steps():
+    """P35: accumulated gradients are ghost's, and those of as many processes, and so are weights,
+    after one step and after some; synchronized ranks are one batch. Dropout is off."""
+    samples, nbs = 8, 2
+    x, y = torch.randn(samples, 3, 8, 8), torch.arange(samples) % 10
     model = nn.Sequential(nn.Dropout(0.3), network())
     before = {name: value.clone() for name, value in model.state_dict().items()}
-    rows = equiv.compare(model, x, y, nbs=nbs)
-    named = {(row.routes.split(",")[0], row.quantity) for row in rows}
-    assert ("ghost = accumulation", "outputs") in named
-    assert ("ghost = ranks", "gradients") in named
-    assert len(rows) == 8
+    rows = equiv.compare(model, x, y, nbs=nbs, steps=2)
+    for routes in (
+        "ghost = accumulation", "ghost = ranks", "one batch = sync", "ghost, nbs=4 = sync in pairs",
+        "ghost, nbs=4 = sync in two micro-batches",
+    ):  # fmt: skip
+        found = {(row.quantity, row.steps) for row in rows if row.routes == routes}
+        assert found == {(q, s) for q in ("outputs", "gradients", "weights") for s in (1, 2)}
+    assert sum(row.quantity == "buffers" for row in rows) == 14
     for row in rows:
         assert row.holds, row
         assert row.difference <= 1e-12 or not row.equal
@@ -42,8 +43,9 @@ def test_every_route_gives_the_same_step():
 def test_a_partial_last_group_weighs_its_samples():
     """P35: 4, 4 and 2 samples, each part with statistics of its own, make one mean over the ten."""
     model = network().double()
-    x, y = torch.randn(10, 3, 16, 16).double(), torch.arange(10)
-    done = equiv._step(copy.deepcopy(model), list(x.split(4)), list(y.split(4)))
+    x, y = torch.randn(10, 3, 8, 8).double(), torch.arange(10)
+    parts = [range(4), range(4, 8), range(8, 10)]
+    done = equiv._train(copy.deepcopy(model), [(x, y)], parts)[1]
     logits = torch.cat([model(part) for part in x.split(4)])
     F.cross_entropy(logits, y).backward()
     torch.testing.assert_close(done.outputs, logits)
@@ -56,9 +58,14 @@ def test_what_is_not_finite_is_wrong(value):
     """In any place of any quantity, and where routes have to differ too."""
     fine, broken = ({"a": torch.zeros(2), "b": torch.tensor([b, 0.0])} for b in (0.0, value))
     for ours, theirs in ((fine, broken), (broken, fine), (broken, broken)):
-        assert not equiv._buffers("", ours, theirs).holds
-        one, other = (equiv.Outcome(torch.zeros(2), g, {}) for g in (ours, theirs))
-        assert [row.holds for row in equiv._differences("", one, other)] == [True, False]
+        whole = equiv.Outcome(torch.zeros(2), fine, fine, fine)
+        for kind, quantity in (("buffers", None), ("gradients", 1), ("weights", 2)):
+            one, other = ({1: replace(whole, **{kind: g})} for g in (ours, theirs))
+            if quantity is None:
+                assert not equiv._buffers("", one, other, 1).holds
+                continue
+            rows = equiv._differences("", one, other, 1)
+            assert [row.holds for row in rows] == [row is not rows[quantity] for row in rows]
         assert not equiv.Row("", "", equiv._largest(ours, theirs), equal=False).holds
 
 
@@ -85,9 +92,11 @@ def test_a_wrong_route_is_seen(monkeypatch):
         return convert(model, norm, **options, **other)
 
     monkeypatch.setattr(equiv, "convert", wrong)
-    x, y = torch.randn(8, 3, 16, 16), torch.arange(8)
-    rows = equiv.compare(network(), x, y, nbs=4)
-    assert not any(row.holds for row in rows if row.quantity in ("outputs", "gradients"))
+    x, y = torch.randn(8, 3, 8, 8), torch.arange(8)
+    rows = equiv.compare(network(), x, y, nbs=4, steps=1)
+    for row in rows:
+        if row.quantity != "buffers":
+            assert row.holds == (row.routes == "one batch = sync")
 
 
 @pytest.mark.parametrize(
@@ -100,15 +109,17 @@ def test_a_wrong_route_is_seen(monkeypatch):
 )
 def test_refusals(model, nbs, said):
     with pytest.raises(ValueError, match=said):
-        equiv.compare(model, torch.randn(8, 3, 16, 16), torch.arange(8), nbs=nbs)
+        equiv.compare(model, torch.randn(8, 3, 8, 8), torch.arange(8), nbs=nbs)
 
 
 def test_the_command_prints_the_table(capsys):
     assert cli.main(["equiv", "batch_size=32", "nbs=16"]) == 0
     said = capsys.readouterr().out
     assert "tiny, 32 samples, nbs 16" in said
-    assert said.count(" equal") == 7
-    assert said.count("differ, as they must") == 1
+    assert " 1 step " in said
+    assert "20 steps" in said
+    assert said.count(" equal") == 2 * (4 * 3 + 4)
+    assert said.count("differ, as they must") == 2 * 2
 
 
 @pytest.mark.parametrize(

@@ -82,7 +82,7 @@ def test_the_command_for_a_cell_runs_that_cell_and_no_other(monkeypatch):
     )
     assert nbs.command("demo", [("name", "a b")]) == "normlab sweep nbs scale=demo 'name=a b'"
 
-    def run(config):
+    def run(config, _named):
         ran.append((config["scale"], config["nbs"], config["seed"]))
         return launch.Outcome("id", "done", False, Path("runs/id"), {})
 
@@ -298,7 +298,7 @@ def test_the_command_for_a_place_names_its_arm(tmp_path, monkeypatch):
 def test_a_sweep_of_arms_runs_its_cells_in_their_order(tmp_path, monkeypatch):
     loaded = load_arms(tmp_path, monkeypatch)
 
-    def run(composed):
+    def run(composed, _named):
         ran.append(config.cell_key(composed))
         return launch.Outcome("id", "done", False, Path("runs/id"), {})
 

@@ -154,6 +154,46 @@ def test_what_importing_costs(modules: str, heavy: set[str]) -> None:
     assert done.stdout.split() == []
 
 
+# -- what crosses processes -----------------------------------------------------------------------
+
+PICKLES = {
+    "pickle", "dill", "cloudpickle", "all_gather_object", "broadcast_object_list", "gather_object",
+    "recv_object_list", "scatter_object_list", "send_object_list",
+}  # fmt: skip
+"""Modules and collectives that send objects, and run what is in them where they arrive."""
+
+
+def pickling(package: Path) -> list[str]:
+    """One line for each use of what pickles."""
+    found = []
+    for path in sorted(package.rglob("*.py")):
+        for node in ast.walk(ast.parse(path.read_text())):
+            names = {getattr(node, "attr", ""), getattr(node, "id", "")}
+            if isinstance(node, ast.Import | ast.ImportFrom):
+                names |= {alias.name for alias in node.names} | {getattr(node, "module", "")}
+            found += [f"{path.name}:{node.lineno} {name}" for name in sorted(names & PICKLES)]
+    return found
+
+
+def test_ranks_exchange_tensors_and_never_pickles() -> None:
+    assert pickling(PACKAGE) == []
+
+
+@pytest.mark.parametrize(
+    "line",
+    [
+        "import pickle",
+        "from pickle import loads",
+        "from torch.distributed import all_gather_object",
+        "distributed.broadcast_object_list(parts)",
+        "def f(send=all_gather_object): ...",
+    ],
+)
+def test_a_pickle_is_caught(tmp_path: Path, line: str) -> None:
+    (tmp_path / "dist.py").write_text(f"from torch import distributed\n{line}\n")
+    assert len(pickling(tmp_path)) == 1
+
+
 # -- the tests' oracles ---------------------------------------------------------------------------
 
 ORACLES = Path(__file__).resolve().parent / "oracles"

@@ -10,7 +10,7 @@ import pytest
 import torch
 import yaml
 
-from normlab import config, experiment, launch, runs, worker
+from normlab import config, environment, experiment, launch, runs, worker
 
 QUICK = ["scale=demo", "norm=ghost", "nbs=8", "batch_size=64", "epochs=1", "device=cpu",
          "threads=1", "allocator=system", "evals=[val:ema]"]  # fmt: skip
@@ -40,7 +40,7 @@ def test_a_run_leaves_what_the_contract_names():
     outcome = start("evals=[train:augmented,train:batch,val:batch,val:ema,val:precise]")
     assert (outcome.status, outcome.skipped) == ("done", False)
     assert outcome.id.startswith("tiny-ghost-nbs8-s0-")
-    names = {path.name for path in outcome.path.iterdir()} - {".lock"}
+    names = {path.name for path in outcome.path.iterdir() if not path.name.startswith(".")}
     assert names == {
         "config.yaml", "env.json", "metrics.csv", "evals.csv", "checkpoint.pt", "log.txt",
         "status.json",
@@ -318,7 +318,7 @@ def test_a_run_that_lost_its_checkpoint_starts_anew_and_records_that():
 
 
 def test_threads_do_not_leak_from_run_to_run():
-    default = launch._default_threads()
+    default = environment.default_threads()
     start("threads=2")
     second = start("threads=null", "seed=1")
     assert json.loads((second.path / "env.json").read_text())["threads"] == default
@@ -362,10 +362,10 @@ def test_a_spoilt_checkpoint_is_refused_and_nothing_is_lost():
     first = start()
     (first.path / "status.json").unlink()
     (first.path / "checkpoint.pt").write_bytes(b"spoilt")
-    before = {p.name: p.read_bytes() for p in first.path.iterdir()}
+    before = {p.name: p.read_bytes() for p in first.path.iterdir() if p.is_file()}
     with pytest.raises(ValueError, match="checkpoint"):
         start()
-    assert {p.name: p.read_bytes() for p in first.path.iterdir()} == before
+    assert {p.name: p.read_bytes() for p in first.path.iterdir() if p.is_file()} == before
 
 
 def test_threads_are_those_the_run_began_with(caplog):

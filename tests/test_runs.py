@@ -2,9 +2,7 @@
 
 import csv
 import json
-import multiprocessing
 import os
-import time
 from pathlib import Path
 
 import pytest
@@ -146,56 +144,6 @@ def test_committed_results_that_are_no_table_are_named(tmp_path, content):
     with pytest.raises(ValueError, match=r"nbs.runs\.csv is not a table of runs") as error:
         runs.committed(tmp_path)
     assert "\n" not in str(error.value)
-
-
-def test_what_a_kill_left_of_a_write_is_removed(tmp_path):
-    run = RunDir(tmp_path / "run")
-    with run.lock():
-        (run.path / ".checkpoint.pt.4711").write_bytes(b"half")
-    with run.lock():
-        assert [path.name for path in run.path.iterdir()] == [".lock"]
-
-
-def test_a_directory_deleted_while_waiting_is_made_anew(tmp_path):
-    run = RunDir(tmp_path / "run")
-    holder = multiprocessing.get_context("spawn").Process(target=hold, args=(str(run.path), 1.0))
-    holder.start()
-    while not (run.path / "held").exists():
-        time.sleep(0.01)
-    Path.unlink(run.path / ".lock")
-    with run.lock():
-        assert (run.path / ".lock").exists()
-    holder.join()
-
-
-def hold(path: str, seconds: float) -> None:
-    with RunDir(Path(path)).lock():
-        (Path(path) / "held").touch()
-        time.sleep(seconds)
-
-
-def test_the_second_process_waits_for_the_first_and_says_so(tmp_path, caplog):
-    run = RunDir(tmp_path / "run")
-    holder = multiprocessing.get_context("spawn").Process(target=hold, args=(str(run.path), 1.0))
-    holder.start()
-    while not (run.path / "held").exists():
-        time.sleep(0.01)
-    with run.lock():
-        assert "waiting" in caplog.text
-        assert not holder.is_alive() or holder.join(1) is None
-    holder.join()
-
-
-def test_a_killed_process_holds_no_lock(tmp_path):
-    run = RunDir(tmp_path / "run")
-    holder = multiprocessing.get_context("spawn").Process(target=hold, args=(str(run.path), 60.0))
-    holder.start()
-    while not (run.path / "held").exists():
-        time.sleep(0.01)
-    holder.kill()
-    holder.join()
-    with run.lock():
-        pass
 
 
 def test_files_are_plain(tmp_path):

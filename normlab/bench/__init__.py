@@ -57,14 +57,18 @@ def _layers(*, quick: bool) -> list[Path]:
 
 
 def _ranks(*, quick: bool) -> list[Path]:
-    from normlab.bench import rank_write, ranks
+    from normlab.bench import rank_training, rank_write, ranks
 
-    done = []
+    done, trained = [], []
     with closing(ranks.rows(quick=quick)) as rows:  # its processes end here, whatever happens
         for row in rows:
             print(rank_write.line(row), flush=True)
             done.append(row)
-    return rank_write.results(done, OUT)
+    with closing(rank_training.rows(quick=quick)) as training_rows:
+        for found in training_rows:
+            print(rank_write.training_line(found), flush=True)
+            trained.append(found)
+    return rank_write.results(done, trained, OUT)
 
 
 def measured(*, quick: bool) -> Iterator[Row]:

@@ -23,7 +23,7 @@ from omegaconf import OmegaConf
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from normlab import allocator, config
+from normlab import allocator, config, kernels
 from normlab.bench import peers
 from normlab.bench.measure import Spread, take_turns
 from normlab.norms import domains
@@ -109,6 +109,8 @@ class LayerRow:
     """Bytes kept for the backward pass over those of the input (which BatchNorm2d keeps)."""
     bar: float | None = None
     """What `ratio` may be at most."""
+    kernels: bool = False
+    """Whether the layer could use the fused kernels."""
 
     @property
     def met(self) -> bool | None:
@@ -299,6 +301,7 @@ def _row(
         refused=refused,
         saved=saved,
         bar=bar(layer.name, layer.options, format),
+        kernels=kernels.enabled() and kernels.available(),
     )
 
 

@@ -6,6 +6,7 @@ from pathlib import Path
 from normlab import runs
 from normlab.bench import write
 from normlab.bench.measure import Spread
+from normlab.bench.rank_training import TrainingRow
 from normlab.bench.ranks import RankRow
 
 
@@ -18,16 +19,30 @@ def line(row: RankRow) -> str:
     )
 
 
-def results(rows: Sequence[RankRow], out: Path) -> list[Path]:
-    """Write `ranks.csv` and `ranks.md`; the files written."""
+def training_line(row: TrainingRow) -> str:
+    """A row of training as one line for the terminal."""
+    said = "as few as can be" if row.met else f"MORE THAN {row.expected}"
+    return (
+        f"training, {row.network}, {row.norm} on {row.ranks} ranks: {row.rate.median:.0f} img/s, "
+        f"{_spread(row.ratio)}x one rank with {row.ranks} threads; "
+        f"{row.exchanges} exchanges a step, {said}"
+    )
+
+
+def results(rows: Sequence[RankRow], trained: Sequence[TrainingRow], out: Path) -> list[Path]:
+    """Write `ranks.csv`, `ranks-training.csv` and `ranks.md`; the files written."""
     out.mkdir(parents=True, exist_ok=True)
-    table, page = out / "ranks.csv", out / "ranks.md"
-    runs.write_atomically(table, write.as_csv(rows))
-    runs.write_atomically(page, _page(rows))
-    return [table, page]
+    files = {
+        out / "ranks.csv": write.as_csv(rows),
+        out / "ranks-training.csv": write.as_csv(trained),
+        out / "ranks.md": _page(rows, trained),
+    }
+    for path, text in files.items():
+        runs.write_atomically(path, text)
+    return list(files)
 
 
-def _page(rows: Sequence[RankRow]) -> str:
+def _page(rows: Sequence[RankRow], trained: Sequence[TrainingRow]) -> str:
     where, first = write.machine(), rows[0]
     lines = [
         "# Synchronized batch norm between ranks",
@@ -60,7 +75,32 @@ def _page(rows: Sequence[RankRow]) -> str:
             f"{row.rounds}",
         ]
         lines.append(f"| {' | '.join(cells)} |")
-    return "\n".join([*lines, ""])
+    return "\n".join([*lines, "", *_training(trained), ""])
+
+
+def _training(rows: Sequence[TrainingRow]) -> list[str]:
+    """The section on training: what two cores do as two ranks, and as one."""
+    first = rows[0]
+    lines = [
+        "## Training",
+        "",
+        f"{first.network} on batches of {first.batch} images: {first.ranks} ranks with a thread"
+        f" each, over that of one rank with {first.ranks}",
+        "threads and batch norm; above 1 the ranks are faster. By the clock, in img/s. Exchanges of"
+        " a step are counted:",
+        "one for the gradients, and one per synchronized layer and direction.",
+        "",
+        "| norm | ranks, img/s | one rank, img/s | ranks over one | synchronized layers |"
+        " exchanges | rounds |",
+        "|---|---:|---:|---:|---:|---:|---:|",
+    ]
+    for row in rows:
+        exchanges = f"{row.exchanges}" if row.met else f"**{row.exchanges}**"
+        lines.append(
+            f"| {row.norm} | {row.rate.median:.0f} | {row.alone.median:.0f} | {_spread(row.ratio)}"
+            f" | {row.synchronized} | {exchanges} | {row.rounds} |"
+        )
+    return lines
 
 
 def _spread(spread: Spread) -> str:

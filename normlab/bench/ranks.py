@@ -9,8 +9,8 @@ import json
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Generator, Mapping, Sequence
-from contextlib import ExitStack
+from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from datetime import timedelta
 from functools import partial
@@ -22,7 +22,7 @@ from unittest import mock
 import torch
 from torch import distributed, nn
 
-from normlab import allocator, norms
+from normlab import allocator, kernels, norms
 from normlab.bench import layers, peers
 from normlab.bench.measure import Spread, Together, take_turns
 from normlab.models.base import NormConstructor
@@ -76,6 +76,8 @@ class RankRow:
     """In one step."""
     peer_collectives: int
     bar: float = BAR
+    kernels: bool = False
+    """Whether the layer could use the fused kernels."""
 
     @property
     def met(self) -> bool:
@@ -167,6 +169,7 @@ def _row(
         elapsed=over("ours", "peer", clock=1),
         collectives=collectives["ours"],
         peer_collectives=collectives["peer"],
+        kernels=kernels.enabled() and kernels.available(),
     )
 
 
@@ -174,7 +177,14 @@ def _row(
 
 
 def serve(rank: int, meeting: str) -> None:
-    """Join the process group, and answer what `Together` asks until it asks nothing any more."""
+    """One rank of the layers and networks."""
+    with joined(rank, meeting):
+        answer_all(Rank().answer)
+
+
+@contextmanager
+def joined(rank: int, meeting: str) -> Iterator[None]:
+    """In the process group of the ranks, with a thread to compute; freed memory is kept."""
     torch.set_num_threads(1)
     allocator.keep_freed_memory()
     distributed.init_process_group(
@@ -184,10 +194,14 @@ def serve(rank: int, meeting: str) -> None:
         world_size=RANKS,
         timeout=timedelta(seconds=60),
     )
-    answer = Rank().answer
+    yield
+    distributed.destroy_process_group()
+
+
+def answer_all(answer: Callable[..., Any]) -> None:
+    """Answer what `Together` asks until it asks nothing any more."""
     for line in sys.stdin:
         print(json.dumps(answer(*json.loads(line))), flush=True)
-    distributed.destroy_process_group()
 
 
 class Rank:

@@ -8,12 +8,13 @@ the allocator untouched. The allocator is set once per process, so each has a pr
 import tempfile
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import nn
 from torch.nn import functional as F
 
-from normlab import allocator, batchplan, norms
+from normlab import allocator, batchplan, dist, norms
 from normlab.bench.images import CLASSES, SHAPE, dataset
 from normlab.bench.measure import Measured, Process, Row, rate_row, serve
 from normlab.checkpoint import Stop
@@ -66,7 +67,7 @@ def contestant(name: str, steps: int) -> None:
         allocator.keep_freed_memory()
     if name == "ours":
         with tempfile.TemporaryDirectory() as directory:
-            serve(_trainer(steps, Path(directory)).train_epoch)
+            serve(trainer(steps, Path(directory)).train_epoch)
     else:
         serve(_bare_loop(steps, channels_last=name == "bare"))
 
@@ -81,13 +82,15 @@ def _sgd(model: nn.Module) -> torch.optim.SGD:
     return torch.optim.SGD(model.parameters(), lr=LR, momentum=0.9, weight_decay=5e-4)
 
 
-def _trainer(steps: int, directory: Path) -> Trainer:
-    model = _model(norms.find("bn"), channels_last=True)
+def trainer(steps: int, directory: Path, norm: str = "bn") -> Trainer:
+    """A run of that many steps an epoch, on as many ranks as this process is one of."""
+    layer: Any = norms.find(norm)
+    model = _model(layer, channels_last=True)
     return Trainer(
         model=model,
         optimizer=_sgd(model),
         data=dataset(steps * BATCH),
-        plan=batchplan.plan(BATCH, None),
+        plan=batchplan.plan(BATCH, None, world_size=dist.place()[1], batch=layer.batch, norm=norm),
         steps=steps,
         settings=Settings(
             epochs=10_000,

@@ -14,6 +14,7 @@ from matplotlib.figure import Figure
 
 from normlab import runs
 from normlab.bench.measure import Row, Spread
+from normlab.bench.rank_training import TrainingRow
 from normlab.bench.ranks import RankRow
 
 
@@ -60,7 +61,7 @@ def results(rows: Sequence[Row], out: Path) -> list[Path]:
     return [table, figure]
 
 
-def as_csv(rows: Sequence[Row | RankRow]) -> str:
+def as_csv(rows: Sequence[Row | RankRow | TrainingRow]) -> str:
     """A line per row, each with the machine it was measured on."""
     here = machine()
     records = []

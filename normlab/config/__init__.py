@@ -1,13 +1,15 @@
 """What a run is: its schema, how one is composed, and by what it is known.
 
 ``schema`` holds the keys, their types and ranges; ``composition`` makes a plain dictionary of them
-from ``conf/`` and overrides; ``identity`` says which of them change the weights. No torch in here.
+from ``conf/`` and overrides; ``identity`` says which of them change the weights, ``resumption``
+what may change in a run that goes on. No torch in here.
 """
 
 from normlab.config.composition import (
     chosen_arms,
     compose,
     explained,
+    jobs,
     near,
     options,
     register,
@@ -21,18 +23,24 @@ from normlab.config.identity import (
     training_config,
     with_later_keys,
 )
+from normlab.config.resumption import OF_THE_PLACE, check_resume, continued, keys
 from normlab.config.schema import Config, ConfigError, check, plan_of
 
 __all__ = [
     "LATER",
+    "OF_THE_PLACE",
     "SCHEMA_VERSION",
     "Config",
     "ConfigError",
     "cell_key",
     "check",
+    "check_resume",
     "chosen_arms",
     "compose",
+    "continued",
     "explained",
+    "jobs",
+    "keys",
     "near",
     "options",
     "plan_of",

@@ -24,7 +24,10 @@ CONFIG_NAME = "config"
 GROUPS = ("norm", "conv", "model", "data", "recipe", "scale", "experiment")
 """What is chosen by an option's name; all but experiments are files of ``conf/``."""
 
-_EXTRAS = {"joblib": "joblib"}
+_EXTRAS = {
+    "joblib": "joblib", "submitit_local": "slurm", "submitit_slurm": "slurm", "ray": "ray",
+}  # fmt: skip
+"""Launchers that are no part of Hydra, and the extra of normlab that brings each."""
 
 
 def compose(overrides: Sequence[str] = ()) -> dict[str, Any]:
@@ -52,6 +55,25 @@ def resolve(cfg: DictConfig) -> dict[str, Any]:
         plain = OmegaConf.to_container(typed, resolve=True, throw_on_missing=True)
         assert isinstance(plain, dict)
         return {str(key): value for key, value in plain.items()}
+
+
+def jobs(overrides: Sequence[str]) -> list[list[str]]:
+    """The overrides of each run of a sweep, as Hydra's sweeper makes them, in its order.
+
+    What an experiment sweeps is swept unless the overrides say otherwise. Raises ConfigError.
+    """
+    from hydra._internal.core_plugins.basic_sweeper import BasicSweeper
+
+    name, scale = _chosen(overrides, "experiment"), _chosen(overrides, "scale")
+    axes: dict[str, str] = {}
+    if name in experiment.files():
+        node = experiment.overlay(name, scale or default_scale())
+        axes = node["hydra"]["sweeper"]["params"]
+    given = [word for word in overrides if not word.lstrip("+~").startswith("hydra")]
+    words = [f"{axis}={values}" for axis, values in axes.items()]
+    with explained():
+        (all_of_them,) = BasicSweeper.split_arguments(_parsed([*words, *given]), None)
+        return [list(job) for job in all_of_them]
 
 
 def options(group: str) -> dict[str, Path]:
@@ -296,6 +318,7 @@ def _wanted(key: str) -> str:
     """The type of a schema's key, in words."""
     words: dict[Any, str] = {
         int: "an integer", float: "a number", bool: "true or false", str: "a word",
+        bool | str: "true or false, or a word",
         int | None: "an integer or null", float | None: "a number or null",
         str | None: "a word or null", list[float]: "a list of numbers: [0.5,0.75]",
         list[str]: "a list: [train:batch,val:ema]",

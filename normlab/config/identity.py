@@ -21,6 +21,15 @@ LATER: dict[str, Any] = {
     "conv": {"name": "plain"},
     "init": "default",
     "order": "shuffled",
+    "launch": True,
+    "max_restarts": 0,
+    "stall_timeout": 600.0,
+    "resume": None,
+    "sync_group_size": None,
+    "sync_layers": None,
+    "buffers": "average",
+    "debug_sync": False,
+    "kernels": False,
 }
 """Dotted keys introduced after version 1, each with the default of its introduction."""
 
@@ -28,10 +37,12 @@ _OPEN = ("norm", "model", "data")  # groups whose keys are those of what is chos
 
 # What a run reads, writes, prints or is called; none of it reaches the weights. `remainder` decides
 # only whether to refuse. The number of threads changes the last bits of sums: it is recorded, and
-# restored on resuming.
+# restored on resuming. The size of a sync group follows from the NBS and the micro-batch.
 NOT_TRAINING = {
     "evals", "eval_last", "ema_bank", "runs", "data_root", "skip_done", "checkpoint_every", "scale",
-    "experiment", "allocator", "device", "threads", "remainder",
+    "experiment", "allocator", "device", "threads", "remainder", "sync_group_size", "debug_sync",
+    "resume",
+    "launch", "max_restarts", "stall_timeout",
 }  # fmt: skip
 
 
@@ -41,7 +52,7 @@ def training_config(config: dict[str, Any]) -> dict[str, Any]:
     A group's option is known by its module and settings, not by what it is called. NBS and
     micro-batch are those of the batch plan, so that a spelt-out default changes nothing; norms that
     look at no other sample have neither ``nbs`` nor ``decay``, a cumulative average has no
-    ``decay``. Raises ``batchplan.PlanError``.
+    ``decay``, one rank no ``buffers`` to agree on. Raises ``batchplan.PlanError``.
     """
     plan = plan_of(config)
     kept = {key: value for key, value in config.items() if key not in NOT_TRAINING}
@@ -54,6 +65,8 @@ def training_config(config: dict[str, Any]) -> dict[str, Any]:
         del kept["nbs"], kept["decay"]
     elif kept["norm"].get("cumulative"):
         del kept["decay"]
+    if plan.nbs is None or plan.world_size == 1:
+        kept.pop("buffers", None)
     for key, default in LATER.items():
         _drop(kept, key.split("."), default)
     return kept

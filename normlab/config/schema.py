@@ -51,6 +51,8 @@ class Config:
     nbs: int | None = MISSING
     batch_size: int = MISSING
     micro_batch: int | None = MISSING
+    sync_group_size: int | None = MISSING
+    sync_layers: str | None = MISSING
     remainder: str = MISSING
     order: str = MISSING
     epochs: int = MISSING
@@ -60,15 +62,22 @@ class Config:
     seed: int = MISSING
     precision: str = MISSING
     world_size: int = MISSING
+    buffers: str = MISSING
+    debug_sync: bool = MISSING
     evals: list[str] = MISSING
     eval_last: int = MISSING
     ema_bank: list[float] = MISSING
     channels_last: bool = MISSING
-    compile: bool = MISSING
+    compile: bool | str = MISSING
     device: str = MISSING
     threads: int | None = MISSING
+    kernels: bool = MISSING
     allocator: str = MISSING
     checkpoint_every: float = MISSING
+    launch: bool = MISSING
+    max_restarts: int = MISSING
+    stall_timeout: float = MISSING
+    resume: str | None = MISSING
     runs: str = MISSING
     data_root: str = MISSING
     skip_done: str = MISSING
@@ -76,10 +85,15 @@ class Config:
     experiment: str | None = MISSING
 
 
+BUFFERS = ("average", "mean", "broadcast")
+"""What becomes of the ranks' population statistics at the end of an epoch, see
+`normlab.dist.average_statistics`."""
+
 _CHOICES = {
     "init": ("default", "fixup"),
     "remainder": ("drop", "error"),
     "precision": ("fp32", "bf16"),
+    "buffers": BUFFERS,
     "device": ("auto", "cpu", "cuda"),
     "allocator": ("keep", "system"),
     "skip_done": ("all", "local"),
@@ -93,7 +107,9 @@ _SIZES = {  # at least so many, at most batchplan.MOST
     "world_size": 1,
     "eval_last": 1,
     "threads": 1,
+    "max_restarts": 0,
     "micro_batch": 1,
+    "sync_group_size": 1,
     "recipe.lr_batch": 1,
 }
 
@@ -102,6 +118,7 @@ _WITHIN = {
     "decay": (0.0, 1.0),
     "ema_bank": (0.0, 1.0),
     "checkpoint_every": (0.0, math.inf),
+    "stall_timeout": (1.0, 1e6),
     "recipe.momentum": (0.0, 1.0),
     "recipe.weight_decay": (0.0, math.inf),
     "recipe.warmup": (0.0, 1.0),
@@ -129,6 +146,11 @@ def check(config: dict[str, Any]) -> None:
     for key, choices in _CHOICES.items():
         if (value := _at(config, key)) not in choices:
             raise ConfigError(f"{key} must be one of {', '.join(choices)}, got {key}={value}")
+    if config["compile"] not in (False, True, "graphs"):
+        raise ConfigError(
+            "compile must be true or false, or graphs (the compiler with CUDA graphs, on a GPU),"
+            f" got compile={config['compile']}"
+        )
     for key, least in _SIZES.items():
         if (value := _at(config, key)) is not None and not least <= value <= batchplan.MOST:
             raise ConfigError(
@@ -155,15 +177,16 @@ def check(config: dict[str, Any]) -> None:
             f"eval_last must be at most epochs={config['epochs']},"
             f" got eval_last={config['eval_last']}"
         )
-    if config["world_size"] != 1:
-        raise ConfigError(
-            f"world_size={config['world_size']}: only world_size=1 runs, as there are no ranks yet"
-        )
     _check_evals(config)
     try:
         plan = plan_of(config)
     except batchplan.PlanError as error:
         raise ConfigError(str(error)) from None
+    if config["sync_layers"] is not None and plan.batch != "sync":
+        raise ConfigError(
+            f"sync_layers={config['sync_layers']} says which layers of norm=sync are synchronized:"
+            f" leave it out with norm={config['norm']['name']}"
+        )
     _check_order(config["order"], plan)
 
 
@@ -220,6 +243,7 @@ def plan_of(config: dict[str, Any]) -> batchplan.BatchPlan:
         batch=config["norm"]["batch"],
         norm=config["norm"]["name"],
         micro_batch=config["micro_batch"],
+        sync_group_size=config["sync_group_size"],
     )
 
 

@@ -3,6 +3,7 @@
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import numpy as np
 import numpy.typing as npt
@@ -66,6 +67,22 @@ class Augment:
         return generator(self.stream, self.seed, self.epoch, step, *key)
 
 
+class Planned(NamedTuple):
+    """Images to deliver together: those at some places of a batch that is augmented as one.
+
+    So a rank's share of a batch is, pixel by pixel, what one process has at these places.
+    """
+
+    step: int
+    """Which batch of the iteration."""
+    images: Indices
+    """Positions within the split."""
+    places: Indices
+    """Where in the batch each of them is."""
+    size: int
+    """How many images the batch has in all."""
+
+
 class Dataset(ABC):
     """Images with labels in three splits, delivered as normalized batches on the run's device.
 
@@ -94,13 +111,13 @@ class Dataset(ABC):
     def _batches(
         self,
         split: str,
-        plan: Sequence[tuple[int, Indices]],
+        plan: Sequence[Planned],
         *,
         augment: Augment | None,
         device: torch.device,
         channels_last: bool,
     ) -> Iterator[Batch]:
-        """Deliver the planned batches: (step, positions within the split)."""
+        """Deliver what is planned, one after the other."""
 
     def train_size(self, order: Order = SHUFFLED) -> int:
         """Number of training images that an epoch of `order` can use. Raises ValueError, as
@@ -115,12 +132,14 @@ class Dataset(ABC):
         epoch: int,
         start_step: int = 0,
         order: Order = SHUFFLED,
+        places: Sequence[int] | None = None,
         device: torch.device | str = "cpu",
         channels_last: bool = False,
     ) -> Iterator[Batch]:
         """Augmented batches of one epoch from `start_step` on, in `order`; a remainder is dropped.
 
-        Batch k of an epoch is bitwise the same from whichever step the iteration started.
+        Batch k of an epoch is bitwise the same from whichever step the iteration started, and so is
+        a part of it: with `places`, only what is at these places of each batch is read.
         Raises ValueError at the call if not one batch fits, `start_step` is beyond the epoch, or
         the order does not go with the labels or the batch size.
         """
@@ -136,7 +155,10 @@ class Dataset(ABC):
             batches = rng.permutation(n)[: steps * batch_size].reshape(steps, batch_size)
         else:
             batches = arranged(self.labels("train"), order, batch_size, rng)
-        plan = [(k, batches[k]) for k in range(start_step, steps)]
+        chosen = np.arange(batch_size) if places is None else np.asarray(places, dtype=np.int64)
+        plan = [
+            Planned(k, batches[k][chosen], chosen, batch_size) for k in range(start_step, steps)
+        ]
         return self._batches(
             "train",
             plan,
@@ -154,6 +176,8 @@ class Dataset(ABC):
         samples: int | None = None,
         augment: bool = False,
         drop_last: bool = False,
+        share: tuple[int, int] = (0, 1),
+        unit: int | None = None,
         pattern: Order = SHUFFLED,
         within: int = 0,
         device: torch.device | str = "cpu",
@@ -164,6 +188,9 @@ class Dataset(ABC):
         order    None: stored order (many data sets are stored by class: never for mini-batch
                  statistics); a number: a permutation seeded with it, from a stream of its own
         samples  only the first that many of the order
+        share    (rank, ranks): only this rank's part of them, whole units of `unit` images (a batch
+                 unless given; what is left over goes to the last rank), in pieces of the batches
+                 that one rank has: augmented as there. There may be nothing in it.
         pattern  an order of training, drawn for SGD batches of `within` samples and seeded with
                  `order`: only the images that it can use
         Without `drop_last` the last batch may be smaller. Raises ValueError at the call for an
@@ -189,10 +216,15 @@ class Dataset(ABC):
             positions = np.arange(n, dtype=np.int64)
         else:
             positions = generator(Stream.EVAL_ORDER, order).permutation(n)
-        plan = [
-            (k, positions[first : min(first + batch_size, end)])
-            for k, first in enumerate(range(0, end, batch_size))
-        ]
+        (rank, ranks), unit = share, unit or batch_size
+        units = -(-end // unit)
+        begin, until = (min(end, units * at // ranks * unit) for at in (rank, rank + 1))
+        plan = []
+        for k, first in enumerate(range(0, end, batch_size)):
+            last = min(first + batch_size, end)
+            here = np.arange(max(first, begin), min(last, until))
+            if len(here):
+                plan.append(Planned(k, positions[here], here - first, last - first))
         return self._batches(
             split,
             plan,
@@ -200,6 +232,14 @@ class Dataset(ABC):
             device=torch.device(device),
             channels_last=channels_last,
         )
+
+
+def upload(x: Tensor, device: torch.device) -> Tensor:
+    """`x` of the CPU on the device. A GPU gets it from pinned memory, and nobody waits for that: a
+    plain copy would let the queue of its work run empty at every batch."""
+    if device.type == "cuda":
+        x = x.pin_memory()
+    return x.to(device, non_blocking=True)
 
 
 def unknown_split(split: str) -> ValueError:

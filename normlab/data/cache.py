@@ -1,14 +1,17 @@
 """Arrays and digests that are costly to make, kept on disk and shared by runs side by side.
 
 Each file is written under a temporary name and moved into place, so that a reader sees all of it
-or none, whoever else is writing. Arrays are opened as read-only memory maps: processes share the
-pages.
+or none, whoever else is writing. Of the processes of a machine that find it missing, such as the
+ranks of a run, one makes it and the others wait. Arrays are opened as read-only memory maps:
+processes share the pages.
 """
 
+import fcntl
 import hashlib
 import os
 import tempfile
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -27,14 +30,24 @@ def directory() -> Path:
     return Path.home() / ".cache" / "normlab"
 
 
-def _write(path: Path, write: Callable[[BinaryIO], object]) -> None:
+@contextmanager
+def _alone(path: Path) -> Iterator[None]:
+    """Within, no other process of this machine makes that file."""
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
+        lock = (path.parent / f".{path.name}.lock").open("w")
     except OSError as e:
         raise OSError(
             f"cannot write the data cache {path.parent}: {e.strerror}; NORMLAB_CACHE names another"
         ) from e
+    with lock:
+        with suppress(OSError):  # a network disk that knows no locks: several make the same
+            fcntl.flock(lock, fcntl.LOCK_EX)
+        yield
+
+
+def _write(path: Path, write: Callable[[BinaryIO], object]) -> None:
+    handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
     try:
         with os.fdopen(handle, "wb") as file:
             write(file)
@@ -48,16 +61,24 @@ def _write(path: Path, write: Callable[[BinaryIO], object]) -> None:
 def array(key: str, make: Callable[[], npt.NDArray[Any]]) -> npt.NDArray[Any]:
     """The cached array of that name as a read-only memory map; made and written if missing.
 
-    Two processes that find it missing both make it; either's file serves both. `key` must determine
-    the content.
+    `key` must determine the content.
     """
     path = directory() / f"{key}.npy"
+    if (found := _mapped(path)) is not None:
+        return found
+    with _alone(path):
+        if (found := _mapped(path)) is not None:
+            return found
+        made = make()
+        _write(path, lambda file: np.save(file, made))
+    return np.asarray(np.load(path, mmap_mode="r"))
+
+
+def _mapped(path: Path) -> npt.NDArray[Any] | None:
     try:
         return np.asarray(np.load(path, mmap_mode="r"))
     except (OSError, EOFError, ValueError):  # missing, empty or damaged
-        made = make()
-    _write(path, lambda file: np.save(file, made))
-    return np.asarray(np.load(path, mmap_mode="r"))
+        return None
 
 
 def text(key: str, make: Callable[[], str]) -> str:
@@ -65,8 +86,11 @@ def text(key: str, make: Callable[[], str]) -> str:
     path = directory() / f"{key}.txt"
     if path.is_file() and (found := path.read_text()):
         return found
-    made = make()
-    _write(path, lambda file: file.write(made.encode()))
+    with _alone(path):
+        if path.is_file() and (found := path.read_text()):
+            return found
+        made = make()
+        _write(path, lambda file: file.write(made.encode()))
     return made
 
 

@@ -20,7 +20,7 @@ from torchvision.datasets import ImageFolder
 from torchvision.transforms import v2
 
 from normlab.data import cache
-from normlab.data.base import Augment, Batch, Dataset, unknown_split
+from normlab.data.base import Augment, Batch, Dataset, Planned, unknown_split
 from normlab.data.patterns import Indices
 from normlab.data.streams import SPLIT_SEED, Stream, generator
 
@@ -92,7 +92,7 @@ class Folder(Dataset):
     def _batches(
         self,
         split: str,
-        plan: Sequence[tuple[int, Indices]],
+        plan: Sequence[Planned],
         *,
         augment: Augment | None,
         device: torch.device,
@@ -110,23 +110,27 @@ class Folder(Dataset):
         shift = -torch.tensor(MEAN, device=device).view(3, 1, 1) * 255 * scale
         layout = torch.channels_last if channels_last else torch.contiguous_format
         # Bytes travel to the device and become numbers there: a quarter of the traffic.
-        for pixels, y in loader:
-            x = pixels.to(device, non_blocking=True).contiguous(memory_format=layout).float()
-            yield torch.addcmul(shift, x, scale), y.to(device, non_blocking=True)
+        try:
+            for pixels, y in loader:
+                x = pixels.to(device, non_blocking=True).contiguous(memory_format=layout).float()
+                yield torch.addcmul(shift, x, scale), y.to(device, non_blocking=True)
+        except ValueError as e:  # a worker's comes with its traceback for a message
+            raise ValueError(str(e).strip().splitlines()[-1].removeprefix("ValueError: ")) from e
 
 
 class Tokens:
     """The batches of a plan as lists of tokens, which is all that workers need to know."""
 
-    def __init__(self, plan: Sequence[tuple[int, Indices]]) -> None:
+    def __init__(self, plan: Sequence[Planned]) -> None:
         self.plan = plan
 
     def __len__(self) -> int:
         return len(self.plan)
 
     def __iter__(self) -> Iterator[list[Token]]:
-        for step, positions in self.plan:
-            yield [(step, place, int(image)) for place, image in enumerate(positions)]
+        for part in self.plan:
+            together = zip(part.places, part.images, strict=True)
+            yield [(part.step, int(place), int(image)) for place, image in together]
 
 
 class Decoder(torch.utils.data.Dataset[tuple[Tensor, int]]):

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from normlab.data import cache
-from normlab.data.base import Augment, Batch, Dataset, unknown_split
+from normlab.data.base import Augment, Batch, Dataset, Planned, unknown_split, upload
 from normlab.data.patterns import Indices
 
 AUGMENTS = {  # name -> (random crop, random mirroring)
@@ -138,17 +138,17 @@ class InMemory(Dataset):
     def _batches(
         self,
         split: str,
-        plan: Sequence[tuple[int, Indices]],
+        plan: Sequence[Planned],
         *,
         augment: Augment | None,
         device: torch.device,
         channels_last: bool,
     ) -> Iterator[Batch]:
         finish = Normalize(self._scale.to(device), self._shift.to(device), self.shape)
-        for step, positions in plan:
-            words, labels = self._take(split, positions, device)
+        for part in plan:
+            words, labels = self._take(split, part.images, device)
             if augment is not None and (self._crop or self._flip):
-                words = self._augmented(words, augment.generator(step))
+                words = self._augmented(words, part, augment.generator(part.step))
             yield finish(words, channels_last=channels_last), labels
 
     def _take(self, split: str, positions: Indices, device: torch.device) -> tuple[Tensor, Tensor]:
@@ -164,17 +164,17 @@ class InMemory(Dataset):
                 torch.from_numpy(self.labels(split)).to(device),
             )
         words, all_labels = self._resident[split, device]
-        chosen = torch.from_numpy(positions).to(device)
+        chosen = upload(torch.from_numpy(positions), device)
         return words.index_select(0, chosen), all_labels.index_select(0, chosen)
 
-    def _augmented(self, words: Tensor, rng: np.random.Generator) -> Tensor:
-        n, h, _ = words.shape
-        pad = h // 8 if self._crop else 0
-        # Both are drawn whether or not they are used, so that adding the mirror keeps the crops.
-        offsets = rng.integers(0, 2 * pad + 1, size=(2, n))
-        mirrored = rng.integers(0, 2, size=(1, n)) * self._flip
-        draws = torch.from_numpy(np.concatenate([offsets, mirrored]).astype(np.int32))
-        return crop_flip(words, draws.to(words.device), pad)
+    def _augmented(self, words: Tensor, part: Planned, rng: np.random.Generator) -> Tensor:
+        pad = words.size(1) // 8 if self._crop else 0
+        # Both are drawn whether or not they are used, so that adding the mirror keeps the crops;
+        # and for the whole batch, so that a part of it has the crops it has there.
+        offsets = rng.integers(0, 2 * pad + 1, size=(2, part.size))
+        mirrored = rng.integers(0, 2, size=(1, part.size)) * self._flip
+        drawn = np.concatenate([offsets, mirrored]).astype(np.int32)[:, part.places]
+        return crop_flip(words, upload(torch.from_numpy(drawn), words.device), pad)
 
 
 def crop_flip(words: Tensor, draws: Tensor, pad: int) -> Tensor:

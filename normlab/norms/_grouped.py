@@ -3,6 +3,9 @@
 Routes are chosen by layout, precision and size, because no operator of torch is both quick and
 accurate on a CPU in all of them:
 
+- Whatever `normlab.kernels` takes: those, in any size; group norm in channels_last alone, since in
+  NCHW torch's has fewer calls. What follows is the pure path.
+
 - NCHW: each group's channels gathered into rows, then group norm of one channel per group; of large
   maps on a CPU, `_chunked`; where groups interleave, half inputs go through batch norm on a view.
 - channels_last, one group of all channels: layer norm.
@@ -24,6 +27,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from normlab import kernels
 from normlab.norms._chunked import chunked_batch_norm, chunks_in_place
 
 __all__ = [
@@ -105,6 +109,11 @@ def grouped_batch_norm(
     where `interleaved`. weight and bias are (C,), shared by the groups, or both (G, C). Returns y,
     in the dtype of x, and channels_last where x is, and mean and biased variance (G, C), detached.
     """
+    if kernels.takes(x):
+        y, mean, var = kernels.batch_norm(
+            x, weight, bias, groups=groups, interleaved=interleaved, eps=eps
+        )
+        return y, mean.float(), var.float()
     if _needs_float32(x):
         weight, bias = _float32(weight, bias)
         y, mean, var = grouped_batch_norm(
@@ -174,6 +183,11 @@ def group_norm(
 
     x is (N, C, ...) with `groups` dividing C. The output has the dtype and memory layout of x.
     """
+    if is_channels_last(x) and kernels.takes(x):
+        samples, channels = x.shape[:2]
+        return kernels.batch_norm(
+            x, weight, bias, groups=samples, span=channels // groups, eps=eps
+        )[0]
     if _needs_float32(x):
         weight, bias = _float32(weight, bias)
         return group_norm(x.float(), groups, weight=weight, bias=bias, eps=eps).to(x.dtype)

@@ -9,13 +9,14 @@ their defaults.
 
 import warnings
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, ClassVar
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from normlab import kernels
 from normlab.norms._choices import (
     Choosing,
     Source,
@@ -45,17 +46,19 @@ __all__ = [
 
 @dataclass(frozen=True)
 class BatchStatistics:
-    """The statistics that one forward normalized with, one row per group of samples.
+    """The statistics that one forward normalized with, a row per group of samples.
 
     mean and var (biased) are (G, C), detached, float32 (float64 for a float64 input); count is the
-    number of elements behind each of them; population is the one that follows them, of a layer's
-    `PopulationNorm.populations`.
+    number of elements behind each; population, of `PopulationNorm.populations`, follows them.
     """
 
     mean: Tensor
     var: Tensor
     count: int
     population: str = ""
+
+    def rounded(self) -> "BatchStatistics":  # to float32
+        return replace(self, mean=self.mean.float(), var=self.var.float())
 
     def unbiased(self) -> Tensor:
         return self.var * (self.count / (self.count - 1))
@@ -192,9 +195,8 @@ class PopulationNorm(Choosing):
     def populations(self) -> dict[str, tuple[Tensor, Tensor]]:
         """The layer's populations: mean and var (C,), in the buffers' memory.
 
-        The key is what follows the layer's name in a `normlab.population.Population`: nothing where
-        there is one population. A layer with several names each, and its observers are told whose
-        statistics they get (`BatchStatistics.population`).
+        The key is what follows the layer's name in a `normlab.population.Population`: '' for an
+        only one; of several, `BatchStatistics.population` tells observers whose theirs are.
         """
         return {"": (self.running_mean, self.running_var)}
 
@@ -204,7 +206,7 @@ class PopulationNorm(Choosing):
         With several groups: one step towards the averages of the groups' means and unbiased
         variances. With one, every layer's rule is torch's.
         """
-        move_towards(mean, var, batch.mean.mean(0), batch.unbiased().mean(0), round(1 - decay, 12))
+        _follow(mean, var, batch, round(1 - decay, 12))
 
     def _apply_population(self, x: Tensor) -> Tensor:
         """Normalize with the buffers; nothing moves."""
@@ -247,8 +249,16 @@ class PopulationNorm(Choosing):
 
         Returns the statistics if there are observers. `num_batches_tracked` counts afterwards.
         """
-        # Where nothing is learnt or kept, torch's bits are not owed, and in NCHW on a CPU the route
-        # of many groups takes half the time of torch's batch norm.
+        if groups > 1 and kernels.takes(x):
+            y, mean, var = kernels.batch_norm(
+                x, self.weight, self.bias, groups=groups, interleaved=interleaved, eps=self.eps
+            )
+            precise = BatchStatistics(mean, var, count)
+            if self.updates:
+                self.ema_step(self.running_mean, self.running_var, precise, self.decay)
+            return y, precise.rounded() if self.observers else None
+        # Where nothing is learnt or kept, torch's bits are not owed: the route of many groups takes
+        # half the time in NCHW on a CPU.
         watching = not (self.updates or torch.is_grad_enabled())
         if groups == 1 and not (watching and x.is_contiguous() and x.device.type == "cpu"):
             running = self.running_mean, self.running_var
@@ -270,10 +280,17 @@ class PopulationNorm(Choosing):
         bias: Tensor | None,
         population: str = "",
     ) -> tuple[Tensor, BatchStatistics | None]:
-        """torch's batch norm, to the bit, with the update inside; the statistics if observed.
+        """Batch norm with one group, and the update if any; the statistics if observed.
 
-        running is mean and var (C,) of `population`, in the buffers' memory.
+        On the pure path it is torch's, to the bit. running is mean and var (C,) of `population`, in
+        the buffers' memory.
         """
+        if kernels.takes(x):
+            y, batch_mean, batch_var = kernels.batch_norm(x, weight, bias, groups=1, eps=self.eps)
+            precise = BatchStatistics(batch_mean, batch_var, count, population)
+            if self.updates:
+                _follow(*running, precise, self.momentum)
+            return y, precise.rounded() if self.observers else None
         if running[0].dtype == torch.float32:
             weight, bias = float32_affine(x, weight, bias)
         mean, var, momentum = (*running, self.momentum) if self.updates else (None, None, 0.0)
@@ -317,6 +334,12 @@ def _large_means(statistics: Tensor) -> bool:
     if torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active():
         return False
     return bool((statistics[0].square() > 100 * statistics[1]).any())
+
+
+def _follow(mean: Tensor, var: Tensor, batch: BatchStatistics, weight: float) -> None:
+    means, vars = batch.mean, batch.var
+    if not kernels.move_towards(mean, var, means, vars, count=batch.count, weight=weight):
+        move_towards(mean, var, batch.mean.mean(0), batch.unbiased().mean(0), weight)
 
 
 def move_towards(

@@ -28,8 +28,10 @@ class BatchNorm(PopulationNorm):
             momentum=None), r += (b - r) / t at the t-th update, t kept in num_batches_tracked;
             `decay` is not used then. Setting that buffer to 0 starts the average anew.
 
-    In every forward that updates or computes gradients, and with population statistics, outputs,
-    gradients and buffers are bitwise those of torch's layer with momentum round(1 - decay, 12), its
+    Where the fused kernels are used (`normlab.kernels`), results are torch's up to rounding, and
+    small spreads about large means are kept in every memory layout. On the pure path, in every
+    forward that updates or computes gradients, and with population statistics, outputs, gradients
+    and buffers are bitwise those of torch's layer with momentum round(1 - decay, 12), its
     rounding included: on a CPU torch accumulates float32 statistics in double for NCHW but in
     float32 for channels_last and (N, C), where a spread of 1 about a mean of 1e4 is lost in 65,536
     elements. Batch statistics that only normalize (update=False under no_grad, as in

@@ -7,6 +7,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from normlab import kernels
 from normlab.norms._grouped import float32_affine
 from normlab.norms.base import PopulationNorm, Source
 
@@ -77,8 +78,10 @@ class FrozenBatchNorm(PopulationNorm):
         bias: Tensor | None = self.bias
         if self.running_mean.dtype == torch.float32:
             weight, bias = float32_affine(x, weight, bias)
-        weight = None if weight is None else weight.detach()
-        bias = None if bias is None else bias.detach()
+        if weight is not None and weight.requires_grad:
+            weight = weight.detach()
+        if bias is not None and bias.requires_grad:
+            bias = bias.detach()
         constants = self.running_mean, self.running_var, weight, bias
         if torch._C._are_functorch_transforms_active():  # they take no such Function
             return F.batch_norm(x, *constants, False, eps=self.eps)
@@ -114,11 +117,16 @@ class _Constant(torch.autograd.Function):
     ) -> Tensor:
         ctx.save_for_backward(var, weight)
         ctx.eps = eps
+        if kernels.takes(x):
+            return kernels.normalize(x, mean, var, weight, bias, eps=eps)
         return F.batch_norm(x, mean, var, weight, bias, False, eps=eps)
 
     @staticmethod
     def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
         var, weight = ctx.saved_tensors
+        if kernels.takes(dy) and (torch.compiler.is_compiling() or not torch.is_grad_enabled()):
+            dx = kernels.normalize(dy, None, var, weight, None, eps=ctx.eps)
+            return dx, None, None, None, None, None
         # Multiplying by weight / sqrt(var + eps), in float32 where dy is half.
         dx = F.batch_norm(dy, torch.zeros_like(var), var, weight, None, False, eps=ctx.eps)
         return dx, None, None, None, None, None

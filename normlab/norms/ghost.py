@@ -88,12 +88,13 @@ class GhostBatchNorm(PopulationNorm):
 
     def ema_step(self, mean: Tensor, var: Tensor, batch: BatchStatistics, decay: float) -> None:
         """Move `mean` and `var` (C,), in place, by this layer's population rule."""
+        if self.population == "mean":
+            super().ema_step(mean, var, batch, decay)
+            return
         weight = round(1 - decay, 12)
         groups = batch.mean.size(0)
         unbiased = batch.unbiased()
-        if self.population == "mean":
-            super().ema_step(mean, var, batch, decay)
-        elif self.population == "pooled":
+        if self.population == "pooled":
             total = batch.count * groups
             pooled = batch.var.mean(0) + batch.mean.var(0, correction=0)
             move_towards(mean, var, batch.mean.mean(0), pooled * (total / (total - 1)), weight)

@@ -10,6 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from normlab import kernels
 from normlab.norms._grouped import grouped_batch_norm
 from normlab.norms._moments import group_statistics
 from normlab.norms.base import BatchStatistics, PopulationNorm, Source, check_nbs, recomputing
@@ -140,6 +141,8 @@ class BatchRenorm(PopulationNorm):
     def _normalize(
         self, x: Tensor, groups: int, interleaved: bool, count: int
     ) -> tuple[Tensor, BatchStatistics | None]:
+        if kernels.takes(x):
+            return self._fused(x, groups, count)
         mean, var = group_statistics(x, groups)
         r, d = self._correction(mean, var)
         y: Tensor
@@ -153,10 +156,21 @@ class BatchRenorm(PopulationNorm):
             y, _, _ = grouped_batch_norm(
                 x, groups, interleaved=interleaved, weight=weight, bias=bias, eps=self.eps
             )
+        return y, self._follow(mean, var, count)
+
+    def _fused(self, x: Tensor, groups: int, count: int) -> tuple[Tensor, BatchStatistics | None]:
+        with torch.no_grad():
+            precise = kernels.moments(x, groups=groups)
+        r, d = self._correction(*(v.float() for v in precise))
+        y: Tensor = _FusedNorm.apply(x, self.weight, self.bias, r, d, *precise, self.eps)
+        statistics = self._follow(*precise, count)
+        return y, statistics.rounded() if self.observers else None
+
+    def _follow(self, mean: Tensor, var: Tensor, count: int) -> BatchStatistics:
         statistics = BatchStatistics(mean, var, count)
         if self.updates:
             self.ema_step(self.running_mean, self.running_var, statistics, self.decay)
-        return y, statistics
+        return statistics
 
     @torch.no_grad()
     def _correction(self, mean: Tensor, var: Tensor) -> tuple[Tensor, Tensor]:
@@ -175,7 +189,7 @@ class BatchRenorm(PopulationNorm):
         rstd = (running_var.to(var.dtype) + self.eps).rsqrt()
         r = ((var + self.eps).sqrt() * rstd).clamp(1 / r_limit, r_limit)
         d = ((mean - running_mean.to(mean.dtype)) * rstd).clamp(-d_limit, d_limit)
-        return r, d
+        return kernels.kept(r), kernels.kept(d)
 
     def _repeated(self, mean: Tensor, var: Tensor) -> "_Recent":
         """The forward that a recomputation repeats, whose first chunk had this mean (C,).
@@ -264,3 +278,43 @@ class _BatchNorm(torch.autograd.Function):
         dweight = torch.addcmul(r * dscale, d, dshift).to(weight.dtype) if for_weight else None
         dbias = dshift.to(ctx.bias_dtype) if for_bias else None
         return dx, dweight, dbias, *[None] * 5
+
+
+class _FusedNorm(torch.autograd.Function):
+    """The same of chunks, r, d, mean and var (G, C), by the fused kernels."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        x: Tensor,
+        weight: Tensor | None,
+        bias: Tensor | None,
+        r: Tensor,
+        d: Tensor,
+        mean: Tensor,
+        var: Tensor,
+        eps: float,
+    ) -> Tensor:
+        ctx.save_for_backward(x, weight, r, d, mean, var)
+        ctx.eps = eps
+        ctx.bias_dtype = None if bias is None else bias.dtype
+        if weight is not None:
+            r, d = r * weight, d * weight
+        if bias is not None:
+            d = d + bias
+        return kernels.normalize(x, mean, var, r, d, groups=len(r), eps=eps)
+
+    @staticmethod
+    def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
+        x, weight, r, d, mean, var = ctx.saved_tensors
+        for_x, for_weight, for_bias = ctx.needs_input_grad[:3]
+        scale = r if weight is None else r * weight
+        dx, affine = kernels.batch_norm_backward(
+            dy, x, scale, mean, var, groups=len(r), eps=ctx.eps, for_x=for_x
+        )
+        dshift, dscale = affine
+        dweight = (
+            torch.addcmul(r * dscale, d, dshift).sum(0).to(weight.dtype) if for_weight else None
+        )
+        dbias = dshift.sum(0).to(ctx.bias_dtype) if for_bias else None
+        return dx if for_x else None, dweight, dbias, *[None] * 5

@@ -1,19 +1,20 @@
 """Synchronized batch normalization: one set of statistics over the batches of a group of ranks."""
 
 from typing import Any, ClassVar
-from weakref import WeakKeyDictionary
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor, distributed
+from torch import Tensor, distributed, nn
 from torch._compile import _disable_dynamo
 from torch.distributed import ProcessGroup
+from torch.nn.modules._functions import SyncBatchNorm as TorchSync
 
-from normlab import dist
+from normlab import dist, kernels
 from normlab.norms._grouped import float32_affine
+from normlab.norms._meeting import Call, Meeting, Watch, agree, reserve
 from normlab.norms.base import BatchStatistics, PopulationNorm, Source, _check_input
 
-__all__ = ["SyncBatchNorm"]
+__all__ = ["SyncBatchNorm", "name_layers"]
 
 
 class SyncBatchNorm(PopulationNorm):
@@ -53,13 +54,17 @@ class SyncBatchNorm(PopulationNorm):
     statistics, update and compute gradients alike; a rank that is frozen ("population") exchanges
     nothing. Each exchange of a forward carries the layer's number in the order of first use, which
     call of it this is, and whether the rank refuses its input, so that ranks which meet in
-    different layers of one width, or of which one has a wrong shape, all raise. What nothing can
-    tell is a rank that does not come to an exchange: one that has fewer batches, is in eval() or
-    already in its backward pass. There the others wait until the process group's timeout; in
-    layers of different widths, it is the collective that fails.
+    different layers of one width, or of which one has a wrong shape, all raise. Once `name_layers`
+    knows the network, so do ranks in layers of any width, as long as it checks (the first time,
+    and always under debug), and errors have names. A rank that does not come to an exchange, as it
+    has fewer batches, is in eval() or already in its backward pass, is missed when the process
+    group's timeout is over: the others then raise, with the layer.
 
     Observers get the statistics of the group, the same on every rank. `group_size` forms groups
     within a rank, without any exchange, and needs update=False, as in `population.estimate`.
+
+    On GPUs joined by NCCL torch's fused operators do the work (the same exchanges, sums in float32
+    instead of float64) unless somebody observes the layer.
 
     Compiled (torch.compile), the layer is a graph break once there are several ranks, equal to the
     eager one, and fullgraph=True is refused; with one process it is part of the graph.
@@ -97,6 +102,7 @@ class SyncBatchNorm(PopulationNorm):
         self._shared = _Shared(group)
         self._number: int | None = None
         self._calls = 0
+        self._watch: Watch | None = None
 
     @property
     def group(self) -> ProcessGroup | None:
@@ -113,18 +119,46 @@ class SyncBatchNorm(PopulationNorm):
     @_disable_dynamo
     def _synchronize(self, x: Tensor) -> Tensor:
         """Never compiled: what the ranks tell each other decides how to go on."""
+        self._meet(x)
+        if not self.observers and _is_torchs(x, self.group):
+            return self._by_torch(x)
         statistics, backward = self._exchange(x, self._refusal(x))
         if backward and not x.requires_grad:
             x = dist.with_gradient(x)
         weight, bias = float32_affine(x, self.weight, self.bias)
-        y: Tensor = _SynchronizedNorm.apply(
-            x, weight, bias, statistics, self.eps, self.group, backward
-        )
+        meeting = Meeting(self._here(), self.group) if backward else None
+        y: Tensor = _SynchronizedNorm.apply(x, weight, bias, statistics, self.eps, meeting)
         if self.updates:
             self.ema_step(self.running_mean, self.running_var, statistics, self.decay)
             self.num_batches_tracked.add_(1)
         for observe in self.observers:
             observe(statistics)
+        return y
+
+    def _meet(self, x: Tensor) -> None:
+        """Count this call, and make sure that the other ranks are in the same one where that is to
+        be known before shapes decide how much is exchanged."""
+        if self._number is None:
+            self._number = reserve(dist.members(self.group), 1)
+        self._calls += 1
+        self._here().check(x.device, self.group)
+
+    def _here(self) -> Call:
+        assert self._number is not None
+        return Call(self._number, self._calls, self.num_features, self._watch)
+
+    def _by_torch(self, x: Tensor) -> Tensor:
+        """The same by torch's fused operators, which exchange as often."""
+        if (refusal := self._refusal(x)) is not None:
+            raise refusal
+        weight, bias = float32_affine(x, self.weight, self.bias)
+        running = (self.running_mean, self.running_var) if self.updates else (None, None)
+        group = dist.members(self.group)
+        y: Tensor = TorchSync.apply(
+            x, weight, bias, *running, self.eps, self.momentum, group, group.size()
+        )
+        if self.updates:
+            self.num_batches_tracked.add_(1)
         return y
 
     def _refusal(self, x: Tensor) -> ValueError | None:
@@ -142,21 +176,18 @@ class SyncBatchNorm(PopulationNorm):
 
     def _exchange(self, x: Tensor, refusal: ValueError | None) -> tuple[BatchStatistics, bool]:
         """The group's statistics, and whether any of its ranks needs the gradient of its x."""
-        if self._number is None:
-            group = dist.members(self.group)
-            self._number = _used.get(group, 0)
-            _used[group] = self._number + 1
-        self._calls += 1
-        learns = torch.is_grad_enabled()
-        head = [self._number, self._calls, refusal is not None, self.updates, learns]
+        here, learns = self._here(), torch.is_grad_enabled()
+        head = [here.layer, here.number, refusal is not None, self.updates, learns]
         with torch.no_grad():
             part = x if refusal is None else x.new_empty(0, self.num_features)
             mean, var = _moments(part)
             head += [learns and x.requires_grad, part.numel() // self.num_features]
-            parts = dist.stack(torch.cat([mean.new_tensor(head), mean, var]), self.group)
+            with here.explained("forward"):
+                parts = dist.stack(torch.cat([mean.new_tensor(head), mean, var]), self.group)
         heads, means, variances = parts.split([len(head), *[self.num_features] * 2], dim=1)
-        _agree(heads[:, :5].int().tolist(), refusal)
-        counts = heads[:, 6]
+        told, counts = heads[:, :5].int().tolist(), heads[:, 6]
+        here.compare([[*head[:2], self.num_features] for head in told])
+        agree([head[2:] for head in told], refusal)
         count = int(counts.sum())
         if count < 2:
             raise ValueError(
@@ -169,7 +200,8 @@ class SyncBatchNorm(PopulationNorm):
         return statistics, bool(heads[:, 5].any())
 
     def __getstate__(self) -> dict[str, Any]:
-        return {**super().__getstate__(), "_number": None, "_calls": 0}  # a copy is another layer
+        # A copy is another layer, of another network.
+        return {**super().__getstate__(), "_number": None, "_calls": 0, "_watch": None}
 
 
 class _Shared:
@@ -182,34 +214,31 @@ class _Shared:
         return self
 
 
-_used: WeakKeyDictionary[ProcessGroup, int] = WeakKeyDictionary()
-"""How many layers have been used in each group: correct programs have equal orders on all ranks."""
+def name_layers(model: nn.Module, *, debug: bool = False) -> None:
+    """Let the SyncBatchNorms of `model` call each other by name, and check that ranks meet in one.
 
-
-def _agree(heads: list[list[int]], refusal: ValueError | None) -> None:
-    """Raise, on every rank, where ranks are in different calls or modes, or one has a refusal.
-
-    heads: per rank the number of its layer, which call of it this is, whether the rank refuses it,
-    whether it updates, and whether it computes gradients.
+    Every rank calls it, with the same model, once that is complete. Then ranks that come to
+    different layers are told apart from the first forward on, whatever the layers' widths, and
+    errors name the layers as `model` does. A check is one more exchange of three numbers before the
+    layer's own: for as many exchanges as there are layers, or, with `debug`, for all, also those of
+    backward passes.
     """
-    calls = [head[:2] for head in heads]
-    if any(call != calls[0] for call in calls):
-        told = [f"rank {rank}: call {n} of layer {which}" for rank, (which, n) in enumerate(calls)]
-        raise RuntimeError(
-            f"ranks are in different synchronized layers, or calls of one ({', '.join(told)}; "
-            "layers are numbered in the order of first use)"
-        )
-    if refusal is not None:
-        raise refusal
-    if refused := [rank for rank, head in enumerate(heads) if head[2]]:
-        raise RuntimeError(f"ranks {refused} refuse what a synchronized layer is called with there")
-    updates, learns = zip(*(head[3:] for head in heads), strict=True)
-    for mode, of_ranks in (("update", updates), ("compute gradients", learns)):
-        if len(set(of_ranks)) > 1:
-            raise RuntimeError(
-                f"some ranks {mode} in a synchronized layer, some do not: "
-                f"{[bool(value) for value in of_ranks]}"
-            )
+    watches: dict[ProcessGroup, Watch] = {}
+    for name, layer in model.named_modules():
+        if not isinstance(layer, SyncBatchNorm) or dist.place(layer.group)[1] == 1:
+            continue
+        group = dist.members(layer.group)
+        watch = watches.setdefault(group, Watch({}, debug))
+        layer._number, layer._calls, layer._watch = reserve(group, 1), 0, watch
+        watch.add(layer._number, name or "the model")
+
+
+def _is_torchs(x: Tensor, group: ProcessGroup | None) -> bool:
+    """Whether torch has a layer for these ranks that is equal to ours: on GPUs, joined by NCCL, and
+    where every rank's input requires a gradient if any is computed."""
+    if not x.is_cuda or distributed.get_backend(group) != "nccl":
+        return False
+    return x.requires_grad or not torch.is_grad_enabled()
 
 
 def _per_channel(x: Tensor) -> tuple[list[int], list[int]]:
@@ -227,6 +256,9 @@ def _moments(x: Tensor) -> tuple[Tensor, Tensor]:
         nothing = x.new_zeros(x.size(1), dtype=torch.float64)
         return nothing, nothing
     over, shape = _per_channel(x)
+    if kernels.takes(x):
+        mean, var = kernels.moments(x, groups=1)
+        return mean[0], var[0]
     near = x.mean(over, dtype=precision)
     centered = x - near.view(shape)
     rest = centered.mean(over).double()
@@ -238,7 +270,7 @@ class _SynchronizedNorm(torch.autograd.Function):
     """y = (x - mean) * rstd * weight + bias with the statistics of N elements on several ranks.
 
     With h = (x - mean) * rstd and g = dy * weight, dx = rstd * (g - sum(g) / N - h * sum(g h) / N)
-    with the sums over all ranks (of `group`, exchanged if `backward`); dweight = sum(dy * h) and
+    with the sums over all ranks (which meet for it, if any needs a dx); dweight = sum(dy * h) and
     dbias = sum(dy) over this rank.
     """
 
@@ -250,32 +282,44 @@ class _SynchronizedNorm(torch.autograd.Function):
         bias: Tensor | None,
         statistics: BatchStatistics,
         eps: float,
-        group: ProcessGroup | None,
-        backward: bool,
+        meeting: Meeting | None,
     ) -> Tensor:
         mean, var = statistics.mean[0], statistics.var[0]
-        ctx.save_for_backward(x, weight, mean, (var + eps).rsqrt_())
-        ctx.count, ctx.group, ctx.backward_too = statistics.count, group, backward
+        ctx.save_for_backward(x, weight, mean, var)
+        ctx.count, ctx.meeting = statistics.count, meeting
+        ctx.eps, ctx.fused = eps, kernels.takes(x)
+        if ctx.fused:
+            return kernels.normalize(x, mean[None], var[None], weight, bias, eps=eps)
         return F.batch_norm(x, mean, var, weight, bias, False, eps=eps)
 
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
-        x, weight, mean, rstd = ctx.saved_tensors
-        over, shape = _per_channel(x)
-        centered = x - mean.view(shape)
-        sums = dy.sum(over, dtype=rstd.dtype)
-        dots = (dy * centered).sum(over, dtype=rstd.dtype) * rstd
+        x, weight, mean, var = ctx.saved_tensors
+        known = mean[None], var[None]
+        if ctx.fused:
+            own = kernels.gradient_sums(dy, x, *known, eps=ctx.eps)[:, 0]
+        else:
+            rstd = (var + ctx.eps).rsqrt_()
+            over, shape = _per_channel(x)
+            centered = x - mean.view(shape)
+            sums = dy.sum(over, dtype=rstd.dtype)
+            own = torch.stack([sums, (dy * centered).sum(over, dtype=rstd.dtype) * rstd])
         dx = None
-        if ctx.backward_too:
-            total = torch.stack([sums, dots]).double()
-            distributed.all_reduce(total, group=ctx.group)
-            constant, slope = (total / ctx.count).to(rstd.dtype)
-            scale = rstd if weight is None else rstd * weight
-            dx = torch.addcmul((-scale * constant).view(shape), dy, scale.view(shape))
-            dx = dx.addcmul_(centered, (-scale * rstd * slope).view(shape)).to(x.dtype)
+        if ctx.meeting is not None:
+            total = ctx.meeting.sum(own.to(torch.float64, copy=True))
+            if ctx.fused:
+                dx = kernels.gradient(
+                    dy, x, weight, *known, total[:, None], eps=ctx.eps, count=ctx.count
+                )
+            else:
+                constant, slope = (total / ctx.count).to(rstd.dtype)
+                scale = rstd if weight is None else rstd * weight
+                dx = torch.addcmul((-scale * constant).view(shape), dy, scale.view(shape))
+                dx = dx.addcmul_(centered, (-scale * rstd * slope).view(shape)).to(x.dtype)
+        sums, dots = own.to(mean.dtype)
         dweight, dbias = (
             value if wanted else None
             for value, wanted in zip((dots, sums), ctx.needs_input_grad[1:3], strict=True)
         )
-        return dx, dweight, dbias, None, None, None, None
+        return dx, dweight, dbias, None, None, None

@@ -4,8 +4,10 @@ from collections.abc import Callable, Iterable, Mapping
 from functools import partial
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
+from normlab import dist
 from normlab.norms.base import BatchStatistics, PopulationNorm, population_layers
 from normlab.population.values import Population, Statistics
 
@@ -123,6 +125,31 @@ class EmaBank:
             self._count[name] = values["count"]
             self._mean[name].copy_(values["mean"])
             self._var[name].copy_(values["var"])
+
+    def average(self, how: dist.How) -> None:
+        """Make the averages of all ranks the same, as `dist.average_statistics` does the layers'.
+
+        Every rank must call it. Layers that are synchronized have them the same already.
+        """
+        counts = {
+            name: torch.tensor(count, dtype=torch.float64) for name, count in self._count.items()
+        }
+        layers = [(self._mean[name], self._var[name], counts[name]) for name in counts]
+        dist.average_statistics(layers, how=how, device=dist.home(self._model))
+        self._count = {name: int(count) for name, count in counts.items()}
+
+    def tensors(self) -> dict[str, Tensor]:
+        """All that moves, by name: what one rank has and another may have otherwise."""
+        counts = {f"{name}.count": torch.tensor(count) for name, count in self._count.items()}
+        means = {f"{name}.mean": mean for name, mean in self._mean.items()}
+        return counts | means | {f"{name}.var": var for name, var in self._var.items()}
+
+    def load_tensors(self, state: Mapping[str, Tensor]) -> None:
+        """Continue from what `tensors` gave."""
+        for name in self._count:
+            self._count[name] = int(state[f"{name}.count"])
+            self._mean[name].copy_(state[f"{name}.mean"])
+            self._var[name].copy_(state[f"{name}.var"])
 
     def detach(self) -> None:
         """Stop watching; the averages stay. Further calls do nothing."""

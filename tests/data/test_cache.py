@@ -1,9 +1,12 @@
 """The cache: atomic, shared, and never trusted when damaged."""
 
+import os
+import time
 from pathlib import Path
 
 import numpy as np
 import pytest
+from forked import CONTEXT
 
 from normlab.data import cache
 
@@ -25,7 +28,33 @@ def test_an_array_is_made_once_and_opened_read_only() -> None:
         assert np.array_equal(found, np.arange(6).reshape(2, 3))
         assert not found.flags.writeable
     assert len(made) == 1
-    assert [f.name for f in cache.directory().iterdir()] == ["a.npy"]
+    assert [f.name for f in cache.directory().glob("[!.]*")] == ["a.npy"]
+
+
+def _ask(folder: str, kind: str) -> None:
+    """A process that wants what is not there yet, and leaves a mark if it makes it."""
+    os.environ["NORMLAB_CACHE"] = folder
+
+    def make() -> np.ndarray:
+        (Path(folder).parent / f"made-{os.getpid()}").touch()
+        time.sleep(0.3)
+        return np.arange(3)
+
+    if kind == "array":
+        cache.array("a", make)
+    else:
+        cache.text("a", lambda: str(make()))
+
+
+@pytest.mark.parametrize("kind", ["array", "text"])
+def test_of_processes_that_find_it_missing_one_makes_it(tmp_path: Path, kind: str) -> None:
+    asking = [CONTEXT.Process(target=_ask, args=(str(cache.directory()), kind)) for _ in range(3)]
+    for process in asking:
+        process.start()
+    for process in asking:
+        process.join(60)
+    assert [process.exitcode for process in asking] == [0, 0, 0]
+    assert len(list(tmp_path.glob("made-*"))) == 1
 
 
 @pytest.mark.parametrize("damage", [b"", b"not an array", None])
@@ -43,7 +72,7 @@ def test_a_failure_while_writing_leaves_nothing(monkeypatch: pytest.MonkeyPatch)
     monkeypatch.setattr(np, "save", fails)
     with pytest.raises(KeyboardInterrupt):
         cache.array("a", lambda: np.arange(3))
-    assert list(cache.directory().iterdir()) == []
+    assert [f.name for f in cache.directory().iterdir()] == [".a.npy.lock"]
 
 
 def test_an_unwritable_cache_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

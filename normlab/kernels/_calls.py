@@ -1,0 +1,152 @@
+"""What is behind each operator: results made, layouts made to agree, the kernels called."""
+
+import torch
+from torch import Tensor
+from torch.autograd.graph import increment_version
+
+from normlab.kernels import _switch
+from normlab.kernels._library import BOTH, FIRST, SECOND, dense
+
+__all__ = [
+    "batch_norm",
+    "batch_norm_backward",
+    "empty_statistics",
+    "gradient",
+    "gradient_sums",
+    "kept",
+    "laid",
+    "moments",
+    "move",
+    "normalize",
+]
+
+
+def laid(x: Tensor) -> Tensor:
+    return x if dense(x) else x.contiguous()
+
+
+def _as(dy: Tensor, x: Tensor) -> Tensor:
+    """dy in the memory layout and dtype of x."""
+    same = dy.dtype == x.dtype and (dy.stride() == x.stride() or x.is_contiguous())
+    if same and (not x.is_contiguous() or dy.is_contiguous()):
+        return dy
+    return torch.empty_like(x).copy_(dy)
+
+
+def _contiguous(v: Tensor | None) -> Tensor | None:
+    return None if v is None else v.contiguous()
+
+
+def empty_statistics(x: Tensor, groups: int, span: int) -> tuple[Tensor, Tensor]:
+    size = groups, x.size(1) // span
+    return x.new_empty(size, dtype=torch.float64), x.new_empty(size, dtype=torch.float64)
+
+
+def batch_norm(
+    x: Tensor,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    groups: int,
+    interleaved: bool,
+    span: int,
+    eps: float,
+) -> tuple[Tensor, Tensor, Tensor]:
+    x = laid(x)
+    y, (mean, var) = torch.empty_like(x), empty_statistics(x, groups, span)
+    affine = _contiguous(weight), _contiguous(bias)
+    _switch.kernels().forward(BOTH, x, y, *affine, mean, var, groups, interleaved, span, eps)
+    return y, mean, var
+
+
+def moments(x: Tensor, groups: int, interleaved: bool) -> tuple[Tensor, Tensor]:
+    x = laid(x)
+    mean, var = empty_statistics(x, groups, 1)
+    none = None, None, None
+    _switch.kernels().forward(FIRST, x, *none, mean, var, groups, interleaved, 1, 1.0)
+    return mean, var
+
+
+def normalize(
+    x: Tensor,
+    mean: Tensor | None,
+    var: Tensor,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    groups: int,
+    interleaved: bool,
+    eps: float,
+) -> Tensor:
+    x = laid(x)
+    y = torch.empty_like(x)
+    if mean is not None and mean.dtype != var.dtype:
+        mean, var = mean.double(), var.double()
+    known = _contiguous(weight), _contiguous(bias), _contiguous(mean), var.contiguous()
+    _switch.kernels().forward(SECOND, x, y, *known, groups, interleaved, 1, eps)
+    return y
+
+
+def batch_norm_backward(
+    dy: Tensor,
+    x: Tensor,
+    weight: Tensor | None,
+    mean: Tensor,
+    var: Tensor,
+    groups: int,
+    interleaved: bool,
+    span: int,
+    eps: float,
+    for_x: bool,
+) -> tuple[Tensor, Tensor]:
+    x = laid(x)
+    channels = x.size(1)
+    dx = torch.empty_like(x) if for_x else x.new_empty(0)
+    sums = mean.new_empty((2, groups, channels))
+    own = weight is not None and weight.dim() == 2
+    affine = x.new_empty((2, groups, channels) if own else (2, channels), dtype=torch.float32)
+    _switch.kernels().backward(
+        BOTH if for_x else FIRST, _as(dy, x), x, dx if for_x else None, _contiguous(weight),
+        mean, var, sums, affine, groups, interleaved, span, eps,
+        span * x.numel() / (groups * channels),
+    )  # fmt: skip
+    return dx, affine
+
+
+def gradient_sums(
+    dy: Tensor, x: Tensor, mean: Tensor, var: Tensor, groups: int, eps: float
+) -> Tensor:
+    x = laid(x)
+    sums = mean.new_empty((2, groups, x.size(1)))
+    known = mean.contiguous(), var.contiguous()
+    _switch.kernels().backward(
+        FIRST, _as(dy, x), x, None, None, *known, sums, None, groups, False, 1, eps, 1.0
+    )
+    return sums
+
+
+def gradient(
+    dy: Tensor,
+    x: Tensor,
+    weight: Tensor | None,
+    mean: Tensor,
+    var: Tensor,
+    sums: Tensor,
+    groups: int,
+    eps: float,
+    count: float,
+) -> Tensor:
+    x = laid(x)
+    dx = torch.empty_like(x)
+    known = _contiguous(weight), mean.contiguous(), var.contiguous(), sums.contiguous()
+    _switch.kernels().backward(
+        SECOND, _as(dy, x), x, dx, *known, None, groups, False, 1, eps, count
+    )
+    return dx
+
+
+def move(mean: Tensor, var: Tensor, to: tuple[Tensor, Tensor], unbiased: float, w: float) -> None:
+    _switch.kernels().move(to, unbiased, w, mean, var)
+    increment_version((mean, var))
+
+
+def kept(v: Tensor) -> Tensor:
+    return v.clone()

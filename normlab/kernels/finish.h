@@ -1,0 +1,141 @@
+// What happens between the two passes, in double, for a few channels at a time.
+#pragma once
+
+#include <cmath>
+#include <cstdint>
+
+#include "team.h"
+#include "vectors.h"
+
+namespace normlab {
+
+// What a forward is given and returns. mean and var are (groups, channels / span), weight and bias
+// (channels) or, where own, (groups, channels); each may be missing (null) but var.
+struct Forward {
+    Shape shape;
+    int64_t span;
+    double eps;
+    bool measure, apply, own;
+    const float *weight, *bias;
+    double *mean, *var;
+};
+
+// The same of a backward. sums and dots are (groups, channels): of dy, and of dy * h with
+// h = (x - mean) / sqrt(var + eps).
+struct Backward {
+    Shape shape;
+    int64_t span;
+    double eps, count;  // elements behind a mean
+    bool measure, apply, own;
+    const float* weight;
+    const double *mean, *var;
+    double *sums, *dots;
+};
+
+// Per channel, as the second pass needs it: (x - center) * scale + shift, or with dy
+// dy * scale + (x - center) * slope + shift.
+struct Factors {
+    float *center, *scale, *slope, *shift;
+};
+
+// Sums of x - k and of its square, over n elements, to mean and sum of squared deviations.
+// `again(c, mean, square)` takes them in double where k was too far from the mean, or where a sum is
+// not finite: an outlier as the first element, values that a float cannot square.
+template <class Again>
+inline void moments(int64_t channels, double n, const float* k, double* sum, double* square,
+                    Again again) {
+    for (int64_t c = 0; c < channels; ++c) {
+        double off = sum[c] / n, rest = square[c] - sum[c] * off;
+        bool far = off * off * n > 4 * rest && std::fabs(off) > 1e-6 * std::fabs((double)k[c]);
+        if (far || !std::isfinite(square[c])) {
+            again(c, sum[c], square[c]);
+        } else {
+            sum[c] = k[c] + off;
+            square[c] = rest < 0 ? 0 : rest;
+        }
+    }
+}
+
+// Mean and sum of squares per channel, n elements each, to mean and variance per span of channels:
+// for channels from `first` on of group g, which are written to the results.
+inline void pool(const Forward& f, int64_t g, int64_t first, int64_t channels, double n,
+                 const double* mean, const double* square) {
+    int64_t spans = channels / f.span;
+    int64_t at = g * (f.shape.channels / f.span) + first / f.span;
+    double count = n * (double)f.span;
+    for (int64_t s = 0; s < spans; ++s) {
+        const double *m = mean + s * f.span, *q = square + s * f.span;
+        double centre = 0, total = 0;
+        for (int64_t c = 0; c < f.span; ++c) centre += m[c];
+        centre /= (double)f.span;
+        for (int64_t c = 0; c < f.span; ++c)
+            total += q[c] + n * (m[c] - centre) * (m[c] - centre);
+        f.mean[at + s] = f.span == 1 ? m[0] : centre;
+        f.var[at + s] = total / count;
+    }
+}
+
+inline void factors(const Forward& f, int64_t g, int64_t first, int64_t channels, Factors to) {
+    int64_t row = f.own ? g * f.shape.channels : 0;
+    int64_t known = g * (f.shape.channels / f.span);
+    const float* weight = f.weight ? f.weight + row + first : nullptr;
+    const float* bias = f.bias ? f.bias + row + first : nullptr;
+    for (int64_t c = 0; c < channels; ++c) {
+        int64_t at = known + (f.span == 1 ? first + c : (first + c) / f.span);
+        double mean = f.mean ? f.mean[at] : 0, scale = 1 / std::sqrt(f.var[at] + f.eps);
+        if (weight) scale *= weight[c];
+        float center = tame(mean);
+        to.center[c] = center;
+        to.scale[c] = tame(scale);
+        // What rounding took from the mean is not lost.
+        to.shift[c] = tame((bias ? bias[c] : 0.0) - (mean - center) * scale);
+    }
+}
+
+// The centers alone, for the first pass of a backward.
+inline void centers(const Backward& f, int64_t g, int64_t first, int64_t channels, float* center) {
+    int64_t known = g * (f.shape.channels / f.span);
+    for (int64_t c = 0; c < channels; ++c) {
+        int64_t at = known + (f.span == 1 ? first + c : (first + c) / f.span);
+        center[c] = tame(f.mean[at]);
+    }
+}
+
+// Sums of dy * (x - center) to those of dy * h, and both to the results.
+inline void keep(const Backward& f, int64_t g, int64_t first, int64_t channels, const double* sum,
+                 const double* dot) {
+    int64_t known = g * (f.shape.channels / f.span), row = g * f.shape.channels + first;
+    for (int64_t c = 0; c < channels; ++c) {
+        int64_t at = known + (f.span == 1 ? first + c : (first + c) / f.span);
+        double off = f.mean[at] - (float)f.mean[at];
+        f.sums[row + c] = sum[c];
+        f.dots[row + c] = (dot[c] - off * sum[c]) / std::sqrt(f.var[at] + f.eps);
+    }
+}
+
+inline void factors(const Backward& f, int64_t g, int64_t first, int64_t channels, Factors to) {
+    int64_t own = f.own ? g * f.shape.channels : 0;
+    const float* weight = f.weight ? f.weight + own + first : nullptr;
+    int64_t row = g * f.shape.channels + first;
+    int64_t known = g * (f.shape.channels / f.span) + first / f.span;
+    for (int64_t s = 0; s < channels / f.span; ++s) {
+        double sum = 0, dot = 0;
+        for (int64_t c = s * f.span; c < (s + 1) * f.span; ++c) {
+            double w = weight ? weight[c] : 1.0;
+            sum += w * f.sums[row + c];
+            dot += w * f.dots[row + c];
+        }
+        double mean = f.mean[known + s], rstd = 1 / std::sqrt(f.var[known + s] + f.eps);
+        float center = tame(mean);
+        double slope = -rstd * rstd * dot / f.count;
+        double shift = -rstd * sum / f.count - slope * (mean - center);
+        for (int64_t c = s * f.span; c < (s + 1) * f.span; ++c) {
+            to.center[c] = center;
+            to.scale[c] = tame(weight ? weight[c] * rstd : rstd);
+            to.slope[c] = tame(slope);
+            to.shift[c] = tame(shift);
+        }
+    }
+}
+
+}  // namespace normlab

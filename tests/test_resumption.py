@@ -1,0 +1,161 @@
+"""A run goes on with other ranks where its batches stay what they are, and nowhere else."""
+
+import copy
+import json
+import signal
+from pathlib import Path
+
+import pytest
+import torch
+import whole
+
+from normlab import checkpoint, cli, launch
+from normlab.config import ConfigError, check_resume, compose, continued, keys, plan_of
+from normlab.runs import RunDir
+
+
+def recorded(*overrides):
+    return compose(["batch_size=64", *overrides])
+
+
+@pytest.mark.parametrize(
+    ("run", "size", "formed"),
+    [
+        # what the run is, how many ranks go on, their micro-batch and how many of them per step
+        (["norm=bn", "nbs=16"], 2, (16, 2)),
+        (["norm=bn", "nbs=16", "world_size=4"], 1, (16, 4)),
+        (["norm=bn", "world_size=4"], 2, (16, 2)),
+        (["norm=ghost", "nbs=16"], 4, (16, 1)),
+        (["norm=ghost", "nbs=8", "micro_batch=16", "world_size=2"], 4, (16, 1)),
+        (["norm=sync"], 4, (16, 1)),
+        (["norm=sync", "nbs=32", "world_size=4"], 1, (32, 2)),
+        (["norm=virtual", "nbs=40", "micro_batch=16"], 2, (16, 2)),
+        (["norm=renorm", "nbs=8"], 4, (16, 1)),
+        (["norm=gn"], 8, (8, 1)),
+    ],
+)
+def test_ranks_that_can_form_the_batches_go_on(run, size, formed):
+    run = recorded(*run)
+    config = continued(run, run | {"world_size": size, "lr": 7.0, "runs": "elsewhere"})
+    before, after = plan_of(run), plan_of(config)
+    assert (after.world_size, after.nbs) == (size, before.nbs)
+    assert (after.micro_batch, after.accumulation) == formed
+    assert (config["lr"], config["runs"]) == (run["lr"], "elsewhere")
+
+
+@pytest.mark.parametrize(
+    ("run", "size", "said"),
+    [
+        (["norm=bn"], 2, "nbs=64 does not divide the 32 samples per rank"),
+        (["norm=ghost", "nbs=16"], 8, "nbs=16 does not divide the 8 samples per rank"),
+        (["norm=gn"], 3, "world_size=3 does not divide batch_size=64"),
+        (
+            ["norm=ghost", "nbs=16", "norm.grouping=interleaved"],
+            2,
+            "micro_batch=32 and not 64",
+        ),
+        (["norm=sync", "sync_layers=bn1", "world_size=4"], 2, "micro_batch=32 and not 16"),
+        (["norm=renorm", "nbs=8", "micro_batch=16"], 4, "1 forwards a step and not 4"),
+        (["norm=virtual", "nbs=80"], 2, "virtual_extra=48 and not 16"),
+    ],
+)
+def test_other_batches_are_refused_with_the_reason(run, size, said):
+    run = recorded(*run)
+    with pytest.raises(ConfigError) as error:
+        continued(run, run | {"world_size": size})
+    assert said in str(error.value)
+    assert f"world_size={size}: the run has world_size={run['world_size']}" in str(error.value)
+    assert "\n" not in str(error.value)
+
+
+def test_what_is_not_named_stays_as_it_was():
+    run = recorded("norm=sync", "nbs=64", "world_size=2") | {"stall_timeout": 9.0}
+    asked = run | {"world_size": 1, "stall_timeout": 600.0, "runs": "elsewhere"}
+    assert continued(run, asked, keys(["resume=tiny"])) == run
+    config = continued(run, asked, keys(["resume=tiny", "world_size=1"]))
+    assert (config["world_size"], config["stall_timeout"]) == (1, 9.0)
+
+
+def test_a_run_that_is_resumed_stays_what_it_was():
+    check_resume(["resume=tiny", "world_size=2", "runs=here"])
+    check_resume(["resume=null", "lr=0.2"])
+    with pytest.raises(ConfigError, match=r"^lr=0\.2: a run that is resumed stays what it was"):
+        check_resume(["world_size=2", "lr=0.2", "resume=tiny"])
+
+
+# -- in numbers -----------------------------------------------------------------------------------
+
+EPOCHS = ["epochs=2", "buffers=mean"]
+
+
+def half_way(_rank, overrides, path, steps, resumed):
+    """Train some steps and save, or go on from what was saved; the rank's end."""
+    ours = whole.trainer(whole.made([*overrides, *EPOCHS]), Path(path))
+    if resumed:
+        ours.load_state_dict(checkpoint.load(Path(path)))
+    places = {"places": ours._places(), "start_step": ours.step}
+    for x, y in list(ours.data.train_batches(batch_size=64, seed=3, epoch=0, **places))[:steps]:
+        ours._train_step(x, y)
+    ours.save() if steps else ours.train_epoch()
+    return copy.deepcopy(ours.model.state_dict()), ours.history
+
+
+@pytest.mark.parametrize(
+    ("alone", "together"),
+    [
+        (["norm=ghost", "nbs=16"], ["norm=ghost", "nbs=16", "world_size=4"]),
+        (["norm=sync", "nbs=32"], ["norm=sync", "nbs=32", "world_size=4"]),
+    ],
+)
+@pytest.mark.parametrize("fewer", [True, False])
+def test_what_goes_on_is_the_same_run(ranks, tmp_path, alone, together, fewer):
+    """In the middle of an epoch, from four ranks to one process and back: its weights and sums."""
+    path = str(tmp_path / "checkpoint.pt")
+    expected, history = half_way(0, alone, path, 0, False)
+    if fewer:
+        ranks.run(half_way, together, path, 2, False)
+        found, told = half_way(0, alone, path, 0, True)
+    else:
+        half_way(0, alone, path, 2, False)
+        found, told = ranks.run(half_way, together, path, 0, True)[3]
+    for name, value in expected.items():
+        if "running" not in name and "num_batches" not in name:
+            torch.testing.assert_close(found[name], value, rtol=0, atol=1e-12)
+    assert told == [pytest.approx(row, rel=1e-12) for row in history]
+
+
+# -- on the command line --------------------------------------------------------------------------
+
+RUN = ["scale=demo", "device=cpu", "threads=1", "norm=sync", "batch_size=64", "data.subset=200"]
+
+
+def test_the_directory_is_kept_and_tells_of_its_ranks(tmp_path, monkeypatch, capsys):
+    """One process is stopped in the first epoch; two ranks end the run, in its directory."""
+
+    def look(stop, due=False):
+        stop.looks += 1
+        stop.settled = signal.SIGTERM if stop.looks == 2 else None
+        return due or stop.looks == 2
+
+    config = compose([*RUN, "epochs=2", "evals=[val:ema]", f"runs={tmp_path}"])
+    with monkeypatch.context() as patch:
+        patch.setattr(checkpoint.Stop, "look", look)
+        with pytest.raises(SystemExit):
+            launch.run(config)
+    (directory,) = tmp_path.glob("tiny-*")
+    line = [f"resume={directory.name[:12]}", "world_size=2", f"runs={tmp_path}"]
+    assert cli.main(["train", *line]) == 0
+    assert [path.name for path in tmp_path.glob("tiny-*")] == [directory.name]
+    run = RunDir(directory)
+    assert run.status()["status"] == "done"
+    assert run.config() == config | {"world_size": 2, "nbs": 64}
+    assert run.env()["world_sizes"] == ["1 from epoch 1, step 0", "2 from epoch 1, step 2"]
+    rows = (directory / "metrics.csv").read_text().splitlines()
+    assert len(rows) == 3
+    assert json.loads((directory / "status.json").read_text())["epoch"] == 2
+    capsys.readouterr()
+    assert cli.main(["train", line[0], "lr=0.2", line[2]]) == 2
+    assert cli.main(["train", "resume=nothing", line[2]]) == 2
+    said = capsys.readouterr().err
+    assert "lr=0.2: a run that is resumed stays what it was" in said
+    assert "no run 'nothing'" in said
