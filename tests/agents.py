@@ -52,10 +52,19 @@ def wait_for(condition: Callable[[], Any], seconds: float = 60.0) -> None:
 
 def gone(pid: int) -> bool:
     """Whether there is no such process, or only what is left of it to be waited for."""
+    return _state(pid) in "ZX"
+
+
+def stopped(pid: int) -> bool:
+    """Whether a process was stopped, and nothing of it runs."""
+    return _state(pid) == "T"
+
+
+def _state(pid: int) -> str:
     try:
-        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] in "ZX"
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0]
     except (FileNotFoundError, ProcessLookupError):
-        return True
+        return "X"
 
 
 def _agent(where: Path, act: Callable[..., int | None], arguments: Any, rank: Callable[[str], None],

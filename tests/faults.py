@@ -11,8 +11,8 @@ import random
 import signal
 import time
 from collections import Counter
-from collections.abc import Sequence
-from contextlib import suppress
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass, fields, replace
 from multiprocessing.process import BaseProcess
 from pathlib import Path
@@ -122,25 +122,35 @@ class Endurance:
         entries = self.rng.randint(1, 3 if fault.phase == "evaluate" else 10)
         within = self.rng.uniform(0, 0.1 if fault.phase == "epoch" else 0.01)
         before = ""
-        while entries:
+        while True:
             now = phase(where)
             entries -= now == fault.phase != before
             before = now
             if not process.is_alive():
                 assert _joined(process) == 0, _output(where)
                 return None
+            if entries <= 0 and now == fault.phase:
+                time.sleep(within)
+                # Held still, it is in the phase that it tells.
+                with _stopped(self._first(where, fault, process)):
+                    if fell := phase(where) == fault.phase:
+                        for pid in self._victims(where, fault, process):
+                            _signal(pid, signal.SIGKILL)
+                if fell:
+                    break
+                within /= 2
             time.sleep(0.0005)
-        time.sleep(within)
-        at = phase(where)
-        for pid in self._victims(where, fault, process):
-            with suppress(ProcessLookupError):
-                os.kill(pid, signal.SIGKILL)
         seconds = time.monotonic() - began
         code = _joined(process)
         if _done(where) and not more:  # the kill came after the end
             return None
-        return Row(self.runs - 1, fault.ranks, fault.victim, at, round(seconds, 2),
+        return Row(self.runs - 1, fault.ranks, fault.victim, fault.phase, round(seconds, 2),
                    steps_saved(where), code)  # fmt: skip
+
+    def _first(self, where: Path, fault: Fault, process: BaseProcess) -> int:
+        """The process that tells the phase."""
+        assert process.pid is not None
+        return agents.pid(where, 0) if fault.ranks == 2 else process.pid
 
     def _victims(self, where: Path, fault: Fault, process: BaseProcess) -> list[int]:
         assert process.pid is not None
@@ -168,6 +178,22 @@ def _train(composed: dict[str, Any]) -> int:
         print(error, flush=True)
         return 1
     return 0
+
+
+@contextmanager
+def _stopped(pid: int) -> Iterator[None]:
+    """Within, a process stands still, unless it has ended: what it tells is where it is."""
+    _signal(pid, signal.SIGSTOP)
+    agents.wait_for(lambda: agents.stopped(pid) or agents.gone(pid))
+    try:
+        yield
+    finally:
+        _signal(pid, signal.SIGCONT)
+
+
+def _signal(pid: int, number: signal.Signals) -> None:
+    with suppress(ProcessLookupError):
+        os.kill(pid, number)
 
 
 def _joined(process: BaseProcess) -> int:
@@ -270,8 +296,8 @@ def _page(rows: Sequence[Row]) -> str:
         lines.append(f"| {ranks} | {victim} | {' | '.join(cells)} |")
     lines += [
         "",
-        "Phases are those of the first rank at the moment of the kill: `epoch` trains, `between`",
-        "writes rows and ends runs, `start` comes before. `faults.csv` has a row per fault: what",
+        "The phase is the one that the first rank was in at the moment of the kill; it was stopped",
+        "for that moment to make sure. `faults.csv` has a row per fault: what",
         "was killed, in which phase, how many seconds after the start, how many of the run's",
         "optimizer steps its checkpoint held, the exit code of the process that starts the ranks,",
         "and whether the run ended as the undisturbed one.",
