@@ -13,6 +13,7 @@ from normlab.config import (
     ConfigError,
     cell_key,
     compose,
+    composition,
     identity,
     run_id,
     training_config,
@@ -66,6 +67,34 @@ def test_a_config_is_plain_and_holds_no_environment_look_up(
     assert composed["data_root"] == "/some/where"
     assert "${" not in str(composed)
     assert yaml.safe_load(yaml.safe_dump(composed)) == composed
+
+
+@pytest.mark.parametrize(
+    "overrides",
+    [
+        ["scale=desk", "norm=ghost", "nbs=32", "seed=100"],
+        [
+            "recipe.milestones=[0.5,0.8]",
+            "recipe=step",
+            "lr=1",
+            "evals=[val:ema,test:batch/batch:8]",
+        ],
+        ["norm=renorm", "nbs=4", "norm.r_max=1.5", "runs='a b'", "data_root=${oc.env:HOME}/there"],
+        ["model=vgg16", "nbs=null", "compile=graphs", "channels_last=True", "lr=0.2", "lr=0.4"],
+    ],
+)
+def test_values_laid_over_options_are_what_hydra_composes(overrides: list[str]) -> None:
+    """A report composes hundreds of cells, and lays their values over options composed once."""
+    assert composition._laid_over(overrides) is not None
+    assert config.compose(overrides) == config.resolve(composition._composed(overrides))
+
+
+@pytest.mark.parametrize(
+    "overrides",
+    [["experiment=nbs"], ["+lr=1"], ["~nbs"], ["nowhere=1"], ["lr=1,2"]],
+)
+def test_what_is_more_than_a_value_is_left_to_hydra(overrides: list[str]) -> None:
+    assert composition._laid_over(overrides) is None
 
 
 def test_an_override_beats_the_experiment_which_beats_the_scale() -> None:

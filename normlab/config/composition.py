@@ -3,7 +3,8 @@
 import difflib
 import re
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
+from copy import deepcopy
 from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -35,12 +36,61 @@ def compose(overrides: Sequence[str] = ()) -> dict[str, Any]:
 
     Nothing is checked for making sense (see ``check``). Raises ConfigError.
     """
+    with suppress(ConfigError):  # which Hydra explains better
+        if (node := _laid_over(overrides)) is not None:
+            return resolve(OmegaConf.create(node))
+    return resolve(_composed(overrides))
+
+
+def _composed(overrides: Sequence[str]) -> DictConfig:
     import hydra
 
     with explained():
         register(overrides)
         with hydra.initialize_config_dir(str(plugins.package_dir("conf")), version_base="1.3"):
-            return resolve(hydra.compose(CONFIG_NAME, list(overrides)))
+            return hydra.compose(CONFIG_NAME, list(overrides))
+
+
+def _laid_over(overrides: Sequence[str]) -> dict[str, Any] | None:
+    """What Hydra makes of the overrides, in a fifth of the time, once it has composed the options
+    that they choose; None where they are more than options and values of keys that exist.
+
+    A report composes hundreds of cells of a few options.
+    """
+    picked = tuple(word for word in overrides if word.partition("=")[0] in GROUPS)
+    if any(word.startswith("experiment=") for word in picked):
+        return None
+    node = deepcopy(_options_composed(picked, tuple(plugins.conf_dirs())))
+    plain = all(_lay_over(node, word) for word in overrides if word not in picked)
+    return node if plain else None
+
+
+@cache
+def _options_composed(picked: tuple[str, ...], _: tuple[Path, ...]) -> dict[str, Any]:
+    """What Hydra makes of options alone, interpolations as they stand; they may lie anywhere in the
+    installed directories."""
+    node = OmegaConf.to_container(_composed(picked), resolve=False)
+    assert isinstance(node, dict)
+    return {str(key): value for key, value in node.items()}
+
+
+def _lay_over(node: dict[str, Any], word: str) -> bool:
+    """Set an override's key in a composed node, if it is one that only replaces a value."""
+    from hydra.core.override_parser.types import OverrideType, QuotedString
+
+    override = _override(word)
+    *parents, last = override.key_or_group.split(".")
+    inner: Any = node
+    for parent in parents:
+        inner = inner.get(parent) if isinstance(inner, dict) else None
+    plain = override.type == OverrideType.CHANGE and override.package is None
+    if not plain or override.is_sweep_override() or not isinstance(inner, dict):
+        return False
+    value = override.value()
+    if last not in inner or isinstance(value, dict) or isinstance(inner[last], dict):
+        return False
+    inner[last] = value.text if isinstance(value, QuotedString) else value
+    return True
 
 
 def resolve(cfg: DictConfig) -> dict[str, Any]:
@@ -176,6 +226,11 @@ def _refuse_one_value_for_all_arms(overrides: Sequence[str]) -> None:
                 f"{word}: arms of {loaded.name} set {key} themselves ({', '.join(at)}), and one "
                 f"value for all would undo what they compare; type {instead}"
             )
+
+
+@cache
+def _override(word: str) -> "Override":
+    return _parsed([word])[0]
 
 
 def _parsed(overrides: Sequence[str]) -> list["Override"]:
