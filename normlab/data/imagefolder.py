@@ -5,11 +5,14 @@ protocol of torchvision's reference training, whose geometry `random_box` restat
 crop comes from a generator of its own, so that the number of workers changes nothing.
 """
 
+import atexit
 import hashlib
 import math
 import signal
+import weakref
 from collections.abc import Iterator, Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -111,7 +114,9 @@ class Folder(Dataset):
         layout = torch.channels_last if channels_last else torch.contiguous_format
         # Bytes travel to the device and become numbers there: a quarter of the traffic.
         try:
-            for pixels, y in loader:
+            reading = iter(loader)
+            _reading.add(reading)
+            for pixels, y in reading:
                 x = pixels.to(device, non_blocking=True).contiguous(memory_format=layout).float()
                 yield torch.addcmul(shift, x, scale), y.to(device, non_blocking=True)
         except ValueError as e:  # a worker's comes with its traceback for a message
@@ -241,3 +246,16 @@ def _leave_signals_to_the_parent(_: int) -> None:
     and stop, and its workers end with it."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     signal.signal(signal.SIGTERM, signal.SIG_IGN)
+
+
+_reading: "weakref.WeakSet[Any]" = weakref.WeakSet()
+"""Readers that have workers, as long as somebody may go on reading."""
+
+
+@atexit.register
+def _end_workers() -> None:
+    """Python ends the processes that are left by a SIGTERM, which workers do not hear, and waits: a
+    process that still holds a half-read epoch would never end."""
+    for reader in list(_reading):
+        if hasattr(reader, "_shutdown_workers"):
+            reader._shutdown_workers()

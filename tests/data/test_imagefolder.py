@@ -1,6 +1,8 @@
 """Image directories: geometry, splits, and workers that change nothing."""
 
 import hashlib
+import subprocess
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -32,6 +34,19 @@ def test_the_number_of_workers_changes_nothing(root: Path) -> None:
         )
         assert_same(one, other)
     assert torch.equal(torch.get_rng_state(), before)
+
+
+HALF_READ = """
+from normlab.data.imagefolder import load
+held = load({root!r}, seed=0, size=16, workers=1).train_batches(batch_size=4, seed=0, epoch=0)
+next(held)
+"""
+
+
+def test_a_process_that_holds_a_half_read_epoch_can_end(root: Path) -> None:
+    """Its workers leave signals to it, Python's own that is to end them among these."""
+    script = HALF_READ.format(root=str(root))
+    subprocess.run([sys.executable, "-c", script], check=True, timeout=60)
 
 
 def test_skipped_batches_are_not_decoded(tmp_path: Path) -> None:
