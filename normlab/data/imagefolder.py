@@ -7,7 +7,9 @@ crop comes from a generator of its own, so that the number of workers changes no
 
 import hashlib
 import math
+import os
 import signal
+import threading
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
@@ -238,6 +240,15 @@ def _digest(parent: Path, listed: dict[str, ImageFolder]) -> str:
 
 def _leave_signals_to_the_parent(_: int) -> None:
     """A signal to the whole process group must not look like a worker's failure: the run is to save
-    and stop, and its workers end with it."""
+    and stop, and its workers end with it. Only what the parent itself sends ends a worker: it
+    waits for those that are left, as after an exception, when it ends.
+    """
     signal.signal(signal.SIGINT, signal.SIG_IGN)
-    signal.signal(signal.SIGTERM, signal.SIG_IGN)
+    signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})
+    threading.Thread(target=_end_with, args=(os.getppid(),), daemon=True).start()
+
+
+def _end_with(parent: int) -> None:
+    while signal.sigwaitinfo({signal.SIGTERM}).si_pid != parent:
+        pass
+    os._exit(0)

@@ -1,6 +1,8 @@
 """Image directories: geometry, splits, and workers that change nothing."""
 
 import hashlib
+import multiprocessing
+import subprocess
 from pathlib import Path
 
 import numpy as np
@@ -155,3 +157,16 @@ def test_a_class_or_directory_without_enough_images_is_named(tmp_path: Path) -> 
     (tmp_path / "train" / "class0" / "000.png").unlink()
     with pytest.raises(ValueError, match="train: Found no valid file for the classes class0"):
         load(tmp_path)
+
+
+def test_a_worker_ends_with_its_parent_and_with_nobody_else(root: Path) -> None:
+    """A parent that ends waits for the workers that it has told to end, whatever held them."""
+    batches = load(root, workers=1).train_batches(batch_size=8, seed=0, epoch=0)
+    next(batches)
+    (worker,) = multiprocessing.active_children()
+    subprocess.run(["kill", "-TERM", str(worker.pid)], check=True)
+    next(batches)
+    assert worker.is_alive()
+    worker.terminate()
+    worker.join(30)
+    assert worker.exitcode == 0
