@@ -138,9 +138,9 @@ def _run(config: dict[str, Any], directory: RunDir, *, memory_kept: bool) -> Out
 
     if directory.status().get("status") in FINISHED:
         return _completed(config, directory)
-    _check_gpus(config)
+    check_gpus(config)
     config = _with_tracked(config, directory)
-    job = _constructed(config)
+    job = constructed(config)
     described = environment.describe(job) | {"memory_kept": memory_kept}
     if directory.checkpoint.exists():
         worker.check_resumable(config, directory)
@@ -157,7 +157,7 @@ def _run(config: dict[str, Any], directory: RunDir, *, memory_kept: bool) -> Out
     return replace(outcome, skipped=outcome.skipped and not ours)
 
 
-def _constructed(config: dict[str, Any]) -> "Job":
+def constructed(config: dict[str, Any]) -> "Job":
     """The objects of a run, or its refusal. The parent of ranks makes them on the CPU: the memory
     of a GPU is its rank's."""
     from normlab import build, worker
@@ -224,7 +224,7 @@ def _prepared(config: dict[str, Any], directory: RunDir) -> Outcome:
     return Outcome(directory.id, "prepared", False, directory.path, {}, command=line)
 
 
-def _check_gpus(config: dict[str, Any]) -> None:
+def check_gpus(config: dict[str, Any]) -> None:
     """Refuse more ranks on this machine than it has GPUs."""
     import torch
 

@@ -7,6 +7,7 @@ prepared run directory. ``python -m normlab.worker RUN_DIR`` does both, as one o
 import logging
 import sys
 import time
+from collections.abc import Callable
 from contextlib import ExitStack, nullcontext, suppress
 from dataclasses import dataclass
 from functools import partial
@@ -324,11 +325,12 @@ def record_failure(run: RunDir, error: Exception) -> str:
 # -- one rank, as a process -----------------------------------------------------------------------
 
 
-def main(run_dir: str) -> None:
+def main(run_dir: str, *, act: Callable[[Job, RunDir, Stop], None] = finish) -> None:
     """One rank of a prepared run, all of which are started alike; or the run's only process.
 
-    Raises ValueError, before anything is written, for a directory that holds no prepared run and
-    for another number of ranks than the run has.
+    act: what they do with the run, once they have joined. Raises ValueError, before anything is
+    written, for a directory that holds no prepared run and for another number of ranks than the run
+    has.
     """
     run = RunDir(Path(run_dir))
     config = with_later_keys(run.config())
@@ -349,7 +351,7 @@ def main(run_dir: str) -> None:
             # Whoever has started the ranks hands its lease to the first one; else that takes it.
             with run.lock() if rank == 0 else nullcontext():
                 try:
-                    _take_part(config, run, rank)
+                    _take_part(config, run, rank, act)
                 except LeaseLost:
                     raise  # the run is another process's now, and so is its status
                 except Exception as error:
@@ -360,7 +362,9 @@ def main(run_dir: str) -> None:
             ranks.ended_by(error)
 
 
-def _take_part(config: dict[str, Any], run: RunDir, rank: int) -> None:
+def _take_part(
+    config: dict[str, Any], run: RunDir, rank: int, act: Callable[[Job, RunDir, Stop], None]
+) -> None:
     """Join the other ranks and do this one's part of the run."""
     if rank == 0:
         run.clear_status()
@@ -379,7 +383,7 @@ def _take_part(config: dict[str, Any], run: RunDir, rank: int) -> None:
         with kernels.use(config["kernels"]):
             job = construct(config)
             check_environment(job, run)
-            finish(job, run, stop)
+            act(job, run, stop)
 
 
 if __name__ == "__main__":

@@ -7,6 +7,8 @@ import pytest
 from installing import Installed, install_from_wheel
 from ranks import Ranks
 
+pytest_plugins = ["skips"]
+
 # Before torch is loaded, here and in the processes that tests start: what tests compute is tiny,
 # and to share it out among threads takes several times as long as to do it.
 os.environ.setdefault("OMP_NUM_THREADS", "1")

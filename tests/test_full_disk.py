@@ -1,9 +1,12 @@
 """A disk that fills while a checkpoint is written: the one before survives, and the run says so."""
 
+import ctypes
 import logging
 import os
 import resource
 import subprocess
+import warnings
+from contextlib import ExitStack, contextmanager, nullcontext, suppress
 from pathlib import Path
 
 import agents
@@ -14,12 +17,12 @@ import pytest
 from normlab import checkpoint, logs
 
 
-def begin(where, ranks):
-    """`normlab train`, saving after every step, once it has saved."""
+def begin(where, ranks, holder=None):
+    """`normlab train`, saving after every step; its disk is the holder's, if there is one."""
     arguments = ["train", *faults.JOBS[ranks], "checkpoint_every=0", "epochs=40", "eval_last=1"]
-    process = agents.start(where, killable.command, arguments, rank=killable.rank)
-    agents.wait_for(lambda: list(where.glob("runs/*/checkpoint.pt")))
-    return process
+    if holder is not None:
+        return agents.start(where, command_beside, holder, arguments, rank=killable.rank)
+    return agents.start(where, killable.command, arguments, rank=killable.rank)
 
 
 def assert_says(where, process, reason):
@@ -40,6 +43,7 @@ def saved(where):
 @pytest.mark.parametrize("ranks", [1, 2])
 def test_a_limit_on_files_is_reached(tmp_path, ranks):
     process = begin(tmp_path, ranks)
+    agents.wait_for(lambda: faults.steps_saved(tmp_path))
     writer = agents.pid(tmp_path, 0) if ranks == 2 else process.pid
     resource.prlimit(writer, resource.RLIMIT_FSIZE, (20_000, 20_000))
     line = assert_says(tmp_path, process, "OSError: [Errno 27] File too large")
@@ -47,28 +51,71 @@ def test_a_limit_on_files_is_reached(tmp_path, ranks):
     assert saved(tmp_path)["epoch"] < 40
 
 
-def test_a_full_disk(tmp_path):
-    disk = tmp_path / "runs"
-    disk.mkdir()
-    mounted = subprocess.run(
-        ["mount", "-t", "tmpfs", "-o", "size=2m", "tmpfs", str(disk)], capture_output=True
-    )
-    if mounted.returncode:
-        pytest.skip("mounting a small disk is not allowed here")
-    try:
-        process = begin(tmp_path, 1)
-        fill(disk / "filler")
+@pytest.mark.parametrize("mounted", [True, False])
+def test_a_full_disk(tmp_path, mounted):
+    """A small disk that is full, and a file of the next checkpoint that is one by itself."""
+    with small_disk(tmp_path) if mounted else nullcontext() as holder:
+        seen = tmp_path if holder is None else Path(f"/proc/{holder}/root{tmp_path}")
+        process = begin(tmp_path, 1, holder)
+        agents.wait_for(lambda: faults.steps_saved(seen))
+        if holder is None:
+            let_no_checkpoint_have_room(tmp_path, process)
+        else:
+            fill(seen / "runs" / "filler")
         assert_says(tmp_path, process, "OSError: [Errno 28] No space left on device")
-        assert saved(tmp_path)["epoch"] < 40
+        assert saved(seen)["epoch"] < 40
         # With room again, the run goes on from there.
-        before = faults.steps_saved(tmp_path)
-        (disk / "filler").unlink()
-        process = begin(tmp_path, 1)
-        agents.wait_for(lambda: faults.steps_saved(tmp_path) > before)
+        before = faults.steps_saved(seen)
+        (seen / "runs" / "filler").unlink(missing_ok=True)
+        process = begin(tmp_path, 1, holder)
+        agents.wait_for(lambda: faults.steps_saved(seen) > before)
         process.kill()
         process.join()
-    finally:
-        subprocess.run(["umount", "-l", str(disk)], check=True)
+
+
+@contextmanager
+def small_disk(where):
+    """2 MB at `runs`, for the processes that join the one that is given, as long as it lives.
+
+    Any user may mount them where the kernel gives users namespaces of their own. Where it does
+    not, None, with a warning.
+    """
+    (where / "runs").mkdir()
+    mount = 'mount -t tmpfs -o size=2m tmpfs "$0" && echo mounted && exec cat'
+    command = ["unshare", "--user", "--map-root-user", "--mount", "sh", "-c", mount]
+    with ExitStack() as opened:
+        holder = None
+        with suppress(FileNotFoundError):
+            holder = opened.enter_context(
+                subprocess.Popen(
+                    [*command, str(where / "runs")], stdin=subprocess.PIPE, stdout=subprocess.PIPE
+                )
+            )
+        if holder and holder.stdout.readline():
+            yield holder.pid
+        else:
+            warnings.warn("no disk may be mounted here: the full one is a file", stacklevel=1)
+            yield None
+
+
+def command_beside(holder, arguments):
+    """`normlab <arguments>` in the namespaces of another process, which hold its disk."""
+    here = Path.cwd()
+    libc = ctypes.CDLL(None, use_errno=True)
+    spaces = [os.open(f"/proc/{holder}/ns/{kind}", os.O_RDONLY) for kind in ("user", "mnt")]
+    for space in spaces:
+        assert libc.setns(space, 0) == 0, os.strerror(ctypes.get_errno())
+    os.chdir(here)
+    return killable.command(arguments)
+
+
+def let_no_checkpoint_have_room(where, process):
+    """Until the process has ended: the file that it writes a checkpoint to is one without room."""
+    (run,) = where.glob("runs/*-*")
+    while process.is_alive():
+        for place in run.glob(".lease.*/*/"):
+            with suppress(FileExistsError, FileNotFoundError):
+                (place / f".checkpoint.pt.{process.pid}").symlink_to("/dev/full")
 
 
 def test_a_log_that_cannot_be_written_says_nothing(capfd):

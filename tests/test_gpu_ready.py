@@ -120,8 +120,8 @@ def test_the_parent_of_ranks_takes_no_memory_of_a_gpu(monkeypatch):
     monkeypatch.setattr(worker, "construct", construct)
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     config = composed("world_size=2", "device=cuda")
-    assert launch._constructed(config).config is config
-    assert launch._constructed(composed("device=cuda")).config["device"] == "cuda"
+    assert launch.constructed(config).config is config
+    assert launch.constructed(composed("device=cuda")).config["device"] == "cuda"
     assert asked == ["cpu", "cuda"]
 
 

@@ -134,10 +134,10 @@ def test_more_ranks_than_gpus_are_refused(monkeypatch):
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
     gpu = config.compose([*JOB, "device=cuda"])
     with pytest.raises(ValueError, match=r"world_size=2: each rank needs a GPU .* has 1 "):
-        launch._check_gpus(gpu)
-    launch._check_gpus(gpu | {"launch": False})
-    launch._check_gpus(gpu | {"device": "cpu"})
-    launch._check_gpus(gpu | {"world_size": 1})
+        launch.check_gpus(gpu)
+    launch.check_gpus(gpu | {"launch": False})
+    launch.check_gpus(gpu | {"device": "cpu"})
+    launch.check_gpus(gpu | {"world_size": 1})
 
 
 @pytest.mark.parametrize(

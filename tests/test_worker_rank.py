@@ -30,7 +30,7 @@ def run(tmp_path, monkeypatch):
 
 
 def test_who_lost_the_run_to_another_process_records_no_failure(run, monkeypatch):
-    def outrun(_config, run, _rank):
+    def outrun(_config, run, *_):
         assert lease._take(run.path, lease._newest(run.path) + 1)
         run.write_metrics([{"epoch": 1}])
 
@@ -68,8 +68,9 @@ def test_layers_take_the_path_that_the_run_is_made_with(run, monkeypatch, fused)
     monkeypatch.setattr(ranks, "watched", lambda **_: nullcontext(lambda _: None))
     monkeypatch.setattr(worker, "construct", lambda _: None)
     monkeypatch.setattr(worker, "check_environment", lambda *_: None)
-    monkeypatch.setattr(worker, "finish", lambda *_: taken.append(kernels.enabled()))
     with kernels.use(not fused):
-        worker._take_part(SOME | {"kernels": fused}, run, 0)
+        worker._take_part(
+            SOME | {"kernels": fused}, run, 0, lambda *_: taken.append(kernels.enabled())
+        )
     assert taken == [fused]
     assert logging.getLogger("normlab").handlers == []

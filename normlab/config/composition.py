@@ -153,6 +153,7 @@ def register(overrides: Sequence[str]) -> None:
     chosen, scale = _chosen(overrides, "experiment"), _chosen(overrides, "scale")
     store = ConfigStore.instance()
     store.store(name="schema", node=Config)
+    store.repo.pop("experiment", None)  # those that there were before
     for name in experiment.files():  # the others only to be listed and completed
         node = experiment.overlay(name, scale or default_scale()) if name == chosen else {}
         store.store(group="experiment", name=name, node=node, package="_global_")

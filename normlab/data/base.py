@@ -216,13 +216,11 @@ class Dataset(ABC):
             positions = np.arange(n, dtype=np.int64)
         else:
             positions = generator(Stream.EVAL_ORDER, order).permutation(n)
-        (rank, ranks), unit = share, unit or batch_size
-        units = -(-end // unit)
-        begin, until = (min(end, units * at // ranks * unit) for at in (rank, rank + 1))
+        ours = dealt(end, unit or batch_size, share)
         plan = []
         for k, first in enumerate(range(0, end, batch_size)):
             last = min(first + batch_size, end)
-            here = np.arange(max(first, begin), min(last, until))
+            here = np.arange(max(first, ours.start), min(last, ours.stop))
             if len(here):
                 plan.append(Planned(k, positions[here], here - first, last - first))
         return self._batches(
@@ -232,6 +230,15 @@ class Dataset(ABC):
             device=torch.device(device),
             channels_last=channels_last,
         )
+
+
+def dealt(images: int, unit: int, share: tuple[int, int]) -> range:
+    """Which of so many images a rank has, of `share` = (rank, ranks): whole units, one after the
+    other; what is left over goes to the last rank."""
+    rank, ranks = share
+    units = -(-images // unit)
+    begin, until = (min(images, units * at // ranks * unit) for at in (rank, rank + 1))
+    return range(begin, until)
 
 
 def upload(x: Tensor, device: torch.device) -> Tensor:

@@ -5,14 +5,13 @@ protocol of torchvision's reference training, whose geometry `random_box` restat
 crop comes from a generator of its own, so that the number of workers changes nothing.
 """
 
-import atexit
 import hashlib
 import math
+import os
 import signal
-import weakref
+import threading
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import torch
@@ -114,9 +113,7 @@ class Folder(Dataset):
         layout = torch.channels_last if channels_last else torch.contiguous_format
         # Bytes travel to the device and become numbers there: a quarter of the traffic.
         try:
-            reading = iter(loader)
-            _reading.add(reading)
-            for pixels, y in reading:
+            for pixels, y in loader:
                 x = pixels.to(device, non_blocking=True).contiguous(memory_format=layout).float()
                 yield torch.addcmul(shift, x, scale), y.to(device, non_blocking=True)
         except ValueError as e:  # a worker's comes with its traceback for a message
@@ -243,19 +240,15 @@ def _digest(parent: Path, listed: dict[str, ImageFolder]) -> str:
 
 def _leave_signals_to_the_parent(_: int) -> None:
     """A signal to the whole process group must not look like a worker's failure: the run is to save
-    and stop, and its workers end with it."""
+    and stop, and its workers end with it. Only what the parent itself sends ends a worker: it
+    waits for those that are left, as after an exception, when it ends.
+    """
     signal.signal(signal.SIGINT, signal.SIG_IGN)
-    signal.signal(signal.SIGTERM, signal.SIG_IGN)
+    signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})
+    threading.Thread(target=_end_with, args=(os.getppid(),), daemon=True).start()
 
 
-_reading: "weakref.WeakSet[Any]" = weakref.WeakSet()
-"""Readers that have workers, as long as somebody may go on reading."""
-
-
-@atexit.register
-def _end_workers() -> None:
-    """Python ends the processes that are left by a SIGTERM, which workers do not hear, and waits: a
-    process that still holds a half-read epoch would never end."""
-    for reader in list(_reading):
-        if hasattr(reader, "_shutdown_workers"):
-            reader._shutdown_workers()
+def _end_with(parent: int) -> None:
+    while signal.sigwaitinfo({signal.SIGTERM}).si_pid != parent:
+        pass
+    os._exit(0)

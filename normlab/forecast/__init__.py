@@ -6,6 +6,7 @@ to do are probed: some real training steps and evaluation batches each, in a scr
 
 import math
 import os
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any
@@ -75,20 +76,21 @@ def spread(kinds: dict[Kind, Cell], most: int) -> list[Kind]:
 
 
 def _cost(
-    cell: Cell, kinds: dict[Kind, Cell], costs: dict[Kind, Cost | None]
-) -> tuple[Cost | None, Kind | None]:
-    """What is left of a cell costs, and the kind that was probed for it."""
+    cell: Cell, kinds: dict[Kind, Cell], costs: dict[Kind, Cost | str]
+) -> tuple[Cost | str | None, Kind | None]:
+    """What is left of a cell costs, or why that is not known, and the kind probed for it."""
     if not cell.left:
         return None, None
     kind = min(costs, key=lambda other: distance(cell.config, kinds[other].config))
     cost = costs[kind]
-    if cost is None:
-        return None, kind
+    if isinstance(cost, str):
+        return cost, kind
     return replace(cost, seconds=cost.seconds * cell.left + cell.composing), kind
 
 
-def distance(one: dict[str, Any], other: dict[str, Any]) -> tuple[int, float]:
-    """How unlike two runs are in what they take: in how many keys, and by which factor in the NBS.
+def distance(one: dict[str, Any], other: dict[str, Any]) -> tuple[bool, int, float]:
+    """How unlike two runs are in what they take: in ranks, in how many keys, and by which factor
+    in the NBS.
 
     Learning rates and the like take no time.
     """
@@ -101,7 +103,7 @@ def distance(one: dict[str, Any], other: dict[str, Any]) -> tuple[int, float]:
     }
     sizes = [value for value in (one["nbs"], other["nbs"]) if value]
     factor = abs(math.log2(sizes[0] / sizes[1])) if len(sizes) == 2 else float(len(sizes))
-    return len(differ), factor
+    return one["world_size"] != other["world_size"], len(differ), factor
 
 
 def _flat(value: Any, key: str = "") -> dict[str, str]:
@@ -116,7 +118,7 @@ def _flat(value: Any, key: str = "") -> dict[str, str]:
 
 # -- in words -------------------------------------------------------------------------------------
 
-Row = tuple[Cell, Cost | None, Kind | None]
+Row = tuple[Cell, Cost | str | None, Kind | None]
 
 
 def _table(rows: Sequence[Row]) -> str:
@@ -124,7 +126,7 @@ def _table(rows: Sequence[Row]) -> str:
     for cell, cost, kind in rows:
         about = "" if kind == cell.kind else "~"
         costs = ["", "", ""] if not cell.left else ["?", "?", "?"]
-        if cost:
+        if isinstance(cost, Cost):
             costs = [about + duration(cost.seconds), size(cost.memory), size(cost.disk)]
         lines.append([cell.id, " ".join(cell.settings), cell.state, *costs])
     widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
@@ -137,7 +139,7 @@ def _table(rows: Sequence[Row]) -> str:
 def _closing(
     rows: Sequence[Row],
     kinds: dict[Kind, Cell],
-    costs: dict[Kind, Cost | None],
+    costs: dict[Kind, Cost | str],
     jobs: int,
 ) -> list[str]:
     """The totals of what is left to do, and what the numbers come from."""
@@ -145,7 +147,7 @@ def _closing(
     counts = ", ".join(f"{states.count(state)} {state}" for state in dict.fromkeys(states))
     said = [f"{len(rows)} cells: {counts}"]
     said += sorted({f"refused: {cell.refusal}" for cell, _, _ in rows if cell.refusal})
-    known = [cost for _, cost, _ in rows if cost]
+    known = [cost for _, cost, _ in rows if isinstance(cost, Cost)]
     if known:
         seconds = sum(cost.seconds for cost in known)
         memory = sum(sorted((cost.memory for cost in known), reverse=True)[:jobs])
@@ -154,13 +156,16 @@ def _closing(
             f"{duration(seconds / jobs)}, {size(memory)} of memory, "
             f"{size(sum(cost.disk for cost in known))} of disk"
         )
-        probed = [" ".join(kind) or "the cell" for kind, cost in costs.items() if cost]
+        probed = [
+            " ".join(kind) or "the cell" for kind, cost in costs.items() if isinstance(cost, Cost)
+        ]
         said.append(f"probed on this machine, as busy as it is: {'; '.join(probed)}")
         if len(costs) < len(kinds):
             said.append("~: as the most similar of these")
-    if unknown := sum(bool(cell.left and not cost) for cell, cost, _ in rows):
-        said.append(f"?: {unknown} cells of several ranks, which are not probed")
-    return said
+    unknown = Counter(cost for _, cost, _ in rows if isinstance(cost, str))
+    return said + [
+        f"?: {count} cells cannot be probed here: {why}" for why, count in unknown.items()
+    ]
 
 
 def duration(seconds: float) -> str:

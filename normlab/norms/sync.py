@@ -4,10 +4,9 @@ from typing import Any, ClassVar
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor, distributed, nn
+from torch import Tensor, nn
 from torch._compile import _disable_dynamo
 from torch.distributed import ProcessGroup
-from torch.nn.modules._functions import SyncBatchNorm as TorchSync
 
 from normlab import dist, kernels
 from normlab.norms._grouped import float32_affine
@@ -63,8 +62,8 @@ class SyncBatchNorm(PopulationNorm):
     Observers get the statistics of the group, the same on every rank. `group_size` forms groups
     within a rank, without any exchange, and needs update=False, as in `population.estimate`.
 
-    On GPUs joined by NCCL torch's fused operators do the work (the same exchanges, sums in float32
-    instead of float64) unless somebody observes the layer.
+    On GPUs the fused operators of torch's SyncBatchNorm do what a rank does by itself, with sums in
+    float32. What ranks exchange is the same with and without them, so each may decide for itself.
 
     Compiled (torch.compile), the layer is a graph break once there are several ranks, equal to the
     eager one, and fullgraph=True is refused; with one process it is part of the graph.
@@ -120,8 +119,6 @@ class SyncBatchNorm(PopulationNorm):
     def _synchronize(self, x: Tensor) -> Tensor:
         """Never compiled: what the ranks tell each other decides how to go on."""
         self._meet(x)
-        if not self.observers and _is_torchs(x, self.group):
-            return self._by_torch(x)
         statistics, backward = self._exchange(x, self._refusal(x))
         if backward and not x.requires_grad:
             x = dist.with_gradient(x)
@@ -147,20 +144,6 @@ class SyncBatchNorm(PopulationNorm):
         assert self._number is not None
         return Call(self._number, self._calls, self.num_features, self._watch)
 
-    def _by_torch(self, x: Tensor) -> Tensor:
-        """The same by torch's fused operators, which exchange as often."""
-        if (refusal := self._refusal(x)) is not None:
-            raise refusal
-        weight, bias = float32_affine(x, self.weight, self.bias)
-        running = (self.running_mean, self.running_var) if self.updates else (None, None)
-        group = dist.members(self.group)
-        y: Tensor = TorchSync.apply(
-            x, weight, bias, *running, self.eps, self.momentum, group, group.size()
-        )
-        if self.updates:
-            self.num_batches_tracked.add_(1)
-        return y
-
     def _refusal(self, x: Tensor) -> ValueError | None:
         """What is wrong here: not to be raised before the other ranks know."""
         if self.group_size is not None:
@@ -185,19 +168,19 @@ class SyncBatchNorm(PopulationNorm):
             with here.explained("forward"):
                 parts = dist.stack(torch.cat([mean.new_tensor(head), mean, var]), self.group)
         heads, means, variances = parts.split([len(head), *[self.num_features] * 2], dim=1)
-        told, counts = heads[:, :5].int().tolist(), heads[:, 6]
+        told = heads.long().tolist()  # at once: each look at what a GPU holds waits for it
         here.compare([[*head[:2], self.num_features] for head in told])
-        agree([head[2:] for head in told], refusal)
-        count = int(counts.sum())
+        agree([head[2:5] for head in told], refusal)
+        count = sum(head[6] for head in told)
         if count < 2:
             raise ValueError(
                 f"SyncBatchNorm needs more than one element per channel over its {len(parts)} "
                 f"ranks, which have {count}"
             )
-        mean, var, _ = dist.pool(means, variances, counts)
+        mean, var, _ = dist.pool(means, variances, heads[:, 6])
         precision = torch.promote_types(x.dtype, torch.float32)
         statistics = BatchStatistics(mean.to(precision)[None], var.to(precision)[None], count)
-        return statistics, bool(heads[:, 5].any())
+        return statistics, any(head[5] for head in told)
 
     def __getstate__(self) -> dict[str, Any]:
         # A copy is another layer, of another network.
@@ -233,12 +216,15 @@ def name_layers(model: nn.Module, *, debug: bool = False) -> None:
         watch.add(layer._number, name or "the model")
 
 
-def _is_torchs(x: Tensor, group: ProcessGroup | None) -> bool:
-    """Whether torch has a layer for these ranks that is equal to ours: on GPUs, joined by NCCL, and
-    where every rank's input requires a gradient if any is computed."""
-    if not x.is_cuda or distributed.get_backend(group) != "nccl":
-        return False
-    return x.requires_grad or not torch.is_grad_enabled()
+def _has_operators(x: Tensor) -> bool:
+    """Whether torch has its fused operators for what this rank has: elements, on a GPU."""
+    return x.is_cuda and x.numel() > 0
+
+
+def _dense(x: Tensor) -> Tensor:
+    """In a memory format that torch's fused operators read without a detour."""
+    formats = torch.channels_last, torch.channels_last_3d
+    return x if any(x.is_contiguous(memory_format=one) for one in formats) else x.contiguous()
 
 
 def _per_channel(x: Tensor) -> tuple[list[int], list[int]]:
@@ -259,6 +245,9 @@ def _moments(x: Tensor) -> tuple[Tensor, Tensor]:
     if kernels.takes(x):
         mean, var = kernels.moments(x, groups=1)
         return mean[0], var[0]
+    if _has_operators(x):
+        mean, rstd = (value.double() for value in torch.batch_norm_stats(_dense(x), 0.0))
+        return mean, torch.where(rstd > 0, rstd.pow(-2), 0.0)  # rstd is 0 where the variance is
     near = x.mean(over, dtype=precision)
     centered = x - near.view(shape)
     rest = centered.mean(over).double()
@@ -287,7 +276,7 @@ class _SynchronizedNorm(torch.autograd.Function):
         mean, var = statistics.mean[0], statistics.var[0]
         ctx.save_for_backward(x, weight, mean, var)
         ctx.count, ctx.meeting = statistics.count, meeting
-        ctx.eps, ctx.fused = eps, kernels.takes(x)
+        ctx.eps, ctx.fused, ctx.operators = eps, kernels.takes(x), _has_operators(x)
         if ctx.fused:
             return kernels.normalize(x, mean[None], var[None], weight, bias, eps=eps)
         return F.batch_norm(x, mean, var, weight, bias, False, eps=eps)
@@ -299,6 +288,12 @@ class _SynchronizedNorm(torch.autograd.Function):
         known = mean[None], var[None]
         if ctx.fused:
             own = kernels.gradient_sums(dy, x, *known, eps=ctx.eps)[:, 0]
+        elif ctx.operators:
+            x, dy, rstd = _dense(x), _dense(dy), (var + ctx.eps).rsqrt_()
+            sums, dots, _, _ = torch.batch_norm_backward_reduce(
+                dy, x, mean, rstd, weight, True, False, False
+            )
+            own = torch.stack([sums, dots * rstd])
         else:
             rstd = (var + ctx.eps).rsqrt_()
             over, shape = _per_channel(x)
@@ -311,6 +306,12 @@ class _SynchronizedNorm(torch.autograd.Function):
             if ctx.fused:
                 dx = kernels.gradient(
                     dy, x, weight, *known, total[:, None], eps=ctx.eps, count=ctx.count
+                )
+            elif ctx.operators:
+                means = (total / ctx.count).to(rstd.dtype)
+                one = torch.ones(1, dtype=torch.int32, device=x.device)  # they are divided already
+                dx = torch.batch_norm_backward_elemt(
+                    dy, x, mean, rstd, weight, means[0], means[1] / rstd, one
                 )
             else:
                 constant, slope = (total / ctx.count).to(rstd.dtype)

@@ -13,7 +13,7 @@ import socket
 import sys
 import threading
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from datetime import timedelta
 from pathlib import Path
@@ -40,7 +40,7 @@ ADDRESS = "127.0.0.1"
 INTERFACE = "lo"
 
 COMMAND = ("-u", "-m", "normlab.worker")
-"""What a rank is, after the Python it runs in and before the run's directory."""
+"""What a rank of a run is, after the Python it runs in and before the run's directory."""
 
 FOLDER = "ranks"
 """Where, in the run's directory, the ranks' logs are: <start>/attempt_<n>/<rank>/stderr.log."""
@@ -100,12 +100,19 @@ class _Loopback(RendezvousHandler):
 
 
 def start(
-    run: Path, ranks: int, *, threads: int, max_restarts: int, handed: Mapping[str, str]
+    run: Path,
+    ranks: int,
+    *,
+    threads: int,
+    max_restarts: int,
+    handed: Mapping[str, str],
+    command: Sequence[str] | None = None,
 ) -> None:
     """Start the ranks of a prepared run on this machine and wait until they have ended well.
 
-    threads: for the CPU, of each rank. handed: what they find in their environment besides. After
-    a failure all ranks start again, at most `max_restarts` times. Raises RankFailed,
+    threads: for the CPU, of each rank. handed: what they find in their environment besides.
+    command: what they are instead of COMMAND. After a failure all ranks start again, at most
+    `max_restarts` times. Raises RankFailed,
     KeyboardInterrupt after Ctrl-C and SystemExit after another signal, once all ranks have ended.
     """
     rendezvous_handler_registry.register(_MEETING, _Loopback)
@@ -133,7 +140,7 @@ def start(
     log.info("starting %d ranks with %d threads each; their logs: %s", ranks, threads, FOLDER)
     with _handlers_restored(), _environment(environment):
         try:
-            elastic_launch(config, sys.executable)(*COMMAND, str(run))
+            elastic_launch(config, sys.executable)(*(command or COMMAND), str(run))
         except ChildFailedError as error:
             folder = max((run / FOLDER).glob(f"{began}_*"), key=lambda path: path.stat().st_mtime)
             raise _failed(error, ranks, folder) from None

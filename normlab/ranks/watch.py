@@ -32,6 +32,9 @@ GRACE = 20.0
 _LONGEST = 5.0
 """Seconds between two beats, at most."""
 
+_TOGETHER = "torch:distributed/"
+"""How the places begin at which ranks join, and wait for each other in a collective."""
+
 _END = 0
 """On the pipe: no signal, but the end of the watch."""
 
@@ -49,7 +52,8 @@ class Stalled(RuntimeError):
 
 @dataclass
 class _Seen:
-    """What is known of a rank: its last beat, and for how many readings it has said the same."""
+    """What is known of a rank: its last beat, and for how many readings it has said the same, or
+    been in a call that waits for other ranks."""
 
     beat: int = -1
     looks: int = 0
@@ -58,11 +62,13 @@ class _Seen:
     at: str = ""
     silent: int = 0
     still: int = 0
+    waits: int = 0
 
     def read(self, said: str) -> None:
         beat, looks, self.machine, process, self.at = said.split(" ", 4)
         self.silent = 0 if int(beat) != self.beat else self.silent + 1
         self.still = 0 if int(looks) != self.looks else self.still + 1
+        self.waits = self.waits + 1 if self.at.startswith(_TOGETHER) else 0
         self.beat, self.looks, self.process = int(beat), int(looks), int(process)
 
 
@@ -108,7 +114,10 @@ class Watch:
             else:
                 del self._others[other]
         self._refuse_silence()
-        self._refuse_standstill()
+        if all(one.looks for one in self._others.values()):
+            self._refuse_standstill()
+        else:
+            self._refuse_absence()
 
     def _refuse_silence(self) -> None:
         """Ranks give no sign of life, or have never given one."""
@@ -116,14 +125,13 @@ class Watch:
         silent = [rank for rank, one in self._others.items() if one.silent >= readings]
         if not silent:
             return
-        if len(silent) == 1:
-            who, whose = f"rank {silent[0]} has", "its process is stopped, or its machine is lost"
-        else:
-            who = f"ranks {', '.join(map(str, silent))} have"
+        whose = "its process is stopped, or its machine is lost"
+        if len(silent) > 1:
             whose = "their processes are stopped, or their machines are lost"
         processes = [self._process(rank) for rank in silent]
         raise Stalled(
-            f"{who} stalled: no sign of life for {self._timeout:g} s (stall_timeout); {whose}",
+            f"{_have(silent)} stalled: no sign of life for {self._timeout:g} s (stall_timeout); "
+            f"{whose}",
             [process for process in processes if process is not None],
         )
 
@@ -135,10 +143,29 @@ class Watch:
             return group.sibling(rank)
         return seen.process if seen.machine == _machine() else None
 
+    def _refuse_absence(self) -> None:
+        """All ranks live, and some wait for others: to join, or on the way to the first step.
+
+        Two readings more than the timeout are for ranks that come when it is nearly over. The
+        collective itself would give up later, without a name.
+        """
+        seen = self._others
+        holding = [rank for rank, one in seen.items() if not one.waits]
+        readings = self._timeout / self.interval + 2 * (1 + (self._rank not in holding))
+        if max(one.waits for one in seen.values()) >= readings:
+            what = f"{_have(holding)} kept the others waiting" if holding else "ranks have waited"
+            raise Stalled(
+                f"{what} for {self._timeout:g} s (stall_timeout) before the first step: "
+                f"{self._places(holding or list(seen))}"
+            )
+
+    def _places(self, ranks: Sequence[int]) -> str:
+        return ", ".join(f"rank {rank} at {self._others[rank].at}" for rank in ranks[:8])
+
     def _refuse_standstill(self) -> None:
         """All ranks live, and none moves on."""
         seen = self._others
-        if not seen or not all(one.looks for one in seen.values()):
+        if not seen:
             return
         # Ranks that wait do so inside of torch: the one that is elsewhere holds them up.
         holding = [rank for rank, one in seen.items() if not _waiting(one.at)]
@@ -147,8 +174,10 @@ class Watch:
         # Its own word is the first: the stack it tells is the one to look at.
         readings = self._timeout / self.interval + 2 * (self._rank not in holding)
         if min(one.still for one in seen.values()) >= readings:
-            places = ", ".join(f"rank {rank} at {seen[rank].at}" for rank in holding[:8])
-            raise Stalled(f"no rank has moved on for {self._timeout:g} s (stall_timeout): {places}")
+            raise Stalled(
+                f"no rank has moved on for {self._timeout:g} s (stall_timeout): "
+                f"{self._places(holding)}"
+            )
 
     def told(self, number: int) -> None:
         """A signal has arrived: see to it that this rank has an end."""
@@ -183,6 +212,13 @@ def _machine() -> str:
 def _key(rank: int) -> str:
     # The store may outlive a start of the ranks, and then holds what those before them said.
     return f"normlab/beat/{group.restarts()}/{rank}"
+
+
+def _have(ranks: Sequence[int]) -> str:
+    """Ranks as the subject of what they have done."""
+    if len(ranks) == 1:
+        return f"rank {ranks[0]} has"
+    return f"ranks {', '.join(map(str, ranks))} have"
 
 
 def _waiting(at: str) -> bool:

@@ -1,0 +1,43 @@
+"""Under CI a test is skipped for want of a GPU, and for nothing else that a machine may lack."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+SKIPS = """
+import pytest
+
+@pytest.mark.skipif(True, reason="needs a GPU")
+def test_gpu(): ...
+
+def test_refused(): pytest.skip("refused: one position")
+
+def test_missing(): pytest.importorskip("nowhere_to_be_found")
+
+@pytest.mark.skipif(True, reason="no compiler")
+def test_compiler(): ...
+
+@pytest.mark.xfail
+def test_expected(): raise ValueError
+"""
+
+
+@pytest.mark.parametrize(("environment", "failed"), [({"CI": "true"}, 2), ({"CI": ""}, 0), ({}, 0)])
+def test_what_may_be_skipped(tmp_path: Path, environment: dict[str, str], failed: int) -> None:
+    (tmp_path / "test_some.py").write_text(SKIPS)
+    here = {name: value for name, value in os.environ.items() if name != "CI"}
+    done = subprocess.run(
+        [sys.executable, "-m", "pytest", "-p", "skips", "-p", "no:cacheprovider", "-rA"],
+        cwd=tmp_path, env={**here, "PYTHONPATH": str(Path(__file__).parent), **environment},
+        capture_output=True, text=True,
+    )  # fmt: skip
+    said = done.stdout
+    assert f"{4 - failed} skipped, 1 xfailed" in said
+    assert done.returncode == (1 if failed else 0)
+    assert ("skipped under CI, where only a GPU may be missing: no compiler" in said) == (
+        failed > 0
+    )
+    assert ("FAILED test_some.py::test_missing" in said) == (failed > 0)
