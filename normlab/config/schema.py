@@ -11,7 +11,7 @@ from typing import Any
 
 from omegaconf import MISSING
 
-from normlab import batchplan
+from normlab import batchplan, probes, tasks
 from normlab.orders import Order
 from normlab.protocols import Protocol
 
@@ -41,12 +41,14 @@ class Recipe:
 
 @dataclass
 class Config:
-    """Every key of a run; ``norm``, ``conv``, ``model``, ``data`` have those of their files."""
+    """Every key of a run; ``norm``, ``conv``, ``model``, ``data``, ``task`` have those of their
+    files."""
 
     norm: Any = MISSING
     conv: Any = MISSING
     model: Any = MISSING
     data: Any = MISSING
+    task: Any = MISSING
     recipe: Recipe = field(default_factory=Recipe)
     nbs: int | None = MISSING
     batch_size: int = MISSING
@@ -66,6 +68,8 @@ class Config:
     debug_sync: bool = MISSING
     evals: list[str] = MISSING
     eval_last: int = MISSING
+    eval_at: list[int] = MISSING
+    probes: list[str] = MISSING
     ema_bank: list[float] = MISSING
     channels_last: bool = MISSING
     compile: bool | str = MISSING
@@ -134,7 +138,7 @@ def check(config: dict[str, Any]) -> None:
 
     Whether the norm, model and data set take their options is for ``normlab.build`` to see.
     """
-    for group in ("norm", "conv", "model", "data"):
+    for group in ("norm", "conv", "model", "data", "task"):
         _check_named(config, group)
         for key, value in _numbers(group, config[group]):
             if isinstance(value, int) and abs(value) > batchplan.MOST:
@@ -177,7 +181,16 @@ def check(config: dict[str, Any]) -> None:
             f"eval_last must be at most epochs={config['epochs']},"
             f" got eval_last={config['eval_last']}"
         )
+    for epoch in config["eval_at"]:
+        if not 0 <= epoch <= config["epochs"]:
+            raise ConfigError(
+                f"eval_at: an epoch from 0 (before training) to epochs={config['epochs']},"
+                f" got eval_at={config['eval_at']}"
+            )
     _check_evals(config)
+    _check_probes(config)
+    if "norm" not in tasks.needs(config["task"]):
+        return  # no batch is formed
     try:
         plan = plan_of(config)
     except batchplan.PlanError as error:
@@ -218,6 +231,20 @@ def _check_evals(config: dict[str, Any]) -> None:
             raise ConfigError(
                 f"evals: '{spec}' reads an EMA that is not tracked: ema_bank=[{protocol.decay:g}]"
             )
+
+
+def _check_probes(config: dict[str, Any]) -> None:
+    for name in config["probes"]:
+        if name not in (known := probes.names()):
+            raise ConfigError(f"probes: no probe '{name}' (probes: {', '.join(known) or 'none'})")
+    if len(set(config["probes"])) < len(config["probes"]):
+        raise ConfigError(f"probes: one of them is named twice: {config['probes']}")
+    if config["task"]["name"] == tasks.CLASSIFIER:
+        return
+    try:
+        tasks.needs(config["task"])
+    except ValueError as error:
+        raise ConfigError(str(error)) from None
 
 
 def _check_named(config: dict[str, Any], group: str) -> None:

@@ -159,7 +159,7 @@ def _closing(
         if len(costs) < len(kinds):
             said.append("~: as the most similar of these")
     if unknown := sum(bool(cell.left and not cost) for cell, cost, _ in rows):
-        said.append(f"?: {unknown} cells of several ranks, which are not probed")
+        said.append(f"?: {unknown} cells of several ranks or of tasks, which are not probed")
     return said
 
 

@@ -12,8 +12,9 @@ from typing import Any, cast
 import torch
 from torch import Tensor
 
-from normlab import allocator, build, kernels, runs, worker
+from normlab import agenda, allocator, build, kernels, perform, runs, worker
 from normlab.checkpoint import Stop
+from normlab.config import is_task
 from normlab.data.base import Dataset
 from normlab.protocols import Protocol
 
@@ -90,7 +91,7 @@ class _Few:
 def warm_up(config: dict[str, Any]) -> None:
     """Import and read what only the first run of a process waits for."""
     with suppress(ValueError, OSError):
-        worker.construct(config)
+        perform.construct(config) if is_task(config) else worker.construct(config)
 
 
 def probe(config: dict[str, Any], *, threads: int | None) -> Cost | None:
@@ -103,9 +104,10 @@ def _probe(config: dict[str, Any], *, threads: int | None) -> Cost | None:
     """Some steps of a run and some batches of each of its evaluations, scaled to the whole.
 
     threads: as many as a run of the sweep has, where its config names none; None: torch's choice.
-    None for a run of several ranks. Raises ValueError or OSError for one that cannot be built.
+    None for a run of several ranks, and for a task. Raises ValueError or OSError for a run that
+    cannot be built.
     """
-    if config["world_size"] > 1:
+    if config["world_size"] > 1 or is_task(config):
         return None
     if config["allocator"] == "keep":
         allocator.keep_freed_memory()
@@ -115,7 +117,7 @@ def _probe(config: dict[str, Any], *, threads: int | None) -> Cost | None:
     began = time.perf_counter()
     per_epoch, _ = build.steps(config, build.data(config))
     epochs = min(config["epochs"], math.ceil(MOST / per_epoch))
-    short = config | {"epochs": epochs, "eval_last": 1}
+    short = config | {"epochs": epochs, "eval_last": 1, "eval_at": []}
     job = worker.construct(short)
     few = _Few(job.data, config["seed"])
     data = cast(Dataset, few)
@@ -123,17 +125,20 @@ def _probe(config: dict[str, Any], *, threads: int | None) -> Cost | None:
         run = runs.RunDir(Path(scratch) / "run")
         run.path.mkdir()
         run.write_config(config)
-        worker.work(replace(job, data=data, config=short | {"evals": []}), run, Stop())
+        unmeasured = short | {"evals": [], "probes": []}
+        worker.work(replace(job, data=data, config=unmeasured), run, Stop())
         once = time.perf_counter() - began - (few.counted_to - few.began)
         disk = sum(path.stat().st_size for path in run.path.iterdir())
     counted, steps = few.counted
     training = counted / steps * job.steps * config["epochs"]
-    spent = [_evaluation(job, few, protocol) for protocol in worker.protocols(config)]
+    spent = [_evaluation(job, few, protocol) for protocol in agenda.protocols(config)]
+    spent += [_measurement(job, name) for name in config["probes"]]
+    measured = len(agenda.epochs(config))
     kept = sum(value.nbytes for value in job.model.state_dict().values())
     return Cost(
-        seconds=once + training + config["eval_last"] * sum(spent),
+        seconds=once + training + measured * sum(spent),
         memory=_peak(),
-        disk=disk + (config["eval_last"] - 1) * kept,
+        disk=disk + (measured - 1) * kept,
     )
 
 
@@ -150,6 +155,13 @@ def _evaluation(job: worker.Job, few: _Few, protocol: Protocol) -> float:
     seconds = _now() - began
     wanted = few.size(protocol.split) + (row.get("samples") or 0)
     return seconds * float(wanted) / sum(few.passed.values())
+
+
+def _measurement(job: worker.Job, name: str) -> float:
+    """Seconds of a probe, which is made whole: it may look at any number of images."""
+    began = time.perf_counter()
+    build.probe(name)(worker.context(job, 0))
+    return _now() - began
 
 
 def _now() -> float:
