@@ -32,6 +32,8 @@ LATER: dict[str, Any] = {
     "buffers": "average",
     "debug_sync": False,
     "kernels": False,
+    "model.channels": 64,
+    "model.stages": 5,
     "eval_at": [],
     "probes": [],
     "task": {"name": tasks.CLASSIFIER},
