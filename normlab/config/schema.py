@@ -4,6 +4,7 @@
 makes Hydra refuse a misspelt key or a word where a number belongs.
 """
 
+import difflib
 import math
 from collections.abc import Iterator
 from dataclasses import dataclass, field
@@ -236,10 +237,19 @@ def _check_evals(config: dict[str, Any]) -> None:
 def _check_probes(config: dict[str, Any]) -> None:
     for name in config["probes"]:
         if name not in (known := probes.names()):
-            raise ConfigError(f"probes: no probe '{name}' (probes: {', '.join(known) or 'none'})")
+            close = difflib.get_close_matches(name, known, 1)
+            meant = f"; did you mean '{close[0]}'?" if close else ""
+            raise ConfigError(f"probes: no probe '{name}'{meant} (probes: {', '.join(known)})")
     if len(set(config["probes"])) < len(config["probes"]):
         raise ConfigError(f"probes: one of them is named twice: {config['probes']}")
-    if config["task"]["name"] == tasks.CLASSIFIER:
+    _check_task(config)
+
+
+def _check_task(config: dict[str, Any]) -> None:
+    name = config["task"]["name"]
+    if name == tasks.CLASSIFIER:
+        if options := [key for key in config["task"] if key != "name"]:
+            raise ConfigError(f"task.{options[0]}: task={name} has no options of its own")
         return
     try:
         tasks.needs(config["task"])
