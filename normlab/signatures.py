@@ -29,8 +29,8 @@ def options(
     """The group's own keys, checked against the signature of what they are given to.
 
     reserved: parameters that are not the config's to give. An option that is null and that the
-    target does not have is absent: so an experiment takes back what a scale says. Raises ValueError in one line for an
-    unknown option and for a value of the wrong type.
+    target does not have is absent: so an experiment takes back what a scale says. Raises ValueError
+    in one line for an unknown option and for a value of the wrong type.
     """
     taken = parameters(target)
     allowed = {name: taken[name].annotation for name in taken.keys() - set(reserved)}
