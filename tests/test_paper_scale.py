@@ -20,7 +20,7 @@ from normlab.runs import RunDir
 CLASSES, TRAIN, VAL = 3, 58, 6
 """Of a class's training images 50 are held apart: 8 are left."""
 
-BATCHES = {  # SGD batches over 8 GPUs, by experiment that has the protocol of the ResNet-50 unchanged
+BATCHES = {  # SGD batches over 8 GPUs, by experiment
     "gn_batch": {16, 32, 64, 128, 256, 1024},
     "gn_groups": {256},
     "nbs": {1024},
@@ -50,13 +50,13 @@ def _assert_protocol(name: str, composed: dict, plan: BatchPlan) -> None:
     assert (composed["model"]["depth"], composed["model"]["zero_init_last"]) == (50, True)
 
 
-@pytest.mark.parametrize("name", BATCHES)
+@pytest.mark.parametrize("name", experiment.names())
 def test_each_experiment_has_the_papers_protocol(name: str) -> None:
     _assert_protocol(name, *_cell(name, experiment.load(name).cells("paper")[0].axes))
 
 
 @pytest.mark.slow  # every cell
-@pytest.mark.parametrize("name", BATCHES)
+@pytest.mark.parametrize("name", experiment.names())
 def test_each_cell_has_the_papers_protocol_and_a_plan(name: str) -> None:
     seen = set()
     for cell in experiment.load(name).cells("paper"):
