@@ -20,10 +20,12 @@ from omegaconf import DictConfig
 from normlab import config, engines, experiment, plugins
 
 if TYPE_CHECKING:
-    from normlab.launch import Outcome
+    from normlab.outcome import Outcome
 
 NOTES = "outcomes.jsonl"
 DRY = "--dry-run"
+TOLD = 8
+"""Numbers of a run in its line of a sweep; `normlab train` alone shows all."""
 
 _WITH_VALUE = {
     "-c", "--cfg", "-p", "--package", "-cp", "--config-path", "-cn", "--config-name", "-cd",
@@ -169,15 +171,18 @@ def in_words(error: Exception) -> str:
 
 
 def _line(outcome: "Outcome") -> str:
-    errors = "  ".join(f"{spec} {error:.2f}" for spec, error in outcome.summary.items())
-    told = errors or outcome.command
+    numbers = [f"{spec} {error:.2f}" for spec, error in outcome.summary.items()]
+    numbers += [f"{name} {value:.4g}" for name, value in outcome.values.items()]
+    more = f"  and {len(numbers) - TOLD} more" if len(numbers) > TOLD else ""
+    told = "  ".join(numbers[:TOLD]) + more or outcome.command
     return f"{outcome.id}  {'skipped' if outcome.skipped else outcome.status}  {told}".rstrip()
 
 
 def _table(outcome: "Outcome") -> str:
-    """id, status, the error of each evaluation, and where the run lies."""
+    """id, status, the error of each evaluation, what probes have measured, and where it lies."""
     rows = [("run", outcome.id), ("status", outcome.status + ", skipped" * outcome.skipped)]
     rows += [(spec, f"{error:.2f} % error") for spec, error in outcome.summary.items()]
+    rows += [(name, f"{value:.4g}") for name, value in outcome.values.items()]
     rows.append(("directory", outcome.place))
     if outcome.command:
         rows.append(("command", outcome.command))

@@ -1,15 +1,14 @@
 """Objects from a config, by name: the only reader of the config besides identity.
 
 A group's ``module`` (default: its ``name``) is looked up in its room, its other keys are keyword
-arguments of what is found there: the signature, with its annotations, is the schema. Everything
-that can be wrong is refused here, before a run writes anything.
+arguments of what is found there (``normlab.signatures``). Everything that can be wrong is refused
+here, before a run writes anything.
 """
 
 import inspect
 import json
-import types
 import typing
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterator
 from fnmatch import fnmatchcase
 from functools import lru_cache, partial
 from typing import Any
@@ -22,13 +21,17 @@ import normlab.data
 import normlab.models
 import normlab.norms
 import normlab.norms.conv.base
-from normlab import batchplan, dist, schedule
+import normlab.probes
+import normlab.tasks
+from normlab import batchplan, dist, schedule, signatures
 from normlab.config import plan_of
 from normlab.data.base import Dataset
 from normlab.norms import BatchNorm
 from normlab.norms.base import PopulationNorm, population_layers
 from normlab.norms.sync import name_layers
 from normlab.orders import Order
+from normlab.probes.base import Context
+from normlab.tasks.base import Row
 from normlab.train import Settings
 
 Norm = Callable[..., nn.Module]
@@ -41,8 +44,6 @@ GRAPHS = "graphs"
 
 TENTH = 0.1
 """Of the learning rate, for scalar biases and factors (Fixup, in its authors' code)."""
-
-_LABELS = {"name", "module", "batch"}
 
 
 def device(config: dict[str, Any]) -> torch.device:
@@ -90,8 +91,9 @@ def steps(config: dict[str, Any], dataset: Dataset) -> tuple[int, int]:
 @lru_cache(maxsize=1)
 def _load(root: str, seed: int, group: str) -> Dataset:
     options = json.loads(group)
-    load = normlab.data.find(_module(options))
-    dataset: Dataset = load(root, seed=seed, **_options("data", options, load, {"root", "seed"}))
+    load = normlab.data.find(signatures.module(options))
+    given = signatures.options("data", options, load, {"root", "seed"})
+    dataset: Dataset = load(root, seed=seed, **given)
     return dataset
 
 
@@ -104,7 +106,7 @@ def norm(config: dict[str, Any], dataset: Dataset | None = None) -> Norm:
     Raises ValueError if the config says otherwise than the layer how its batch is formed: the batch
     plan, and with it the recorded NBS, would be another layer's.
     """
-    layer = normlab.norms.find(_module(config["norm"]))
+    layer = normlab.norms.find(signatures.module(config["norm"]))
     batch = getattr(layer, "batch", "none")
     if config["norm"]["batch"] != batch:
         raise ValueError(
@@ -116,14 +118,14 @@ def norm(config: dict[str, Any], dataset: Dataset | None = None) -> Norm:
         given["group"] = _group(plan(config))
     if batch == "virtual":
         given["extra"] = plan(config).virtual_extra
-    parameters = _parameters(layer)
+    parameters = signatures.parameters(layer)
     taken = {key: value for key, value in given.items() if key in parameters}
     if "forwards" in parameters and dataset is not None:
         taken["forwards"] = _forwards(config, dataset)
     reserved = {"num_features", "shape", "forwards", "group", *given}
     if batch == "virtual":
         reserved.add("reference")
-    options = _options("norm", config["norm"], layer, reserved)
+    options = signatures.options("norm", config["norm"], layer, reserved)
     if options.get("num_domains", 1) > 1:
         raise ValueError(
             f"norm.num_domains={options['num_domains']}: no data set says yet which domain an image"
@@ -175,14 +177,15 @@ def _forwards(config: dict[str, Any], dataset: Dataset) -> int:
 
 def model(config: dict[str, Any], dataset: Dataset) -> nn.Module:
     """The network, its weights drawn with the run's seed, on the run's device and layout."""
-    network = normlab.models.find(_module(config["model"]))
-    options = _options("model", config["model"], network, {"norm", "num_classes", "shape", "init"})
+    network = normlab.models.find(signatures.module(config["model"]))
+    reserved = {"norm", "num_classes", "shape", "init"}
+    options = signatures.options("model", config["model"], network, reserved)
     if config["init"] != "default":
         _check_init(config, network)
         options["init"] = config["init"]
     network = partial(network, num_classes=dataset.num_classes, shape=dataset.shape, **options)
     layers = norm(config, dataset)
-    if "shape" in _parameters(normlab.norms.find(_module(config["norm"]))):
+    if "shape" in signatures.parameters(normlab.norms.find(signatures.module(config["norm"]))):
         layers = _shaped(layers, network, dataset)
     # fp32 means float32: a GPU would round what it multiplies to TF32, in convolutions by default.
     torch.backends.cudnn.allow_tf32 = torch.backends.cuda.matmul.allow_tf32 = False
@@ -192,8 +195,8 @@ def model(config: dict[str, Any], dataset: Dataset) -> nn.Module:
         _keep_apart(built, config["sync_layers"], layers)
     if config["conv"]["name"] != PLAIN:
         kind = normlab.norms.conv.find(config["conv"]["name"])
-        reserved = inspect.signature(nn.Conv2d).parameters
-        options = _options("conv", config["conv"], kind, reserved)
+        taken = inspect.signature(nn.Conv2d).parameters
+        options = signatures.options("conv", config["conv"], kind, taken)
         built = normlab.norms.conv.base.replace(built, kind, **options)
     name_layers(built, debug=config["debug_sync"])
     layout = torch.channels_last if config["channels_last"] else torch.contiguous_format
@@ -225,16 +228,16 @@ def compiled(config: dict[str, Any], network: nn.Module) -> nn.Module | None:
 def _check_init(config: dict[str, Any], network: Callable[..., nn.Module]) -> None:
     """Refuse an initialization that the network, the norm or the convolutions do not go with."""
     init = config["init"]
-    if "init" not in _parameters(network):
+    if "init" not in signatures.parameters(network):
         able = [
             name for name in normlab.models.names()
-            if "init" in _parameters(normlab.models.find(name))
+            if "init" in signatures.parameters(normlab.models.find(name))
         ]  # fmt: skip
         raise ValueError(
             f"init={init}: model={config['model']['name']} has no such initialization "
             f"(models of the module {', '.join(able)} have)"
         )
-    if _module(config["norm"]) != "none":
+    if signatures.module(config["norm"]) != "none":
         raise ValueError(
             f"init={init} is in the place of a norm: it needs norm=none, "
             f"not norm={config['norm']['name']}"
@@ -286,7 +289,7 @@ def optimizer(config: dict[str, Any], network: nn.Module) -> torch.optim.Optimiz
     training loop multiplies the learning rate with.
     """
     recipe = config["recipe"]
-    layer = normlab.norms.find(_module(config["norm"]))
+    layer = normlab.norms.find(signatures.module(config["norm"]))
     kinds = (layer, PopulationNorm)  # of norm=sync, some layers may be each rank's own batch norm
     norms = {id(p) for m in network.modules() if isinstance(m, kinds) for p in m.parameters()}
     slow = ("bias", "scale") if config["init"] == "fixup" else ()
@@ -330,55 +333,45 @@ def settings(config: dict[str, Any]) -> Settings:
     )
 
 
-def _module(group: dict[str, Any]) -> str:
-    return str(group.get("module") or group["name"])
+Measure = Callable[[Context], dict[str, float]]
 
 
-def _parameters(target: Callable[..., Any]) -> dict[str, inspect.Parameter]:
-    return dict(inspect.signature(target, eval_str=True).parameters)
+def probe(name: str) -> Measure:
+    """The function that measures it. Raises ValueError naming the probes there are."""
+    return normlab.probes.find(name)
 
 
-def _options(
-    room: str, group: dict[str, Any], target: Callable[..., Any], reserved: Iterable[str]
-) -> dict[str, Any]:
-    """The group's own keys, checked against the signature of what they are given to."""
-    parameters = _parameters(target)
-    allowed = {name: parameters[name].annotation for name in parameters.keys() - set(reserved)}
-    options = {key: value for key, value in group.items() if key not in _LABELS}
-    for key, value in options.items():
-        if key not in allowed:
-            raise ValueError(
-                f"{room}.{key}: {room}={group['name']} has no such option "
-                f"(it has {', '.join(sorted(allowed)) or 'none'})"
-            )
-        if not _fits(value, allowed[key]):
-            raise ValueError(
-                f"{room}.{key}={value!r}: {room}={group['name']} wants {_spelled(allowed[key])}"
-            )
-    return options
+def check_probes(config: dict[str, Any], context: Context) -> None:
+    """Refuse, as its own `check` says, a probe that this network or these data are not made for."""
+    for name in config["probes"]:
+        check = normlab.probes.beside(name, "check", lambda _: None)
+        try:
+            check(context)
+        except ValueError as error:
+            raise ValueError(f"probes: {name}: {error}") from None
 
 
-def _fits(value: Any, hint: Any) -> bool:
-    """Whether a config's value suits an annotation; an int is a float, a bool is no number."""
-    origin, arguments = typing.get_origin(hint), typing.get_args(hint)
-    if hint in (Any, inspect.Parameter.empty):
-        return True
-    if origin in (typing.Union, types.UnionType):
-        return any(_fits(value, argument) for argument in arguments)
-    if origin is typing.Literal:
-        return value in arguments
-    if origin in (list, tuple):
-        return isinstance(value, list) and all(_fits(item, arguments[0]) for item in value)
-    if hint in (None, type(None)):
-        return value is None
-    if isinstance(value, bool):
-        return hint is bool
-    return isinstance(value, (int, float) if hint is float else hint)
+def task(config: dict[str, Any], dataset: Dataset | None) -> Callable[[], Iterator[Row]]:
+    """The task of a config with all that it asks for; it does nothing before it is iterated.
+
+    Raises ValueError for an unknown task or option, and for what its objects refuse.
+    """
+    name = signatures.module(config["task"])
+    run = normlab.tasks.find(name)
+    given: dict[str, Any] = {"seed": config["seed"], "device": device(config)}
+    for key in normlab.tasks.keys(name):
+        if key == "norm":
+            given[key] = norm(config)
+        elif key == "data":
+            given[key] = dataset
+        elif key == "model":
+            assert dataset is not None, "what a model needs, a task needs"
+            given[key] = model(config, dataset)
+        else:
+            given[key] = config[key]
+    return partial(run, **given, **signatures.options("task", config["task"], run, given))
 
 
-def _spelled(hint: Any) -> str:
-    if typing.get_origin(hint) is typing.Literal:
-        return "one of " + ", ".join(map(str, typing.get_args(hint)))
-    if typing.get_origin(hint) in (typing.Union, types.UnionType):
-        return " or ".join(_spelled(argument) for argument in typing.get_args(hint))
-    return "null" if hint in (None, type(None)) else getattr(hint, "__name__", str(hint))
+def data_of(config: dict[str, Any]) -> Dataset | None:
+    """The data set, or None for a task that needs none."""
+    return data(config) if "data" in normlab.tasks.needs(config["task"]) else None

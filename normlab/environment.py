@@ -5,10 +5,11 @@ from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from normlab import experiment, runs
+from normlab import experiment, runs, tasks
 from normlab.config import cell_key
 
 if TYPE_CHECKING:
+    from normlab.perform import Task
     from normlab.worker import Job
 
 
@@ -20,7 +21,7 @@ def default_threads() -> int:
     return torch.get_num_threads()
 
 
-def describe(job: "Job") -> dict[str, Any]:
+def describe(job: "Job | Task") -> dict[str, Any]:
     """What the numbers depend on besides the config; no names of hosts or users."""
     import numpy
     import torch
@@ -32,14 +33,10 @@ def describe(job: "Job") -> dict[str, Any]:
     commit, dirty = runs.commit()
     return {
         "cell": cell_key(job.config),
-        "nbs": job.plan.nbs,
         "commit": commit,
         "dirty": dirty,
         "source": runs.source_digest(),
         "claims": _claims(job.config["scale"]),
-        "data_digest": job.data.digest,
-        "data_note": job.data.note,
-        "chance": 100 * (1 - 1 / job.data.num_classes),
         "device": device.type,
         "processor": torch.cuda.get_device_name() if device.type == "cuda" else _processor(),
         "kernels": job.config["kernels"],
@@ -51,10 +48,33 @@ def describe(job: "Job") -> dict[str, Any]:
         "torch": torch.__version__,
         "torchvision": torchvision.__version__,
         "numpy": numpy.__version__,
-        "parameters": sum(p.numel() for p in job.model.parameters()),
-        "dropped_per_epoch": job.dropped,
         "started": worker.now(),
+        **_of_data(job),
+        **(_of_training(job) if isinstance(job, worker.Job) else _of_task(job)),
     }
+
+
+def _of_data(job: "Job | Task") -> dict[str, Any]:
+    if job.data is None:
+        return {}
+    data = job.data
+    chance = 100 * (1 - 1 / data.num_classes)
+    return {"data_digest": data.digest, "data_note": data.note, "chance": chance}
+
+
+def _of_training(job: "Job") -> dict[str, Any]:
+    parameters = sum(p.numel() for p in job.model.parameters())
+    return {
+        "nbs": job.plan.nbs, "parameters": parameters, "dropped_per_epoch": job.dropped,
+    }  # fmt: skip
+
+
+def _of_task(job: "Task") -> dict[str, Any]:
+    """``takes``: the keys of the config that reach the task's numbers."""
+    takes = tasks.needs(job.config["task"])
+    batched = job.config["norm"]["batch"] != "none"
+    takes += ("decay", "nbs") if "norm" in takes and batched else ()
+    return {"takes": list(takes), "nbs": job.config["nbs"] if "nbs" in takes else None}
 
 
 def _claims(scale: str | None) -> str:

@@ -7,17 +7,27 @@ elsewhere is skipped, an unfinished one resumes, and two processes never work on
 import logging
 from collections.abc import Callable, Collection, Iterator
 from contextlib import AbstractContextManager, contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from normlab import environment, lease, logs, runs
-from normlab.config import OF_THE_PLACE, check, continued, run_id, with_later_keys
+from normlab.config import (
+    OF_THE_PLACE,
+    check,
+    check_taken,
+    continued,
+    is_task,
+    run_id,
+    with_later_keys,
+)
 from normlab.lease import LeaseLost
+from normlab.outcome import Outcome, last, outcome_of
 from normlab.runs import FINISHED, RunDir
 
 if TYPE_CHECKING:
+    from normlab.perform import Task
     from normlab.worker import Job
 
 log = logging.getLogger(__name__)
@@ -33,32 +43,6 @@ class JobError(RuntimeError):
     """A run that failed; picklable, so that it crosses joblib, submitit and Ray."""
 
 
-@dataclass(frozen=True)
-class Outcome:
-    """What became of a run; ``summary``: error in % by protocol at the last evaluated epoch.
-
-    ``lacking``: in one line, what was asked for and a finished run cannot give any more.
-    ``recorded``: the committed table that the numbers are read from; then ``path`` need not exist.
-    """
-
-    id: str
-    status: str
-    skipped: bool
-    path: Path
-    summary: dict[str, float]
-    lacking: str = ""
-    recorded: Path | None = None
-    command: str = ""
-    """What starts a run that is only prepared."""
-
-    @property
-    def place(self) -> str:
-        """Where the run lies, in words."""
-        if self.recorded is None:
-            return str(self.path)
-        return f"recorded in {self.recorded}; skip_done=local runs it here"
-
-
 def run(config: dict[str, Any], named: Collection[str] = OF_THE_PLACE) -> Outcome:
     """Run, resume or skip what the config describes.
 
@@ -69,23 +53,34 @@ def run(config: dict[str, Any], named: Collection[str] = OF_THE_PLACE) -> Outcom
     when the run itself fails.
     """
     check(config)
+    check_taken(config, named)
+    if is_task(config):
+        config = config | {"world_size": 1}
     taken_up: RunDir | None = None
     if config["resume"] is not None:
         taken_up = runs.find(config["resume"], Path(config["runs"]))
         config = continued(taken_up.config(), config, named)
         if not taken_up.checkpoint.exists():
             raise ValueError(f"run {taken_up.id} has no checkpoint to go on from")
-    from normlab import allocator, build
+    from normlab import allocator
 
     kept = config["allocator"] == "keep" and allocator.keep_freed_memory()
     with _kernels(config):
         if taken_up is not None:
             return _run(config, taken_up, memory_kept=kept)
-        device, data = build.device(config), build.data(config)
-        directory = RunDir(Path(config["runs"]) / run_id(
-            config, device=device.type, data_digest=data.digest, kernels=config["kernels"]
-        ))  # fmt: skip
+        directory = directory_of(config)
         return committed_outcome(config, directory) or _run(config, directory, memory_kept=kept)
+
+
+def directory_of(config: dict[str, Any]) -> RunDir:
+    """Where the run of a checked config lies. Raises ValueError or OSError for a device or data
+    that are not there."""
+    from normlab import build
+
+    device, data = build.device(config), build.data_of(config)
+    digest = data.digest if data else ""
+    name = run_id(config, device=device.type, data_digest=digest, kernels=config["kernels"])
+    return RunDir(Path(config["runs"]) / name)
 
 
 def _kernels(config: dict[str, Any]) -> AbstractContextManager[None]:
@@ -109,22 +104,23 @@ def _committed() -> dict[str, runs.Committed]:
 
 def committed_outcome(config: dict[str, Any], directory: RunDir) -> Outcome | None:
     """The outcome of a run that the committed results already hold whole, and ``runs=`` not."""
-    from normlab import worker
+    from normlab import agenda
 
     found = _committed().get(directory.id) if config["skip_done"] == "all" else None
     here = directory.status().get("status")
     if found is None or here == "diverged":
         return None
-    if here == "done" and not worker.missing_evals(config, directory):
+    if here == "done" and not agenda.missing(config, directory):
         return None
-    wanted = worker.wanted_evals(config)
-    if found.status == "done" and not {(str(p), epoch) for epoch, p in wanted} <= set(found.evals):
+    wanted = {(str(one), epoch) for epoch, one in agenda.wanted(config)}
+    if found.status == "done" and not wanted <= found.measured():
         return None
     log.info("%s is among the committed results: skipped", directory.id)
     outcome = Outcome(
-        directory.id, found.status, True, directory.path, _summary(found.evals), recorded=found.path
-    )
-    if not set(config["ema_bank"]) <= {protocol.decay for _, protocol in wanted}:
+        directory.id, found.status, True, directory.path, last(found.evals), recorded=found.path,
+        values=last(found.values),
+    )  # fmt: skip
+    if not set(config["ema_bank"]) <= {protocol.decay for protocol in agenda.protocols(config)}:
         return replace(
             outcome,
             lacking=f"ema_bank={config['ema_bank']}: {outcome.id} is "
@@ -134,22 +130,24 @@ def committed_outcome(config: dict[str, Any], directory: RunDir) -> Outcome | No
 
 
 def _run(config: dict[str, Any], directory: RunDir, *, memory_kept: bool) -> Outcome:
-    from normlab import worker
+    from normlab import perform, worker
 
     if directory.status().get("status") in FINISHED:
         return _completed(config, directory)
     check_gpus(config)
     config = _with_tracked(config, directory)
-    job = constructed(config)
+    job = perform.construct(config) if is_task(config) else constructed(config)
     described = environment.describe(job) | {"memory_kept": memory_kept}
     if directory.checkpoint.exists():
         worker.check_resumable(config, directory)
+        assert isinstance(job, worker.Job), "a task leaves no checkpoint"
         worker.check_environment(job, directory)
     with _locked(directory), _logging_to(directory):
         ours = directory.status().get("status") not in FINISHED
         if ours:  # and no other process has run it meanwhile
             _prepare(directory, config, described)
-            log.info("%s: %s, freed memory is kept: %s", directory.id, job.plan, memory_kept)
+            formed = getattr(job, "plan", "a task")
+            log.info("%s: %s, freed memory is kept: %s", directory.id, formed, memory_kept)
             if not config["launch"]:
                 return _prepared(config, directory)
             _guarded(directory, lambda: _start(job, directory))
@@ -169,31 +167,32 @@ def constructed(config: dict[str, Any]) -> "Job":
 
 
 def _completed(config: dict[str, Any], directory: RunDir) -> Outcome:
-    """A finished run, once it has the evaluations that it lacked and can still make."""
-    from normlab import checkpoint, worker
+    """A finished run, once it has the measurements that it lacked and can still make."""
+    from normlab import agenda, checkpoint, worker
 
-    missing, bank = worker.missing_evals(config, directory), set(config["ema_bank"])
+    missing, bank = agenda.missing(config, directory), set(config["ema_bank"])
     if directory.status()["status"] == "diverged":
-        return _outcome(directory, skipped=True)
+        return outcome_of(directory, skipped=True)
     if not missing and (not bank or bank <= set(directory.config()["ema_bank"])):
-        return _outcome(directory, skipped=True)
+        return outcome_of(directory, skipped=True)
     state = checkpoint.load(directory.checkpoint)
-    lost = worker.lost_evals(config, directory, state)
-    lacking = worker.unobtainable(config, directory, state)
-    possible = {str(protocol) for epoch, protocol in missing if (epoch, protocol) not in lost}
+    lost = agenda.lost(config, directory, state)
+    lacking = agenda.unobtainable(config, directory, state)
+    possible = {str(one) for epoch, one in missing if (epoch, one) not in lost}
     if not possible:
-        return replace(_outcome(directory, skipped=True), lacking=lacking)
-    asked = [str(protocol) for protocol in worker.protocols(config)]
+        return replace(outcome_of(directory, skipped=True), lacking=lacking)
+    asked = [str(protocol) for protocol in agenda.protocols(config)]
     job = worker.construct(
         config
         | {"evals": [spec for spec in asked if spec in possible]}
-        | {"ema_bank": worker.tracked_decays(state)}
+        | {"probes": [name for name in config["probes"] if name in possible]}
+        | {"ema_bank": agenda.tracked_decays(state)}
     )
     worker.check_environment(job, directory)
     with _locked(directory), _logging_to(directory), checkpoint.deferred_signals() as stop:
         _set_threads(directory)
         _guarded(directory, lambda: worker.evaluate_finished(job, directory, stop))
-    return replace(_outcome(directory, skipped=False), lacking=lacking)
+    return replace(outcome_of(directory, skipped=False), lacking=lacking)
 
 
 @contextmanager
@@ -208,11 +207,11 @@ def _locked(directory: RunDir) -> Iterator[None]:
 
 def _with_tracked(config: dict[str, Any], directory: RunDir) -> dict[str, Any]:
     """The config with the EMA bank of the run it continues, which must not be dropped half-way."""
-    from normlab import checkpoint, worker
+    from normlab import agenda, checkpoint
 
     if not directory.checkpoint.exists():
         return config
-    tracked = worker.tracked_decays(checkpoint.load(directory.checkpoint))
+    tracked = agenda.tracked_decays(checkpoint.load(directory.checkpoint))
     return config | {"ema_bank": tracked} if set(config["ema_bank"]) <= set(tracked) else config
 
 
@@ -240,15 +239,18 @@ def check_gpus(config: dict[str, Any]) -> None:
         )
 
 
-def _start(job: "Job", directory: RunDir) -> None:
+def _start(job: "Job | Task", directory: RunDir) -> None:
     """The work of a run, in this process or by ranks that this process starts."""
-    from normlab import checkpoint, worker
+    from normlab import checkpoint, perform, worker
     from normlab.ranks import agent
 
     config = job.config
     if config["world_size"] == 1:
         with checkpoint.deferred_signals() as stop:
-            worker.finish(job, directory, stop)
+            if isinstance(job, perform.Task):
+                perform.perform(job, directory, stop)
+            else:
+                worker.finish(job, directory, stop)
         return
     threads, restarts = directory.env()["threads"], config["max_restarts"]
     agent.start(
@@ -269,7 +271,9 @@ def evaluate(run: str, specs: list[str], *, root: str, data_root: str | None = N
         if held := _committed_as(run, Path(root)):
             raise ValueError(held) from None
         raise
-    config = with_later_keys(directory.config()) | {"evals": specs}
+    config = with_later_keys(directory.config()) | {"evals": specs, "probes": []}
+    if is_task(config):
+        raise ValueError(f"run {directory.id} is of a task and left no network to evaluate")
     config["data_root"] = data_root or config["data_root"]
     config["device"] = directory.env().get("device", config["device"])
     check(config)
@@ -348,18 +352,6 @@ def _guarded(directory: RunDir, action: Callable[[], T]) -> T:
 
         reason = worker.record_failure(directory, error)
         raise JobError(f"{directory.id} failed: {reason} (log: {directory.log})") from None
-
-
-def _outcome(directory: RunDir, *, skipped: bool) -> Outcome:
-    errors = {(r["protocol"], int(r["epoch"])): float(r["error"]) for r in directory.evals()}
-    status = directory.status()["status"]
-    return Outcome(directory.id, status, skipped, directory.path, _summary(errors))
-
-
-def _summary(errors: dict[tuple[str, int], float]) -> dict[str, float]:
-    """The errors of the last evaluated epoch, from those by protocol and epoch."""
-    last = max((epoch for _, epoch in errors), default=0)
-    return {protocol: error for (protocol, epoch), error in errors.items() if epoch == last}
 
 
 def _logging_to(directory: RunDir) -> AbstractContextManager[None]:

@@ -6,11 +6,17 @@ the entry point's top-level package may hold ``conf/`` (searched by Hydra after 
 ``experiments/*.yaml``. Only the standard library is used, so that the command line stays quick.
 """
 
+import importlib
 import importlib.metadata
 import importlib.util
+import re
+import sys
+from collections.abc import Callable
+from dataclasses import dataclass
 from functools import cache
 from importlib.metadata import EntryPoint
 from pathlib import Path
+from typing import Any
 
 PREFIX = "normlab."
 
@@ -78,3 +84,45 @@ def conf_dirs() -> list[Path]:
 def experiment_dirs() -> list[Path]:
     """The ``experiments`` directories: ours first, then those that installed packages carry."""
     return _holding("experiments")
+
+
+@dataclass(frozen=True)
+class Room:
+    """What a room of the package offers by name: its modules that define a certain function, and
+    the functions that installed packages name in the entry points of `normlab.<room>`.
+
+    package: the room's dotted name. function: what a module of it has to define. kind: what
+    messages call one.
+    """
+
+    package: str
+    function: str
+    kind: str
+
+    @property
+    def _entry_points(self) -> dict[str, EntryPoint]:
+        return entry_points(self.package.removeprefix(PREFIX))
+
+    def own(self) -> dict[str, Path]:
+        """The modules here that define the function, found without importing them."""
+        folder = Path(__file__).parent / self.package.removeprefix(PREFIX)
+        defines = re.compile(rf"^def {self.function}\(", re.MULTILINE)
+        files = sorted(folder.glob("*.py"))
+        return {f.stem: f for f in files if defines.search(f.read_text(encoding="utf-8"))}
+
+    def names(self) -> list[str]:
+        """What `find` knows: the room's own and those of installed packages."""
+        return sorted(self.own().keys() | self._entry_points.keys())
+
+    def find(self, name: str) -> Callable[..., Any]:
+        """The function of that name. Raises ValueError naming what exists."""
+        if name in self.own():
+            module = importlib.import_module(f"{self.package}.{name}")
+            return getattr(module, self.function)  # type: ignore[no-any-return]
+        if name in (installed := self._entry_points):
+            return installed[name].load()  # type: ignore[no-any-return]
+        raise ValueError(f"unknown {self.kind} '{name}': one of {', '.join(self.names())}")
+
+    def beside(self, name: str, attribute: str, default: Any) -> Any:
+        """What the module that defines the function of that name has besides it."""
+        return getattr(sys.modules[self.find(name).__module__], attribute, default)

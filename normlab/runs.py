@@ -1,10 +1,11 @@
 """Run directories: what a run leaves on disk, and all runs as one tidy table.
 
 ``runs/<id>/`` holds ``config.yaml`` (resolved), ``env.json``, ``metrics.csv`` (a row per epoch),
-``evals.csv`` (a row per evaluation), ``checkpoint.pt``, ``log.txt`` and, written last,
-``status.json``. The directory is the state of the run: no status means unfinished. Every file is
-replaced atomically, so that a kill at any moment leaves the old file or the new one, and only by
-who holds the directory's lease (``normlab.lease``).
+``evals.csv`` (a row per evaluation), ``probes.csv`` (a row per number that a probe or a task has
+measured), ``checkpoint.pt``, ``log.txt`` and, written last, ``status.json``. The directory is the
+state of the run: no status means unfinished. Every file is replaced atomically, so that a kill at
+any moment leaves the old file or the new one, and only by who holds the directory's lease
+(``normlab.lease``).
 """
 
 import csv
@@ -14,7 +15,7 @@ import json
 import logging
 import os
 import subprocess
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import AbstractContextManager, suppress
 from dataclasses import dataclass
 from functools import cache
@@ -34,17 +35,23 @@ FINISHED = ("done", "diverged")
 EVAL_COLUMNS = [
     "protocol", "split", "statistics", "batch", "samples", "order", "epoch", "n", "error", "loss",
 ]  # fmt: skip
+PROBE_COLUMNS = ["probe", "quantity", "epoch", "value"]
 RUN_COLUMNS = [
     "id", "cell", "scale", "experiment", "model", "norm", "nbs", "data", "seed", "batch_size",
     "epochs", "lr", "decay", "precision", "world_size", "device", "threads", "torch", "commit",
     "dirty", "source", "data_digest", "data_note", "chance", "claims", "started", "seconds",
     "status",
 ]  # fmt: skip
-COLUMNS = RUN_COLUMNS + EVAL_COLUMNS
+COLUMNS = [*RUN_COLUMNS, *EVAL_COLUMNS, "value"]
+"""Of the table of all runs. What a probe has measured is a row too, with its `value`, and its
+`protocol` is <probe>.<quantity>; an evaluation's has none."""
 NUMBERS = {
     "nbs", "seed", "batch_size", "epochs", "lr", "decay", "world_size", "threads", "chance",
-    "seconds", "batch", "samples", "order", "epoch", "n", "error", "loss",
+    "seconds", "batch", "samples", "order", "epoch", "n", "error", "loss", "value",
 }  # fmt: skip
+
+_OF_TRAINING = {"model", "norm", "data", "nbs", "batch_size", "epochs", "lr", "decay"}
+"""Columns that say nothing of a task that does not take these keys (``takes`` in its env.json)."""
 
 # What no run executes: changing it cannot change a run's numbers.
 _NOT_RUN = {
@@ -137,7 +144,7 @@ class RunDir:
 
     def clear(self) -> None:
         """Remove what an earlier start has made, for a start from nothing; its log stays."""
-        for name in ("evals.csv", "metrics.csv", "status.json"):
+        for name in ("evals.csv", "probes.csv", "metrics.csv", "status.json"):
             lease.remove(self.path / name)
         for snapshot in self.path.glob("epoch-*.pt"):
             lease.remove(snapshot)
@@ -158,6 +165,28 @@ class RunDir:
         key = (row["protocol"], str(row["epoch"]))
         kept = [old for old in self.evals() if (old["protocol"], old["epoch"]) != key]
         self._write_csv("evals.csv", [*kept, row], EVAL_COLUMNS)
+
+    def probes(self) -> list[dict[str, str]]:
+        """What probes have measured so far, one row for each number, as text."""
+        return self._csv("probes.csv")
+
+    def add_probe(self, probe: str, measured: Iterable[tuple[int, str, float]]) -> None:
+        """Append what a probe or a task has measured, (epoch, quantity, value), all at once.
+
+        What it had measured after one of these epochs before is replaced.
+        """
+        rows = [
+            {"probe": probe, "quantity": quantity, "epoch": str(epoch), "value": value}
+            for epoch, quantity, value in measured
+        ]
+        keys = {(row["probe"], row["epoch"]) for row in rows}
+        kept = [old for old in self.probes() if (old["probe"], old["epoch"]) not in keys]
+        self._write_csv("probes.csv", [*kept, *rows], PROBE_COLUMNS)
+
+    def measured(self) -> set[tuple[str, int]]:
+        """(protocol or probe, epoch) of all that has been measured."""
+        evals = {(row["protocol"], int(row["epoch"])) for row in self.evals()}
+        return evals | {(row["probe"], int(row["epoch"])) for row in self.probes()}
 
     def metrics(self) -> list[dict[str, str]]:
         """The epochs so far, one row each, as text."""
@@ -229,23 +258,33 @@ def summary(run: RunDir) -> dict[str, Any]:
         for column in RUN_COLUMNS:
             if column in source:
                 values.setdefault(column, source[column])
-    return {column: values.get(column) for column in RUN_COLUMNS}
+    idle = _OF_TRAINING - set(env["takes"]) if "takes" in env else set()
+    return {column: None if column in idle else values.get(column) for column in RUN_COLUMNS}
 
 
 def readable(root: Path) -> Iterator[tuple[dict[str, Any], list[dict[str, Any]]]]:
-    """Every run's own columns (``RUN_COLUMNS``) and its evaluations, numbers as numbers.
+    """Every run's own columns (``RUN_COLUMNS``) and its measurements, numbers as numbers.
 
     A directory that cannot be read is left out with a warning: it must not hide the others.
     """
     for run in listed(root):
         try:
-            own, evals = _numbers(summary(run)), [_numbers(row) for row in run.evals()]
+            own, rows = _numbers(summary(run)), [_numbers(row) for row in _measured(run)]
         except KeyError as error:
             log.warning("left out %s: its files have no %s", run.path, error)
         except (ValueError, TypeError, OSError, csv.Error) as error:
             log.warning("left out %s: %s", run.path, error)
         else:
-            yield own, evals
+            yield own, rows
+
+
+def _measured(run: RunDir) -> list[dict[str, Any]]:
+    """A run's measurements as rows of the table."""
+    rows: list[dict[str, Any]] = list(run.evals())
+    for row in run.probes():
+        name = f"{row['probe']}.{row['quantity']}"
+        rows.append({"protocol": name, "epoch": row["epoch"], "value": row["value"]})
+    return rows
 
 
 def _numbers(row: dict[str, Any]) -> dict[str, Any]:
@@ -265,17 +304,19 @@ def _numbers(row: dict[str, Any]) -> dict[str, Any]:
 
 
 def table(root: Path) -> "pd.DataFrame":
-    """All runs under a root: one row per run and evaluation; a run without any has one row.
+    """All runs under a root: one row per run and measurement; a run without any has one row.
 
     Unreadable directories are left out with a warning.
     """
     import pandas as pd
 
     rows: list[dict[str, Any]] = []
-    for own, evals in readable(root):
-        rows += [own | row for row in evals] or [own]
+    for own, measured in readable(root):
+        rows += [own | row for row in measured] or [own]
     frame = pd.DataFrame(rows, columns=COLUMNS)
-    numbers = ["nbs", "batch", "samples", "order", "epoch", "n", "error", "loss", "seconds"]
+    numbers = [
+        "nbs", "batch", "samples", "order", "epoch", "n", "error", "loss", "value", "seconds",
+    ]  # fmt: skip
     return frame.assign(**{name: pd.to_numeric(frame[name]) for name in numbers})
 
 
@@ -286,8 +327,14 @@ class Committed:
     status: str
     evals: dict[tuple[str, int], float]
     """(protocol, epoch) of its evaluations -> error in %."""
+    values: dict[tuple[str, int], float]
+    """(<probe>.<quantity>, epoch) of what its probes have measured -> value."""
     path: Path
     """The table it stands in; the first one, where several experiments share the run."""
+
+    def measured(self) -> set[tuple[str, int]]:
+        """(protocol or probe, epoch) of all that has been measured."""
+        return {*self.evals, *((name.partition(".")[0], epoch) for name, epoch in self.values)}
 
 
 def committed(results: Path) -> dict[str, Committed]:
@@ -301,10 +348,13 @@ def committed(results: Path) -> dict[str, Committed]:
             with path.open(newline="") as file:
                 for row in csv.DictReader(file):
                     if row["status"] in FINISHED:
-                        run = found.setdefault(row["id"], Committed(row["status"], {}, path))
+                        run = found.setdefault(row["id"], Committed(row["status"], {}, {}, path))
                         if row["protocol"]:
                             at = row["protocol"], int(float(row["epoch"]))
-                            run.evals.setdefault(at, float(row["error"]))
+                            if value := row.get("value"):
+                                run.values.setdefault(at, float(value))
+                            else:
+                                run.evals.setdefault(at, float(row["error"]))
         except (KeyError, TypeError, ValueError) as error:
             raise ValueError(f"{path} is not a table of runs ({error!r})") from None
     return found

@@ -17,7 +17,7 @@ from typing import Any
 
 from omegaconf import OmegaConf
 
-from normlab import config, experiment, norms, plugins, protocols, runs
+from normlab import config, experiment, norms, plugins, probes, protocols, runs
 
 
 def main(what: str | None, *, root: str) -> int:
@@ -208,6 +208,17 @@ def _protocols(_: Path) -> list[list[str]]:
     return [[line] for line in (protocols.__doc__ or "").strip().splitlines()]
 
 
+def _probes(_: Path) -> list[list[str]]:
+    """Each probe and the first paragraph of its module's docstring, where that is ours."""
+    table = []
+    for name in probes.names():
+        path = probes.own().get(name)
+        said = ast.get_docstring(ast.parse(path.read_bytes())) if path else ""
+        lines = wrap((said or "").partition("\n\n")[0], _WIDTH)
+        table += [[name, *lines[:1]], *(["", line] for line in lines[1:])]
+    return table
+
+
 def _experiments(_: Path) -> list[list[str]]:
     table = [["name", "runs", "title"]]
     for name in experiment.names():
@@ -219,12 +230,12 @@ def _experiments(_: Path) -> list[list[str]]:
 
 def _runs(root: Path) -> list[list[str]]:
     """One row per run; read without pandas."""
-    table = [["id", "status", "scale", "experiment", "evaluations", "seconds"]]
-    for row, evals in runs.readable(root):
+    table = [["id", "status", "scale", "experiment", "measurements", "seconds"]]
+    for row, measured in runs.readable(root):
         cells = [row[key] for key in ("id", "status", "scale", "experiment")]
         seconds = row["seconds"]
         table.append(["" if cell is None else str(cell) for cell in cells])
-        table[-1] += [str(len(evals)), f"{seconds:.1f}" if seconds else ""]
+        table[-1] += [str(len(measured)), f"{seconds:.1f}" if seconds else ""]
     return table
 
 
@@ -235,6 +246,8 @@ TABLES: dict[str, Callable[[Path], list[list[str]]]] = {
     "data": _group("data"),
     "recipes": _group("recipe"),
     "scales": _group("scale"),
+    "tasks": _group("task"),
+    "probes": _probes,
     "experiments": _experiments,
     "protocols": _protocols,
     "runs": _runs,

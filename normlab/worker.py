@@ -17,7 +17,18 @@ from typing import Any
 import torch
 from torch import nn
 
-from normlab import agreement, allocator, build, checkpoint, dist, kernels, logs, ranks
+from normlab import (
+    agenda,
+    agreement,
+    allocator,
+    build,
+    checkpoint,
+    dist,
+    kernels,
+    logs,
+    ranks,
+)
+from normlab.agenda import Due, Measurement
 from normlab.batchplan import BatchPlan
 from normlab.checkpoint import Stop
 from normlab.config import with_later_keys
@@ -26,6 +37,7 @@ from normlab.evaluate import Evaluator
 from normlab.lease import LeaseLost
 from normlab.norms.base import population_layers
 from normlab.population import EmaBank
+from normlab.probes.base import Context
 from normlab.protocols import Protocol
 from normlab.runs import FINISHED, RunDir
 from normlab.train import Diverged, Trainer
@@ -74,8 +86,9 @@ def construct(config: dict[str, Any]) -> Job:
     bank = EmaBank(model, config["ema_bank"]) if config["ema_bank"] else None
     job = Job(config, plan, data, model, build.optimizer(config, model), bank, per_epoch, dropped)
     check = evaluator(job, Stop()).check
-    for protocol in protocols(config):
+    for protocol in agenda.protocols(config):
         check(protocol)
+    build.check_probes(config, context(job, 0))
     return job
 
 
@@ -100,76 +113,13 @@ def evaluator(job: Job, stop: Stop) -> Evaluator:
     )
 
 
-def protocols(config: dict[str, Any]) -> list[Protocol]:
-    """The evaluations a config asks for."""
-    return [Protocol.parse(spec) for spec in config["evals"]]
-
-
-def wanted_evals(config: dict[str, Any]) -> list[tuple[int, Protocol]]:
-    """The evaluations a run shall have in the end, by epoch."""
-    epochs = range(max(1, config["epochs"] - config["eval_last"] + 1), config["epochs"] + 1)
-    return [(epoch, protocol) for epoch in epochs for protocol in protocols(config)]
-
-
-def missing_evals(config: dict[str, Any], run: RunDir) -> list[tuple[int, Protocol]]:
-    """The evaluations a run asks for and has not made, by epoch."""
-    have = {(row["protocol"], int(row["epoch"])) for row in run.evals()}
-    return [(epoch, p) for epoch, p in wanted_evals(config) if (str(p), epoch) not in have]
-
-
-def lost_evals(
-    config: dict[str, Any], run: RunDir, state: dict[str, Any]
-) -> list[tuple[int, Protocol]]:
-    """The missing evaluations that a run can make no more, by epoch; state: its checkpoint.
-
-    They need weights that were not kept, or an EMA that was not tracked. What the training itself
-    measured needs neither.
-    """
-    position, tracked = state["position"], tracked_decays(state)
-
-    def gone(epoch: int) -> bool:
-        held = epoch == position["epoch"] and position["step"] == 0
-        return epoch <= position["epoch"] and not held and not run.snapshot(epoch).exists()
-
-    return [
-        (epoch, protocol)
-        for epoch, protocol in missing_evals(config, run)
-        if (gone(epoch) and protocol.statistics != "augmented")
-        or (protocol.decay is not None and protocol.decay not in tracked)
-    ]
-
-
-def tracked_decays(state: dict[str, Any]) -> list[float]:
-    """The EMA bank that a checkpoint holds."""
-    return list(state["ema_bank"]["decays"]) if state["ema_bank"] else []
-
-
-def unobtainable(config: dict[str, Any], run: RunDir, state: dict[str, Any]) -> str:
-    """In one line, what the config asks for and this run cannot give, and what to do; "" if all
-    can be had. state: the run's checkpoint."""
-    said = []
-    tracked = tracked_decays(state)
-    if not set(config["ema_bank"]) <= set(tracked):
-        said.append(f"ema_bank={config['ema_bank']}: run {run.id} has tracked {tracked}")
-    untracked = set(config["ema_bank"]) - set(tracked)
-    lost = {epoch for epoch, p in lost_evals(config, run, state) if p.decay not in untracked}
-    if lost:
-        span = f"epochs {min(lost)} to {max(lost)}" if len(lost) > 1 else f"epoch {min(lost)}"
-        said.append(
-            f"eval_last={config['eval_last']}: run {run.id} has not kept the weights of {span}, "
-            "without which they cannot be evaluated"
-        )
-    anew = f"; delete {run.path} to train it anew, or give another runs="
-    return ", and ".join(said) + anew if said else ""
-
-
 def check_resumable(config: dict[str, Any], run: RunDir) -> None:
     """Refuse to continue an unfinished run that cannot give what the config asks for.
 
     Raises ValueError for an unreadable checkpoint, for evaluations of epochs whose weights were not
     kept, and for an EMA bank that was not tracked from the start.
     """
-    if refusal := unobtainable(config, run, checkpoint.load(run.checkpoint)):
+    if refusal := agenda.unobtainable(config, run, checkpoint.load(run.checkpoint)):
         raise ValueError(refusal)
 
 
@@ -198,19 +148,19 @@ def work(job: Job, run: RunDir, stop: Stop) -> dict[str, Any]:
         log.info("resumed at epoch %d, step %d", trainer.epoch + 1, trainer.step)
     elif job.dropped:
         log.info("each epoch drops %d of %d samples", job.dropped, job.data.size("train"))
-    first_evaluated = config["epochs"] - config["eval_last"] + 1
+    measured = agenda.epochs(config)
     try:
         while True:
-            # Evaluate the epoch that has just ended, if it is one of the last ones.
-            if trainer.step == 0 and trainer.epoch >= max(1, first_evaluated):
-                due = [p for epoch, p in _missing(config, run, device) if epoch == trainer.epoch]
+            # Measure what is asked for after the epoch that has just ended, or before the first.
+            if trainer.step == 0 and trainer.epoch in measured:
+                due = [one for at, one in _missing(config, run, device) if at == trainer.epoch]
                 evaluate_epoch(job, run, trainer.epoch, due, trainer.history, stop)
             if trainer.epoch == config["epochs"]:
                 break
             trainer.train_epoch()
             agreement.by_first(lambda: run.write_metrics(trainer.history), device)
             # The weights of an evaluated epoch must outlive a kill, and the epochs after it.
-            if trainer.epoch >= first_evaluated:
+            if trainer.epoch in measured:
                 if trainer.epoch < config["epochs"]:
                     kept = partial(checkpoint.save, run.snapshot(trainer.epoch), _snapshot(trainer))
                     agreement.by_first(kept, device)
@@ -222,11 +172,9 @@ def work(job: Job, run: RunDir, stop: Stop) -> dict[str, Any]:
     return {"status": "done", "seconds": trainer.elapsed} | trainer.history[-1]
 
 
-def _missing(
-    config: dict[str, Any], run: RunDir, device: torch.device
-) -> list[tuple[int, Protocol]]:
-    """`missing_evals` as the first rank finds it, whatever it has written since."""
-    wanted, missing = wanted_evals(config), missing_evals(config, run)
+def _missing(config: dict[str, Any], run: RunDir, device: torch.device) -> list[Due]:
+    """`agenda.missing` as the first rank finds it, whatever it has written since."""
+    wanted, missing = agenda.wanted(config), agenda.missing(config, run)
     told = agreement.told([one in missing for one in wanted], device)
     return [one for one, lacks in zip(wanted, told, strict=True) if lacks]
 
@@ -236,42 +184,70 @@ def _snapshot(trainer: Trainer) -> dict[str, Any]:
     return {key: state[key] for key in ("model", "ema_bank", "position")}
 
 
+def context(job: Job, epoch: int) -> Context:
+    """What a probe is given: the job's model as it now is, which is that of an epoch."""
+    return Context(
+        model=job.model,
+        data=job.data,
+        plan=job.plan,
+        seed=job.config["seed"],
+        device=build.device(job.config),
+        channels_last=job.config["channels_last"],
+        precision=job.config["precision"],
+        epoch=epoch,
+    )
+
+
 def evaluate_epoch(
     job: Job,
     run: RunDir,
     epoch: int,
-    due: list[Protocol],
+    due: list[Measurement],
     history: list[dict[str, Any]],
     stop: Stop,
 ) -> None:
-    """Make the evaluations of an epoch that are due, with the weights the model holds."""
+    """Make the evaluations and probes of an epoch that are due, with the weights the model holds.
+
+    A probe is made by a process that is alone: that of several ranks are made once they have
+    ended, of the weights they have kept.
+    """
     evaluate, device = evaluator(job, stop), build.device(job.config)
     banked = job.bank.tensors() if job.bank else {}
     agreement.check_same(job.model.state_dict() | banked, device)
-    for protocol in due:
+    for one in due:
         if stop.look():
             stop.end_if_settled()
-        if protocol.statistics == "augmented":
-            row = history[epoch - 1]
-            seen = job.steps * job.plan.batch_size
-            numbers = {"n": seen, "error": row["train_error"], "loss": row["train_loss"]}
-            row = {
-                "protocol": str(protocol),
-                "split": "train",
-                "statistics": "augmented",
-                **numbers,
-            }
-        else:
-            row = evaluate.run(protocol)
+        if isinstance(one, str):
+            if dist.place()[1] == 1:
+                _probe(job, run, epoch, one)
+            continue
+        trained = one.statistics == "augmented"
+        row = _of_training(job, history[epoch - 1], one) if trained else evaluate.run(one)
         agreement.by_first(partial(run.add_eval, {"epoch": epoch, **row}), device)
-        log.info("epoch %d, %s: error %.2f %% (n=%d)", epoch, protocol, row["error"], row["n"])
+        log.info("epoch %d, %s: error %.2f %% (n=%d)", epoch, one, row["error"], row["n"])
+
+
+def _of_training(job: Job, epoch: dict[str, Any], protocol: Protocol) -> dict[str, Any]:
+    """The row of what training itself has measured in an epoch."""
+    told = {"protocol": str(protocol), "split": "train", "statistics": "augmented"}
+    seen = job.steps * job.plan.batch_size
+    return told | {"n": seen, "error": epoch["train_error"], "loss": epoch["train_loss"]}
+
+
+def _probe(job: Job, run: RunDir, epoch: int, name: str) -> None:
+    """Measure a probe, and write its quantities together: it is made, or it is not."""
+    measured = build.probe(name)(context(job, epoch))
+    run.add_probe(name, [(epoch, quantity, value) for quantity, value in measured.items()])
+    log.info(
+        "epoch %d, %s: %s", epoch, name, "  ".join(f"{q} {v:.4g}" for q, v in measured.items())
+    )
 
 
 def evaluate_finished(job: Job, run: RunDir, stop: Stop) -> None:
-    """Make the evaluations that a finished run lacks, as far as its checkpoint, its snapshots and
-    its history can give them."""
+    """Measure what a finished run lacks, as far as its checkpoint, its snapshots and its history
+    can give it. The job's model is still that of epoch 0."""
     final = checkpoint.load(run.checkpoint)
-    lost, device = lost_evals(job.config, run, final), build.device(job.config)
+    lost, device = agenda.lost(job.config, run, final), build.device(job.config)
     possible = [one for one in _missing(job.config, run, device) if one not in lost]
     for epoch in sorted({epoch for epoch, _ in possible}):
         last = epoch == final["position"]["epoch"]
@@ -280,7 +256,7 @@ def evaluate_finished(job: Job, run: RunDir, stop: Stop) -> None:
             job.model.load_state_dict(state["model"])
             if job.bank:
                 job.bank.load_state_dict(state["ema_bank"])
-        due = [protocol for e, protocol in possible if e == epoch]
+        due = [one for e, one in possible if e == epoch]
         evaluate_epoch(job, run, epoch, due, final["history"], stop)
 
 

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 from compositions import composed
 
-from normlab import __version__, app, cli, config, experiment, launch, show
+from normlab import __version__, app, cli, config, experiment, launch, outcome, show
 from normlab.plugins import package_dir
 from normlab.runs import table
 
@@ -148,7 +148,7 @@ def recorded(monkeypatch: pytest.MonkeyPatch, **fate: str) -> list[dict]:
     """Replace the run by a record of its config; fate: what becomes of the runs of a seed."""
     seen: list[dict] = []
 
-    def pretend(run: dict, _named: list[str]) -> launch.Outcome:
+    def pretend(run: dict, _named: list[str]) -> outcome.Outcome:
         seen.append(run)
         what = fate.get(f"seed{run['seed']}", "done")
         identity = f"run-{run['seed']}"
@@ -160,7 +160,7 @@ def recorded(monkeypatch: pytest.MonkeyPatch, **fate: str) -> list[dict]:
             raise TypeError("a bug")
         status = "diverged" if what == "diverged" else "done"
         lacking = f"{identity} has lost its youth" if "lacking" in what else ""
-        return launch.Outcome(
+        return outcome.Outcome(
             identity, status, "skipped" in what, Path("runs") / identity, {"val:ema": 12.5}, lacking
         )
 

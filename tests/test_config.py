@@ -45,7 +45,7 @@ def test_importing_config_does_not_import_torch() -> None:
 def test_every_key_of_the_schema_has_its_default_and_a_comment_in_config_yaml() -> None:
     text = (CONF / "config.yaml").read_text()
     given = set(yaml.safe_load(text)) - {"defaults", "hydra"}
-    groups = {"norm", "conv", "model", "data", "recipe"}
+    groups = {"norm", "conv", "model", "data", "task", "recipe"}
     assert given == set(Config.__annotations__) - groups
     for key in given:
         (line,) = (line for line in text.splitlines() if line.startswith(f"{key}:"))

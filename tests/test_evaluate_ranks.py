@@ -4,7 +4,7 @@ import pytest
 import torch
 import whole
 
-from normlab import checkpoint, worker
+from normlab import agenda, checkpoint, worker
 from normlab.norms.base import population_layers
 
 PROTOCOLS = [
@@ -27,7 +27,7 @@ def rows(_rank, norm, world_size):
         worker.dist.average_buffers(job.model, how="mean")
     evaluate = worker.evaluator(job, checkpoint.Stop())
     state = torch.get_rng_state()
-    found = [evaluate.run(protocol) for protocol in worker.protocols(job.config)]
+    found = [evaluate.run(protocol) for protocol in agenda.protocols(job.config)]
     assert torch.equal(torch.get_rng_state(), state)
     return found
 

@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 from omegaconf import OmegaConf
 
-from normlab import cli, config, experiment, launch, plugins
+from normlab import cli, config, experiment, launch, outcome, plugins
 
 FLAT, FALLS = "claims.bottom_is_flat", "claims.train_error_falls"
 FILES = sorted(Path(plugins.package_dir("experiments")).glob("*.yaml"))
@@ -84,7 +84,7 @@ def test_the_command_for_a_cell_runs_that_cell_and_no_other(monkeypatch):
 
     def run(config, _named):
         ran.append((config["scale"], config["nbs"], config["seed"]))
-        return launch.Outcome("id", "done", False, Path("runs/id"), {})
+        return outcome.Outcome("id", "done", False, Path("runs/id"), {})
 
     ran: list[tuple[str, int, int]] = []
     monkeypatch.setattr(launch, "run", run)
@@ -300,7 +300,7 @@ def test_a_sweep_of_arms_runs_its_cells_in_their_order(tmp_path, monkeypatch):
 
     def run(composed, _named):
         ran.append(config.cell_key(composed))
-        return launch.Outcome("id", "done", False, Path("runs/id"), {})
+        return outcome.Outcome("id", "done", False, Path("runs/id"), {})
 
     ran: list[str] = []
     monkeypatch.setattr(launch, "run", run)

@@ -22,7 +22,7 @@ from forked import CONTEXT
 BATCH = 32
 ARGUMENTS = [
     "train", "norm=ghost", "nbs=8", f"batch_size={BATCH}", "scale=demo",
-    "ema_bank=[0.5]", "threads=1", "device=cpu",
+    "ema_bank=[0.5]", "threads=1", "device=cpu", "probes=[ema_trace]",
     "evals=[train:augmented,train:batch,val:batch,val:ema,val:ema/decay:0.5,val:precise,"
     "test:precise/batch:2,test:precise_mean]",
 ]  # fmt: skip
@@ -91,7 +91,7 @@ def steps_per_epoch() -> int:
 
 
 def assert_identical(run: Path, reference: Path) -> None:
-    for name in ("metrics.csv", "evals.csv"):
+    for name in ("metrics.csv", "evals.csv", "probes.csv"):
         assert (run / name).read_bytes() == (reference / name).read_bytes(), name
     ours, theirs = (
         torch.load(path / "checkpoint.pt", weights_only=True) for path in (run, reference)

@@ -132,8 +132,8 @@ def test_committed_results_are_read(tmp_path):
         writer.writeheader()
         writer.writerows(rows)
     assert runs.committed(tmp_path) == {
-        "a": runs.Committed("done", {("val:ema", 2): 7.5, ("val:batch", 2): 8.0}, path),
-        "c": runs.Committed("diverged", {}, path),
+        "a": runs.Committed("done", {("val:ema", 2): 7.5, ("val:batch", 2): 8.0}, {}, path),
+        "c": runs.Committed("diverged", {}, {}, path),
     }
 
 

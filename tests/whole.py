@@ -3,7 +3,7 @@
 import hashlib
 from pathlib import Path
 
-from normlab import build, checkpoint, config, worker
+from normlab import agenda, build, checkpoint, config, worker
 from normlab.train import Trainer
 
 
@@ -52,7 +52,7 @@ def trained(overrides):
     ours = trainer(job)
     ours.train_epoch()
     evaluate = worker.evaluator(job, checkpoint.Stop())
-    rows = [evaluate.run(protocol) for protocol in worker.protocols(job.config)]
+    rows = [evaluate.run(protocol) for protocol in agenda.protocols(job.config)]
     return {
         "model": {name: value.clone() for name, value in job.model.state_dict().items()},
         "bank": job.bank.tensors() if job.bank else {},

@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 
 CONFIG_NAME = "config"
 
-GROUPS = ("norm", "conv", "model", "data", "recipe", "scale", "experiment")
+GROUPS = ("norm", "conv", "model", "data", "recipe", "task", "scale", "experiment")
 """What is chosen by an option's name; all but experiments are files of ``conf/``."""
 
 _EXTRAS = {
@@ -173,9 +173,9 @@ def _refuse_malformed(override: str) -> None:
     if not key.lstrip("+~"):
         raise ConfigError(f"'{override}' is not of the form key=value")
     group = key.lstrip("+")
-    if group in GROUPS[:5] and (text == "null" or text.isdigit()):
+    if group in GROUPS[:6] and (text == "null" or text.isdigit()):
         raise ConfigError(f"{group} takes a name ({', '.join(options(group))}), got {override}")
-    if group in GROUPS[:6] and re.match(r"[^{]*/", text):
+    if group in GROUPS[:7] and re.match(r"[^{]*/", text):
         raise ConfigError(
             f"{group} takes a name ({', '.join(options(group))}) and no path, got {override}"
         )
@@ -377,9 +377,9 @@ def _wanted(key: str) -> str:
         bool | str: "true or false, or a word",
         int | None: "an integer or null", float | None: "a number or null",
         str | None: "a word or null", list[float]: "a list of numbers: [0.5,0.75]",
-        list[str]: "a list: [train:batch,val:ema]",
+        list[str]: "a list: [train:batch,val:ema]", list[int]: "a list of integers: [0,5]",
     }  # fmt: skip
-    return words.get(_types().get(key), "")
+    return "a list of names: [ema_trace]" if key == "probes" else words.get(_types().get(key), "")
 
 
 def _types() -> dict[str, Any]:

@@ -7,9 +7,11 @@ to the schema later goes into LATER with the default it came with, and then chan
 import copy
 import hashlib
 import json
+from collections.abc import Collection
 from typing import Any
 
-from normlab.config.schema import plan_of
+from normlab import tasks
+from normlab.config.schema import ConfigError, plan_of
 
 SCHEMA_VERSION = 1
 """Raised only when old runs shall not be found again."""
@@ -30,6 +32,12 @@ LATER: dict[str, Any] = {
     "buffers": "average",
     "debug_sync": False,
     "kernels": False,
+    "model.zero_init_last": None,
+    "model.channels": 64,
+    "model.stages": 5,
+    "eval_at": [],
+    "probes": [],
+    "task": {"name": tasks.CLASSIFIER},
 }
 """Dotted keys introduced after version 1, each with the default of its introduction."""
 
@@ -39,9 +47,9 @@ _OPEN = ("norm", "model", "data")  # groups whose keys are those of what is chos
 # only whether to refuse. The number of threads changes the last bits of sums: it is recorded, and
 # restored on resuming. The size of a sync group follows from the NBS and the micro-batch.
 NOT_TRAINING = {
-    "evals", "eval_last", "ema_bank", "runs", "data_root", "skip_done", "checkpoint_every", "scale",
-    "experiment", "allocator", "device", "threads", "remainder", "sync_group_size", "debug_sync",
-    "resume",
+    "evals", "eval_last", "eval_at", "probes", "ema_bank", "runs", "data_root", "skip_done",
+    "checkpoint_every", "scale", "experiment", "allocator", "device", "threads", "remainder",
+    "sync_group_size", "debug_sync", "resume",
     "launch", "max_restarts", "stall_timeout",
 }  # fmt: skip
 
@@ -53,12 +61,15 @@ def training_config(config: dict[str, Any]) -> dict[str, Any]:
     micro-batch are those of the batch plan, so that a spelt-out default changes nothing; norms that
     look at no other sample have neither ``nbs`` nor ``decay``, a cumulative average has no
     ``decay``, one rank no ``buffers`` to agree on. Raises ``batchplan.PlanError``.
+
+    A task that is no classifier's training has seed, precision, its options and what it needs
+    (`normlab.tasks.needs`), and no other key.
     """
+    if is_task(config):
+        return _of_task(config)
     plan = plan_of(config)
     kept = {key: value for key, value in config.items() if key not in NOT_TRAINING}
-    for group in _OPEN:
-        kept[group] = {k: v for k, v in config[group].items() if k not in ("name", "workers")}
-        kept[group]["module"] = config[group].get("module") or config[group]["name"]
+    kept |= {group: _option(config[group]) for group in _OPEN}
     kept["recipe"] = {key: value for key, value in config["recipe"].items() if key != "name"}
     kept |= {"nbs": plan.nbs, "micro_batch": plan.micro_batch}
     if plan.nbs is None:
@@ -67,6 +78,56 @@ def training_config(config: dict[str, Any]) -> dict[str, Any]:
         del kept["decay"]
     if plan.nbs is None or plan.world_size == 1:
         kept.pop("buffers", None)
+    return _without_defaults(kept)
+
+
+def is_task(config: dict[str, Any]) -> bool:
+    """Whether a run is something else than a classifier's training."""
+    return bool(config.get("task", LATER["task"])["name"] != tasks.CLASSIFIER)
+
+
+def check_taken(config: dict[str, Any], named: Collection[str]) -> None:
+    """Refuse a key that was given by name and that the task does not take.
+
+    What ``conf/`` and a scale say of such keys does not reach a task, and is let pass. Raises
+    ConfigError.
+    """
+    if not is_task(config):
+        return
+    takes = [*_ALWAYS, *_of_task(config)]
+    measured = {"evals", "eval_last", "eval_at", "probes", "ema_bank"}
+    for key in named:
+        group = key.partition(".")[0]
+        if group not in takes and (group not in NOT_TRAINING or group in measured):
+            known = ", ".join(key for key in takes if key not in _ALWAYS)
+            raise ConfigError(
+                f"{key}: task={config['task']['name']} does not take it (it takes {known})"
+            )
+
+
+_ALWAYS = ("world_size", "kernels", "arm")  # of any run; a task runs in one process
+
+
+def _of_task(config: dict[str, Any]) -> dict[str, Any]:
+    needed = tasks.needs(config["task"])
+    kept = {key: config[key] for key in ("seed", "precision", *needed)}
+    kept |= {group: _option(config[group]) for group in _OPEN if group in needed}
+    kept["task"] = _option(config["task"])
+    if "norm" in needed and config["norm"]["batch"] != "none":
+        # Not the plan's: how many samples a layer sees at a time is the task's own affair.
+        kept |= {"nbs": config["nbs"], "decay": config["decay"]}
+    if "model" in needed:
+        kept |= {"conv": config["conv"], "init": config["init"]}
+    return _without_defaults(kept)
+
+
+def _option(group: dict[str, Any]) -> dict[str, Any]:
+    """What a group has chosen, by its module and settings."""
+    kept = {key: value for key, value in group.items() if key not in ("name", "workers")}
+    return kept | {"module": group.get("module") or group["name"]}
+
+
+def _without_defaults(kept: dict[str, Any]) -> dict[str, Any]:
     for key, default in LATER.items():
         _drop(kept, key.split("."), default)
     return kept
@@ -111,6 +172,7 @@ def run_id(config: dict[str, Any], *, device: str, data_digest: str, kernels: bo
     device: the kind (cpu, cuda). data_digest: of the underlying data. kernels: whether the fused
     kernels are on. Norms that look at no other sample have no ``nbs`` part; ``conv`` and ``init``
     follow the norm, and ``order`` the NBS, where they are not the default (``tiny-gn-ws-s0-...``).
+    A task: ``<task>-<norm>-s<seed>-<8 hex>``, without the norm where it takes none.
     """
     kept = training_config(config)
     digest = _digest(
@@ -122,6 +184,9 @@ def run_id(config: dict[str, Any], *, device: str, data_digest: str, kernels: bo
             "kernels": kernels,
         }
     )
+    if is_task(config):
+        parts = [config["task"]["name"], *([config["norm"]["name"]] if "norm" in kept else [])]
+        return "-".join([*parts, f"s{config['seed']}", digest])
     parts = [config["model"]["name"], config["norm"]["name"]]
     parts += [config["conv"]["name"]] if "conv" in kept else []
     parts += [config["init"]] if "init" in kept else []

@@ -4,6 +4,7 @@
 makes Hydra refuse a misspelt key or a word where a number belongs.
 """
 
+import difflib
 import math
 from collections.abc import Iterator
 from dataclasses import dataclass, field
@@ -11,7 +12,7 @@ from typing import Any
 
 from omegaconf import MISSING
 
-from normlab import batchplan
+from normlab import batchplan, probes, tasks
 from normlab.orders import Order
 from normlab.protocols import Protocol
 
@@ -41,12 +42,14 @@ class Recipe:
 
 @dataclass
 class Config:
-    """Every key of a run; ``norm``, ``conv``, ``model``, ``data`` have those of their files."""
+    """Every key of a run; ``norm``, ``conv``, ``model``, ``data``, ``task`` have those of their
+    files."""
 
     norm: Any = MISSING
     conv: Any = MISSING
     model: Any = MISSING
     data: Any = MISSING
+    task: Any = MISSING
     recipe: Recipe = field(default_factory=Recipe)
     nbs: int | None = MISSING
     batch_size: int = MISSING
@@ -66,6 +69,8 @@ class Config:
     debug_sync: bool = MISSING
     evals: list[str] = MISSING
     eval_last: int = MISSING
+    eval_at: list[int] = MISSING
+    probes: list[str] = MISSING
     ema_bank: list[float] = MISSING
     channels_last: bool = MISSING
     compile: bool | str = MISSING
@@ -134,7 +139,7 @@ def check(config: dict[str, Any]) -> None:
 
     Whether the norm, model and data set take their options is for ``normlab.build`` to see.
     """
-    for group in ("norm", "conv", "model", "data"):
+    for group in ("norm", "conv", "model", "data", "task"):
         _check_named(config, group)
         for key, value in _numbers(group, config[group]):
             if isinstance(value, int) and abs(value) > batchplan.MOST:
@@ -177,7 +182,16 @@ def check(config: dict[str, Any]) -> None:
             f"eval_last must be at most epochs={config['epochs']},"
             f" got eval_last={config['eval_last']}"
         )
+    for epoch in config["eval_at"]:
+        if not 0 <= epoch <= config["epochs"]:
+            raise ConfigError(
+                f"eval_at: an epoch from 0 (before training) to epochs={config['epochs']},"
+                f" got eval_at={config['eval_at']}"
+            )
     _check_evals(config)
+    _check_probes(config)
+    if "norm" not in tasks.needs(config["task"]):
+        return  # no batch is formed
     try:
         plan = plan_of(config)
     except batchplan.PlanError as error:
@@ -218,6 +232,29 @@ def _check_evals(config: dict[str, Any]) -> None:
             raise ConfigError(
                 f"evals: '{spec}' reads an EMA that is not tracked: ema_bank=[{protocol.decay:g}]"
             )
+
+
+def _check_probes(config: dict[str, Any]) -> None:
+    for name in config["probes"]:
+        if name not in (known := probes.names()):
+            close = difflib.get_close_matches(name, known, 1)
+            meant = f"; did you mean '{close[0]}'?" if close else ""
+            raise ConfigError(f"probes: no probe '{name}'{meant} (probes: {', '.join(known)})")
+    if len(set(config["probes"])) < len(config["probes"]):
+        raise ConfigError(f"probes: one of them is named twice: {config['probes']}")
+    _check_task(config)
+
+
+def _check_task(config: dict[str, Any]) -> None:
+    name = config["task"]["name"]
+    if name == tasks.CLASSIFIER:
+        if options := [key for key in config["task"] if key != "name"]:
+            raise ConfigError(f"task.{options[0]}: task={name} has no options of its own")
+        return
+    try:
+        tasks.needs(config["task"])
+    except ValueError as error:
+        raise ConfigError(str(error)) from None
 
 
 def _check_named(config: dict[str, Any], group: str) -> None:

@@ -27,7 +27,7 @@ __all__ = [
     "arms", "files", "load", "names", "overlay", "spelled",
 ]  # fmt: skip
 
-GROUPS = ("model", "norm", "conv", "data", "recipe")
+GROUPS = ("model", "norm", "conv", "data", "recipe", "task")
 """The groups of ``conf/`` whose value in ``set`` or ``axes`` is an option's name."""
 
 _KEYS = (

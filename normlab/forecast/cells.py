@@ -3,11 +3,9 @@
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from pathlib import Path
 from typing import Any
 
 from normlab import config
-from normlab.runs import RunDir
 
 
 @dataclass(frozen=True)
@@ -68,18 +66,17 @@ def listed(name: str, overrides: Sequence[str]) -> list[Cell]:
 
 
 def _cell(cell: dict[str, Any], settings: tuple[str, ...]) -> Cell:
-    from normlab import build, launch, worker
+    from normlab import agenda, launch
 
     config.check(cell)
-    device, data = build.device(cell).type, build.data(cell)
-    run = config.run_id(cell, device=device, data_digest=data.digest, kernels=cell["kernels"])
-    directory = RunDir(Path(cell["runs"]) / run)
+    directory = launch.directory_of(cell)
+    run = directory.id
     if launch.committed_outcome(cell, directory):
         return Cell(run, settings, cell, "committed", 0.0)
     state = directory.status().get("status")
     if state == "done":
-        lacks = len(worker.missing_evals(cell, directory))
-        state = f"done, lacks {lacks} evaluations" if lacks else "done"
+        lacks = len(agenda.missing(cell, directory))
+        state = f"done, lacks {lacks} measurements" if lacks else "done"
         return Cell(run, settings, cell, state, 0.0)
     if state == "diverged":
         return Cell(run, settings, cell, state, 0.0)

@@ -14,8 +14,21 @@ from typing import Any, cast
 import torch
 from torch import Tensor
 
-from normlab import allocator, build, dist, environment, kernels, launch, logs, runs, worker
+from normlab import (
+    agenda,
+    allocator,
+    build,
+    dist,
+    environment,
+    kernels,
+    launch,
+    logs,
+    perform,
+    runs,
+    worker,
+)  # fmt: skip
 from normlab.checkpoint import Stop
+from normlab.config import is_task
 from normlab.data.base import Dataset, dealt
 from normlab.protocols import Protocol
 from normlab.ranks import RankFailed, agent
@@ -102,7 +115,7 @@ class _Few:
 def warm_up(config: dict[str, Any]) -> None:
     """Import and read what only the first run of a process waits for."""
     with suppress(ValueError, OSError):
-        worker.construct(config)
+        perform.construct(config) if is_task(config) else worker.construct(config)
 
 
 def probe(config: dict[str, Any], *, threads: int | None) -> Cost | str:
@@ -112,9 +125,11 @@ def probe(config: dict[str, Any], *, threads: int | None) -> Cost | str:
     the time of the slowest, and the memory of all of them and of the process that starts them.
 
     threads: as many as a run of the sweep has, where its config names none; None: torch's choice.
-    Returns why, in words, where this machine cannot run it. Raises ValueError or OSError for a run
-    that cannot be built.
+    Returns why, in words, where this machine cannot run it, and of a task. Raises ValueError or
+    OSError for a run that cannot be built.
     """
+    if is_task(config):
+        return "a task runs from its beginning to its end"
     try:
         launch.check_gpus(config | {"launch": True})
     except ValueError as refused:
@@ -133,7 +148,7 @@ def _probe(config: dict[str, Any], *, threads: int | None) -> Cost:
     began = time.perf_counter()
     per_epoch, _ = build.steps(config, build.data(config))
     epochs = min(config["epochs"], math.ceil(MOST / per_epoch))
-    short = config | {"epochs": epochs, "eval_last": 1}
+    short = config | {"epochs": epochs, "eval_last": 1, "eval_at": []}
     with tempfile.TemporaryDirectory(prefix="normlab-probe-") as scratch:
         run = runs.RunDir(Path(scratch) / "run")
         run.path.mkdir()
@@ -151,12 +166,12 @@ def _probe(config: dict[str, Any], *, threads: int | None) -> Cost:
         once = time.perf_counter() - began - max(one.scaled for one in taken)
         disk = sum(path.stat().st_size for path in run.path.rglob("*") if path.is_file())
     training = max(one.step for one in taken) * job.steps * config["epochs"]
-    evaluations = max(one.evaluations for one in taken) * config["eval_last"]
+    measured = len(agenda.epochs(config))
     kept = sum(value.nbytes for value in job.model.state_dict().values())
     return Cost(
-        seconds=once + training + evaluations,
+        seconds=once + training + measured * max(one.measurements for one in taken),
         memory=memory,
-        disk=disk + (config["eval_last"] - 1) * kept,
+        disk=disk + (measured - 1) * kept,
     )
 
 
@@ -166,10 +181,10 @@ class Taken:
 
     step: float
     """Seconds of an optimizer step."""
-    evaluations: float
-    """Seconds of an epoch's evaluations, of whole splits."""
+    measurements: float
+    """Seconds of what is measured after an epoch: evaluations of whole splits, and probes."""
     scaled: float
-    """Seconds of the probe itself that went into these steps and evaluations."""
+    """Seconds of the forecast itself that went into these steps and measurements."""
     memory: int
     """Bytes of this process at its peak."""
 
@@ -178,9 +193,11 @@ def measure(job: worker.Job, run: runs.RunDir, stop: Stop) -> Taken:
     """Train and evaluate a little; all ranks do it together."""
     few = _Few(job.data, job.config["seed"], stop)
     data = cast(Dataset, few)
-    worker.work(replace(job, data=data, config=job.config | {"evals": []}), run, stop)
+    unmeasured = job.config | {"evals": [], "probes": []}
+    worker.work(replace(job, data=data, config=unmeasured), run, stop)
     began = _now()
-    spent = [_evaluation(job, few, protocol, stop) for protocol in worker.protocols(job.config)]
+    spent = [_evaluation(job, few, protocol, stop) for protocol in agenda.protocols(job.config)]
+    spent += [_measurement(job, name) for name in job.config["probes"]]
     scaled = few.counted_to - few.began + _now() - began
     counted, steps = few.counted
     return Taken(counted / steps, sum(spent), scaled, _peak())
@@ -223,6 +240,13 @@ def _evaluation(job: worker.Job, few: _Few, protocol: Protocol, stop: Stop) -> f
     seconds = _now() - began
     passed = sum(few.passed.values())
     return seconds * sum(few.whole.values()) / passed if passed else seconds
+
+
+def _measurement(job: worker.Job, name: str) -> float:
+    """Seconds of a probe, which is made whole: it may look at any number of images."""
+    began = time.perf_counter()
+    build.probe(name)(worker.context(job, 0))
+    return _now() - began
 
 
 def _now() -> float:

@@ -26,11 +26,30 @@ def test_it_takes_cifar(norm: type[nn.Module]) -> None:
     assert [m.bias for m in net.modules() if isinstance(m, nn.Conv2d)] == [None] * 13
 
 
+def test_narrow_and_short_it_takes_digits() -> None:
+    widths: list[int] = []
+
+    def norm(channels: int) -> nn.Module:
+        widths.append(channels)
+        return nn.Identity()
+
+    net = build(norm, num_classes=10, shape=(1, 8, 8), channels=16, stages=3, hidden=32)
+    assert widths == [16, 16, 32, 32, 64, 64, 64]
+    assert net.features(torch.randn(2, 1, 8, 8)).shape == (2, 64, 1, 1)
+    assert net(torch.randn(2, 1, 8, 8)).shape == (2, 10)
+    short = build(norm, num_classes=10, shape=(1, 8, 8), channels=16, stages=3, hidden=None)
+    assert [type(layer) for layer in short.classifier] == [nn.Linear]
+    assert short(torch.randn(2, 1, 8, 8)).shape == (2, 10)
+
+
 @pytest.mark.parametrize(
     ("wrong", "message"),
     [
         ({"shape": (1, 8, 8)}, "at least 32x32, not 8x8"),
         ({"hidden": 0}, r"model\.hidden=0"),
+        ({"channels": 0}, r"model\.channels=0"),
+        ({"stages": 6}, r"model\.stages=6"),
+        ({"stages": 4, "shape": (3, 15, 15)}, "at least 16x16, not 15x15"),
     ],
 )
 def test_what_it_cannot_be_is_refused(wrong: dict[str, object], message: str) -> None:

@@ -1,0 +1,68 @@
+"""The contract of a probe: a measurement of the network as training has left it after an epoch.
+
+A module of this room has
+
+    def measure(context: Context) -> dict[str, float]
+
+which gives a number for each of its quantities (an identifier), and, where not every network or
+data set will do, `check(context)`, which raises ValueError with what it needs: it is called before
+anything is trained. A probe runs in a process that is alone. It leaves the model's parameters,
+buffers, modes and settings and every generator as they were.
+"""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from normlab.batchplan import BatchPlan
+from normlab.data.base import Dataset
+from normlab.protocols import ORDERS
+
+__all__ = ["Context"]
+
+
+@dataclass(frozen=True)
+class Context:
+    """What a probe is given.
+
+    model       the network, with the weights and the running averages of the epoch
+    data        its data set
+    plan        how its batches are formed
+    epoch       0: before training
+    """
+
+    model: nn.Module
+    data: Dataset
+    plan: BatchPlan
+    seed: int
+    device: torch.device
+    channels_last: bool
+    precision: str
+    epoch: int
+
+    def batches(
+        self,
+        split: str,
+        batch: int,
+        *,
+        samples: int | None = None,
+        order: int = 0,
+        augment: bool = False,
+    ) -> Iterator[tuple[Tensor, Tensor]]:
+        """Whole batches (x, y) of the first `samples` images of a split (None: all), in an order
+        that seed and `order` (0..999) draw: the same after every epoch, and as an evaluation of
+        that order has them. The remainder is dropped.
+
+        Raises ValueError for an unknown split and for more images than it has.
+        """
+        return self.data.eval_batches(
+            split, batch_size=batch, samples=samples, order=self.seed * ORDERS + order,
+            augment=augment, drop_last=True, device=self.device, channels_last=self.channels_last,
+        )  # fmt: skip
+
+    def autocast(self) -> torch.autocast:
+        """The precision that the network is trained in."""
+        on = self.precision == "bf16"
+        return torch.autocast(self.device.type, dtype=torch.bfloat16, enabled=on)
