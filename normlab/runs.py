@@ -40,10 +40,10 @@ RUN_COLUMNS = [
     "dirty", "source", "data_digest", "data_note", "chance", "claims", "started", "seconds",
     "status",
 ]  # fmt: skip
-COLUMNS = RUN_COLUMNS + EVAL_COLUMNS
+COLUMNS = [*RUN_COLUMNS, *EVAL_COLUMNS, "value"]
 NUMBERS = {
     "nbs", "seed", "batch_size", "epochs", "lr", "decay", "world_size", "threads", "chance",
-    "seconds", "batch", "samples", "order", "epoch", "n", "error", "loss",
+    "seconds", "batch", "samples", "order", "epoch", "n", "error", "loss", "value",
 }  # fmt: skip
 
 # What no run executes: changing it cannot change a run's numbers.

@@ -8,6 +8,7 @@ what may change in a run that goes on. No torch in here.
 from normlab.config.composition import (
     chosen_arms,
     compose,
+    compose_each,
     explained,
     jobs,
     near,
@@ -37,6 +38,7 @@ __all__ = [
     "check_resume",
     "chosen_arms",
     "compose",
+    "compose_each",
     "continued",
     "explained",
     "jobs",
