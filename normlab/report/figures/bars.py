@@ -24,7 +24,7 @@ Bars = list[tuple[int, Point, str]]
 """Of one colour: the group's place, the point and the column of each."""
 
 PAPER: dict[str, Any] = {
-    "linestyle": "", "marker": "D", "markersize": 4, "markerfacecolor": "white",
+    "linestyle": "", "marker": "D", "markersize": 4, "markerfacecolor": "white", "zorder": 5,
     "markeredgecolor": "#222222", "markeredgewidth": 0.9,
 }  # fmt: skip
 

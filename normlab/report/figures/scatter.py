@@ -13,7 +13,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 
-from normlab.report.figures import axis_label, change_label, curves, looks, title
+from normlab.report.figures import change_label, curves, looks, title
 from normlab.report.grid import Point, Results
 from normlab.report.statistics import Sample
 from normlab.report.tables import axis_name, baseline_name, published
@@ -44,8 +44,8 @@ def draw(results: Results, subtitle: str) -> Figure:
         handles.append(Line2D([], [], linestyle="", markersize=5, label=", ".join(said), **style))
     across, up = experiment.protocols[x], experiment.protocols[series[0]]
     panels[0].set_title("Ours", loc="left")
-    panels[0].set_xlabel(f"{options['xlabel']}: {axis_label(across)}")
-    panels[0].set_ylabel(f"{up.label}: {axis_label(up)}")
+    panels[0].set_xlabel(f"{options['xlabel']} ({across.unit})")
+    panels[0].set_ylabel(f"{up.label} ({up.unit})")
     if experiment.baseline:
         panels[1].set_title(f"Change from own {baseline_name(experiment)}", loc="left")
         panels[1].set_xlabel(change_label(across))
