@@ -174,9 +174,8 @@ class Results:
 
     def change(self, point: Point, protocol: str) -> Sample:
         """The difference to the baseline, taken within a seed; none between different units."""
-        columns, base_column = self.experiment.protocols, self.experiment.base(protocol)
-        base = self.baseline(point)
-        if base is None or columns[base_column].unit != columns[protocol].unit:
+        base, base_column = self.baseline(point), self.experiment.base(protocol)
+        if base is None or base_column is None:
             return Sample.of([])
         terms = [(1.0, self.numbers(point, protocol)), (-1.0, self.numbers(base, base_column))]
         return contrast(terms)
@@ -236,8 +235,10 @@ def results(experiment: Experiment, scale: str, grid: Grid, rows: Iterable[Row])
             continue
         taken[row["cell"], seed] = row
         point, diverged = grid.points[row["cell"]], row["status"] == "diverged"
-        asked = grid.epochs.get(point, frozenset())
-        for key, column in experiment.protocols.items():
+        for key, column in experiment.columns(scale).items():
+            asked = grid.epochs.get(point, frozenset())
+            if "train:augmented" in column.specs:
+                asked -= {0}  # no training forward precedes the first epoch
             curve = curve_of(run, column, asked)
             number = run_number(row, curve, column, scale)
             if not diverged and (math.isnan(number) or asked - curve.keys()):
