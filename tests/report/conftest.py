@@ -89,7 +89,7 @@ def make_run(small: Experiment) -> MakeRun:
         }
         rows = []
         for protocol, values in errors.items():
-            spec = small.protocols[protocol].eval
+            (spec,) = small.protocols[protocol].specs
             over_epochs = values if isinstance(values, list) else [values]
             for epoch, error in enumerate(over_epochs, start=4 - len(over_epochs)):
                 rows.append(

@@ -286,7 +286,7 @@ def test_the_real_experiment_recognises_its_own_runs(tmp_path: Path):
     folder.mkdir(parents=True)
     run = dict.fromkeys(COLUMNS, "") | {
         "id": "tiny", "cell": key, "scale": "demo", "seed": "100", "status": "done",
-        "torch": "2.11", "protocol": "test:precise", "epoch": "3", "error": "40.0",
+        "torch": "2.11", "protocol": "test:precise", "epoch": "15", "error": "40.0",
         "claims": f"nbs:{loaded.claims_digest('demo')}",
     }  # fmt: skip
     (folder / "runs.csv").write_text(gather.csv_text([run], COLUMNS))
