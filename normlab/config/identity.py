@@ -30,6 +30,7 @@ LATER: dict[str, Any] = {
     "buffers": "average",
     "debug_sync": False,
     "kernels": False,
+    "domains": ["none"],
 }
 """Dotted keys introduced after version 1, each with the default of its introduction."""
 

@@ -134,6 +134,13 @@ class Dataset(ABC):
     def labels(self, split: str) -> Indices:
         """(size,) the label of each image of a split, in stored order."""
 
+    def extremes(self) -> tuple[Tensor, Tensor]:
+        """Black and white as batches have them, (C, 1, 1) each.
+
+        Raises ValueError where the data set does not say.
+        """
+        raise ValueError(f"data={self.name} does not say which pixels there are")
+
     @abstractmethod
     def _batches(
         self,
@@ -146,8 +153,8 @@ class Dataset(ABC):
     ) -> Iterator[Batch]:
         """Deliver what is planned, one after the other; corrupted where `corrupts` says so."""
 
-    def _check_domains(self, domains: Sequence[Domain]) -> None:
-        """Refuse what would be delivered as it is stored."""
+    def check_domains(self, domains: Sequence[Domain]) -> None:
+        """Raise ValueError for what would be delivered as it is stored."""
         asked = [str(domain) for domain in domains if domain.corrupts]
         if asked and not self.corrupts:
             raise ValueError(
@@ -182,7 +189,7 @@ class Dataset(ABC):
         order does not go with the labels, the batch size or several domains, or the data set does
         not corrupt its images.
         """
-        self._check_domains(domains)
+        self.check_domains(domains)
         several = max(1, len(domains))
         if several > 1 and order != SHUFFLED:
             raise ValueError(f"order={order} does not go with {several} domains")
@@ -248,7 +255,7 @@ class Dataset(ABC):
         unknown split, more samples than there are, settings that leave no batch, or a data set that
         does not corrupt its images.
         """
-        self._check_domains(domains)
+        self.check_domains(domains)
         among = np.arange(self.size(split)) if part is None else half(self.size(split), part)
         if pattern != SHUFFLED:
             rng = generator(Stream.EVAL_ORDER, order or 0)

@@ -88,6 +88,10 @@ class Folder(Dataset):
     def labels(self, split: str) -> Indices:
         return np.array([label for _, label in self._of(split)], dtype=np.int64)
 
+    def extremes(self) -> tuple[Tensor, Tensor]:
+        mean, std = (torch.tensor(v).view(3, 1, 1) for v in (MEAN, STD))
+        return -mean / std, (1 - mean) / std
+
     def _of(self, split: str) -> list[tuple[str, int]]:
         if split not in self._samples:
             raise unknown_split(split)

@@ -133,6 +133,10 @@ class InMemory(Dataset):
         labels: Indices = source.labels[source.indices].astype(np.int64)
         return labels
 
+    def extremes(self) -> tuple[Tensor, Tensor]:
+        black = self._shift.view(-1, 1, 1)
+        return black, black + 255 * self._scale.view(-1, 1, 1)
+
     def _split(self, split: str) -> Split:
         if split not in self._splits:
             raise unknown_split(split)

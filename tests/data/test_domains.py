@@ -74,7 +74,7 @@ def test_a_training_batch_has_its_domains_in_turn(dataset: Dataset):
 
 def _planned(dataset, **options):
     kept = []
-    dataset._batches = lambda split, plan, **_: kept.extend(plan) or iter(())
+    dataset._batches = lambda _, plan, **__: kept.extend(plan) or iter(())
     try:
         dataset.train_batches(**options)
     finally:
