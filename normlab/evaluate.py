@@ -32,7 +32,7 @@ from normlab.population import (
     estimate,
     using,
 )
-from normlab.protocols import ORDERS, Protocol
+from normlab.protocols import EACH, ORDERS, Protocol
 
 PRECISE_SAMPLES = 10_000
 """How many training images estimate population statistics, as in the paper's figures."""
@@ -93,6 +93,11 @@ class Evaluator:
             "split": protocol.split,
             "statistics": protocol.statistics,
         }
+        if protocol.shift == EACH:
+            rows = [self.run(one) for one in protocol.of_each(self.domains)]
+            n = sum(one["n"] for one in rows)
+            means = {k: sum(one["n"] * one[k] for one in rows) / n for k in ("error", "loss")}
+            return rows[0] | row | {"n": n} | means
         has_population = self._has_population()
         with ExitStack() as stack:
             stack.enter_context(self._known(_domain(protocol.shift)))
@@ -134,6 +139,10 @@ class Evaluator:
         the data set does not show so or of a domain that the layers do not know, and for precise
         statistics of domains whose images are made for statistics.
         """
+        if protocol.shift == EACH:
+            for one in protocol.of_each(self.domains):
+                self.check(one)
+            return
         decays = self.bank.decays if self.bank else ()
         if protocol.decay is not None and protocol.decay not in decays:
             raise ValueError(f"evals: '{protocol}' needs ema_bank=[{protocol.decay}]")

@@ -26,6 +26,8 @@ images as they are, so that differences are between equal images. ``stats`` take
 ``adapted`` and of the precise ones (there of training images) from images of another domain than
 those that are evaluated: ``test:adapted/shift:none/stats:contrast-5`` is the reverse direction.
 Without it, precise statistics are of images as the run was trained on, all of its domains in turn.
+``shift:each`` is the mean over the run's domains, ``stats:each`` beside it gives every one of them
+its own statistics.
 
 ``batch`` is the run's NBS unless given. ``order`` is one of 0..999: the evaluator draws from the
 stream ``seed * 1000 + order``, so that no two seeds share one. ``pattern`` is an order of training
@@ -36,7 +38,8 @@ of a sample alone, and no norm), or with constant ones, behave the same in train
 every protocol is their plain forward.
 """
 
-from dataclasses import dataclass
+from collections.abc import Iterable
+from dataclasses import dataclass, replace
 from typing import Any
 
 from normlab.domains import Domain
@@ -55,6 +58,9 @@ _KEYS = {
 }
 STATISTICS = tuple(_KEYS)
 
+
+EACH = "each"
+"""In place of a domain: each of those that the run is trained on."""
 
 ORDERS = 1000
 """Orders of one seed: the stream of an order is ``seed * ORDERS + order``."""
@@ -112,13 +118,24 @@ class Protocol:
                 raise ValueError(f"evals: '{spec}': adapted needs /shift:<domain>, the target")
             if values.get("stats") == values["shift"]:
                 del values["stats"]  # its own already
+        if values.get("stats") == EACH != values.get("shift"):
+            raise ValueError(f"evals: '{spec}': stats:{EACH} is for shift:{EACH}")
         protocol = cls(split, statistics, **values)
         made_of = protocol.stats or (protocol.shift if statistics == "adapted" else None)
-        if made_of and Domain.parse(made_of).adversarial:
+        if made_of not in (None, EACH) and Domain.parse(str(made_of)).adversarial:
             raise ValueError(
                 f"evals: '{spec}': no statistics of {made_of}, whose images are made for statistics"
             )
         return protocol
+
+    def of_each(self, domains: Iterable[Domain]) -> list["Protocol"]:
+        """What ``each`` stands for: this protocol for every domain, with the statistics it says.
+
+        Raises ValueError for statistics of adversarial domains.
+        """
+        own = {"stats"} if self.stats == EACH else set()
+        named = [replace(self, **dict.fromkeys({"shift", *own}, str(domain))) for domain in domains]
+        return [Protocol.parse(str(protocol)) for protocol in named]
 
     def __str__(self) -> str:
         options: dict[str, float | str | None] = {
@@ -148,7 +165,7 @@ def _pattern(spec: str, text: str) -> str | None:
 
 def _domain(spec: str, text: str) -> str:
     try:
-        return str(Domain.parse(text))
+        return EACH if text == EACH else str(Domain.parse(text))
     except ValueError as error:
         raise ValueError(f"evals: '{spec}': {error}") from None
 

@@ -219,6 +219,21 @@ def test_precise_statistics_of_several_domains_are_each_ones_own():
         run(rows, "val:precise/batch:33")
 
 
+def test_each_is_the_mean_over_the_runs_domains():
+    job = whole.made([*SPECIFIC, "norm.share_population=true", "norm.share_affine=true"])
+    for each, one in (
+        ("val:ema/shift:each", "val:ema/shift:{}"),
+        ("val:precise/shift:each/stats:each", "val:precise/shift:{0}/stats:{0}"),
+    ):
+        row, rows = run(job, each), [run(job, one.format(d)) for d in ("contrast-5", "none")]
+        assert row["protocol"] == each
+        assert row["n"] == rows[0]["n"] + rows[1]["n"]
+        for key in ("error", "loss"):
+            assert row[key] == pytest.approx((rows[0][key] + rows[1][key]) / 2)
+    with pytest.raises(ValueError, match="val has 150 images"):
+        run(job, "val:adapted/samples:200/shift:each")
+
+
 def test_statistics_of_adversarial_domains_are_refused():
     job = whole.made(["norm=bn", "domains=[none,pgd-4]", "evals=[val:ema]"])
     run(job, "val:ema/shift:pgd-4")

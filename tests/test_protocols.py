@@ -4,6 +4,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from normlab.domains import Domain
 from normlab.protocols import SPLITS, Protocol
 
 
@@ -27,6 +28,11 @@ from normlab.protocols import SPLITS, Protocol
         ),
         ("test:precise/stats:blur-2", Protocol("test", "precise", stats="blur-2")),
         ("test:ema/shift:pgd-8", Protocol("test", "ema", shift="pgd-8")),
+        (
+            "val:precise/shift:each/stats:each",
+            Protocol("val", "precise", shift="each", stats="each"),
+        ),
+        ("val:adapted/shift:each/stats:each", Protocol("val", "adapted", shift="each")),
         (
             "val:precise_mean/samples:100/batch:2",
             Protocol("val", "precise_mean", batch=2, samples=100),
@@ -66,6 +72,7 @@ def test_writing_and_reading_agree(split, statistics, batch, samples, order):
         ("val:adapted/stats:jpeg-1", "adapted needs /shift:<domain>"),
         ("val:adapted/shift:pgd-8", "no statistics of pgd-8"),
         ("val:precise/stats:pgd-1", "no statistics of pgd-1"),
+        ("val:precise/shift:none/stats:each", "stats:each is for shift:each"),
         ("val:batch/batch:1", "at least 2"),
         ("val:batch/batch:2/batch:4", "once"),
         ("val:precise/samples:many", "number"),
@@ -84,3 +91,15 @@ def test_a_wrong_spec_is_refused_in_one_line(spec, says):
         Protocol.parse(spec)
     assert spec in str(error.value)
     assert "\n" not in str(error.value)
+
+
+def test_each_stands_for_the_domains_of_a_run():
+    two = [Domain(), Domain("tint", 2)]
+    shifts = Protocol.parse("val:precise/batch:8/shift:each").of_each(two)
+    assert [str(p) for p in shifts] == [
+        "val:precise/batch:8/shift:none", "val:precise/batch:8/shift:tint-2",
+    ]  # fmt: skip
+    own = Protocol.parse("val:precise/shift:each/stats:each").of_each(two)
+    assert str(own[1]) == "val:precise/shift:tint-2/stats:tint-2"
+    with pytest.raises(ValueError, match="no statistics of pgd-1"):
+        Protocol.parse("val:adapted/shift:each").of_each([Domain("pgd", 1)])
