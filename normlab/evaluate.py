@@ -32,7 +32,7 @@ from normlab.population import (
     estimate,
     using,
 )
-from normlab.protocols import EACH, ORDERS, Protocol
+from normlab.protocols import EACH, ORDERS, TRAINED, Protocol
 
 PRECISE_SAMPLES = 10_000
 """How many training images estimate population statistics, as in the paper's figures."""
@@ -63,9 +63,9 @@ class Evaluator:
     """Evaluates one model on one data set; remembers the population statistics it has estimated.
 
     ``nbs`` is the run's normalization batch size (None for norms without one), ``batch_size`` its
-    SGD batch (for sorted ones), ``domains`` those that it is trained on, ``bank`` the tracked EMA
-    bank if there is one, and ``tick`` is called once a batch: it may raise to stop (among several
-    ranks it must not: others wait).
+    SGD batch (for sorted ones), ``order`` and ``domains`` those that it is trained in, ``bank`` the
+    tracked EMA bank if there is one, and ``tick`` is called once a batch: it may raise to stop
+    (among several ranks it must not: others wait).
     Every rank makes one, of the same model, and calls it alike.
     """
 
@@ -75,6 +75,7 @@ class Evaluator:
     seed: int
     device: torch.device
     batch_size: int = 0
+    order: Order = SHUFFLED
     domains: tuple[Domain, ...] = (CLEAN,)
     channels_last: bool = False
     precision: str = "fp32"
@@ -107,7 +108,7 @@ class Evaluator:
                 stack.enter_context(
                     normalization(self.model, statistics="batch", update=False, group_size=batch)
                 )
-                pattern = Order.parse(protocol.pattern or "shuffled")
+                pattern = self._pattern(protocol)
                 return row | self._score(
                     self._groups(
                         protocol.split, batch, protocol.order, pattern=pattern,
@@ -161,7 +162,7 @@ class Evaluator:
             if protocol.samples > available:
                 raise ValueError(f"evals: '{protocol}': {split} has {available} images")
             available = protocol.samples
-        if protocol.pattern:
+        if self._pattern(protocol) != SHUFFLED:
             self._check_pattern(protocol)
         if self._batch(protocol) > available:
             raise ValueError(
@@ -217,7 +218,7 @@ class Evaluator:
 
         A sorted SGD batch is cut into them; whole groups of labels fill them.
         """
-        batch, pattern = self._batch(protocol), Order.parse(str(protocol.pattern))
+        batch, pattern = self._batch(protocol), self._pattern(protocol)
         if pattern.patterned and batch % pattern.group:
             raise ValueError(
                 f"evals: '{protocol}': groups of {pattern.group} do not fill batches of {batch}"
@@ -277,6 +278,12 @@ class Evaluator:
                 forward=lambda _, given: network(given[0]),
             )
         return self._populations[key]
+
+    def _pattern(self, protocol: Protocol) -> Order:
+        """How images come together in the batches of an evaluation."""
+        if protocol.pattern == TRAINED:
+            return self.order
+        return Order.parse(protocol.pattern or "shuffled")
 
     def _within(self, pattern: Order, batch: int) -> int:
         """What is arranged at a time: an evaluation's batch, or the SGD batch that is sorted."""

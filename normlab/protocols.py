@@ -31,11 +31,11 @@ its own statistics.
 
 ``batch`` is the run's NBS unless given. ``order`` is one of 0..999: the evaluator draws from the
 stream ``seed * 1000 + order``, so that no two seeds share one. ``pattern`` is an order of training
-(``16x2``, ``sorted`` within the run's SGD batch, see ``normlab.orders``) that the batches of an
-evaluation take; it is made from the labels that the network is to guess: an oracle, which shows
-what leaks through the statistics and predicts nothing. Norms without population statistics (those
-of a sample alone, and no norm), or with constant ones, behave the same in training and at test:
-every protocol is their plain forward.
+(``16x2``, ``sorted`` within the run's SGD batch, see ``normlab.orders``; ``trained``: the one that
+the run has) that the batches of an evaluation take; it is made from the labels that the network is
+to guess: an oracle, which shows what leaks through the statistics and predicts nothing. Norms
+without population statistics (those of a sample alone, and no norm), or with constant ones, behave
+the same in training and at test: every protocol is their plain forward.
 """
 
 from collections.abc import Iterable
@@ -61,6 +61,9 @@ STATISTICS = tuple(_KEYS)
 
 EACH = "each"
 """In place of a domain: each of those that the run is trained on."""
+
+TRAINED = "trained"
+"""In place of an order: the one that the run is trained in."""
 
 ORDERS = 1000
 """Orders of one seed: the stream of an order is ``seed * ORDERS + order``."""
@@ -153,12 +156,14 @@ class Protocol:
 
 def _pattern(spec: str, text: str) -> str | None:
     """The order's name, None for the usual one."""
+    if text == TRAINED:
+        return TRAINED
     try:
         name = Order.parse(text).name
     except ValueError:
         raise ValueError(
-            f"evals: '{spec}': pattern must be shuffled, sorted or <labels>x<samples of each>, such"
-            f" as 16x2, got pattern:{text}"
+            f"evals: '{spec}': pattern must be {TRAINED}, shuffled, sorted or <labels>x<samples of"
+            f" each>, such as 16x2, got pattern:{text}"
         ) from None
     return None if name == "shuffled" else name
 

@@ -17,7 +17,7 @@ from typing import Any
 
 from omegaconf import OmegaConf
 
-from normlab import config, experiment, norms, plugins, protocols, runs
+from normlab import config, domains, experiment, norms, plugins, protocols, runs
 
 
 def main(what: str | None, *, root: str) -> int:
@@ -208,6 +208,10 @@ def _protocols(_: Path) -> list[list[str]]:
     return [[line] for line in (protocols.__doc__ or "").strip().splitlines()]
 
 
+def _domains(_: Path) -> list[list[str]]:
+    return [[line] for line in (domains.__doc__ or "").strip().splitlines()]
+
+
 def _experiments(_: Path) -> list[list[str]]:
     table = [["name", "runs", "title"]]
     for name in experiment.names():
@@ -237,6 +241,7 @@ TABLES: dict[str, Callable[[Path], list[list[str]]]] = {
     "scales": _group("scale"),
     "experiments": _experiments,
     "protocols": _protocols,
+    "domains": _domains,
     "runs": _runs,
 }
 

@@ -92,6 +92,7 @@ def evaluator(job: Job, stop: Stop) -> Evaluator:
         job.data,
         nbs=job.plan.nbs,
         batch_size=job.plan.batch_size,
+        order=build.settings(job.config).order,
         domains=build.domains(job.config),
         seed=job.config["seed"],
         device=build.device(job.config),
