@@ -136,8 +136,10 @@ class Protocol:
 
         Raises ValueError for statistics of adversarial domains.
         """
-        own = {"stats"} if self.stats == EACH else set()
-        named = [replace(self, **dict.fromkeys({"shift", *own}, str(domain))) for domain in domains]
+        named = []
+        for domain in map(str, domains):
+            stats = domain if self.stats == EACH else self.stats
+            named.append(replace(self, shift=domain, stats=stats))
         return [Protocol.parse(str(protocol)) for protocol in named]
 
     def __str__(self) -> str:
