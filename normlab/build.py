@@ -26,8 +26,10 @@ import normlab.tasks
 from normlab import batchplan, dist, schedule, signatures
 from normlab.config import plan_of
 from normlab.data.base import Dataset
+from normlab.domains import Domain
 from normlab.norms import BatchNorm
 from normlab.norms.base import PopulationNorm, population_layers
+from normlab.norms.separate import in_turn
 from normlab.norms.sync import name_layers
 from normlab.orders import Order
 from normlab.probes.base import Context
@@ -71,7 +73,9 @@ def steps(config: dict[str, Any], dataset: Dataset) -> tuple[int, int]:
     labels that do not allow the order, and a remainder that is to be an error."""
     size, order, step = dataset.size("train"), Order.parse(config["order"]), plan(config)
     if not order.patterned:
-        return batchplan.steps(size, step, config["remainder"])
+        left = size % len(config["domains"])  # images that make no domain's share larger
+        per_epoch, dropped = batchplan.steps(size - left, step, config["remainder"])
+        return per_epoch, dropped + left
     used = dataset.train_size(order)
     per_epoch = used // step.batch_size
     dropped = size - per_epoch * step.batch_size
@@ -126,11 +130,6 @@ def norm(config: dict[str, Any], dataset: Dataset | None = None) -> Norm:
     if batch == "virtual":
         reserved.add("reference")
     options = signatures.options("norm", config["norm"], layer, reserved)
-    if options.get("num_domains", 1) > 1:
-        raise ValueError(
-            f"norm.num_domains={options['num_domains']}: no data set says yet which domain an image"
-            " is from; norm.num_domains=1 trains, more are for `normlab.norms.domains` in code"
-        )
     return partial(layer, **options, **taken)
 
 
@@ -220,9 +219,14 @@ def check_graphs(config: dict[str, Any]) -> None:
 def compiled(config: dict[str, Any], network: nn.Module) -> nn.Module | None:
     """What training calls in the place of `network`, on the same weights; None: the network."""
     if not config["compile"]:
-        return None
+        return in_turn(network, len(config["domains"]))
     mode = "reduce-overhead" if config["compile"] == GRAPHS else None
     return typing.cast(nn.Module, torch.compile(network, mode=mode))
+
+
+def domains(config: dict[str, Any]) -> tuple[Domain, ...]:
+    """How the images of training look, in turn."""
+    return tuple(map(Domain.parse, config["domains"]))
 
 
 def _check_init(config: dict[str, Any], network: Callable[..., nn.Module]) -> None:
@@ -323,6 +327,7 @@ def settings(config: dict[str, Any]) -> Settings:
         seed=config["seed"],
         device=device(config),
         order=Order.parse(config["order"]),
+        domains=domains(config),
         schedule={key: recipe[key] for key in ("schedule", "warmup", "milestones", "gamma")},
         precision=config["precision"],
         channels_last=config["channels_last"],

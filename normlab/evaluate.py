@@ -8,7 +8,7 @@ and all get the same row. What shares statistics is dealt whole, and augmented a
 """
 
 from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import AbstractContextManager, ExitStack, nullcontext
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -18,8 +18,11 @@ from torch.nn import functional as F
 from tqdm import tqdm
 
 from normlab import dist
-from normlab.data.base import Dataset
+from normlab.adversarial import adversary
+from normlab.data.base import Dataset, half
+from normlab.domains import CLEAN, Domain
 from normlab.norms.base import normalization, population_layers, refuse_strangers
+from normlab.norms.separate import domains, in_turn, num_domains
 from normlab.orders import SHUFFLED, Order
 from normlab.population import (
     EmaBank,
@@ -29,12 +32,13 @@ from normlab.population import (
     estimate,
     using,
 )
-from normlab.protocols import ORDERS, Protocol
+from normlab.protocols import EACH, ORDERS, TRAINED, Protocol
 
 PRECISE_SAMPLES = 10_000
 """How many training images estimate population statistics, as in the paper's figures."""
 
 _ESTIMATORS: dict[str, Estimator] = {
+    "adapted": "pooled",
     "precise": "pooled",
     "precise_mean": "mean",
     "precise_layerwise": "layerwise",
@@ -59,8 +63,9 @@ class Evaluator:
     """Evaluates one model on one data set; remembers the population statistics it has estimated.
 
     ``nbs`` is the run's normalization batch size (None for norms without one), ``batch_size`` its
-    SGD batch (for sorted ones), ``bank`` the tracked EMA bank if there is one, and ``tick`` is
-    called once a batch: it may raise to stop (among several ranks it must not: others wait).
+    SGD batch (for sorted ones), ``order`` and ``domains`` those that it is trained in, ``bank`` the
+    tracked EMA bank if there is one, and ``tick`` is called once a batch: it may raise to stop
+    (among several ranks it must not: others wait).
     Every rank makes one, of the same model, and calls it alike.
     """
 
@@ -70,6 +75,8 @@ class Evaluator:
     seed: int
     device: torch.device
     batch_size: int = 0
+    order: Order = SHUFFLED
+    domains: tuple[Domain, ...] = (CLEAN,)
     channels_last: bool = False
     precision: str = "fp32"
     bank: EmaBank | None = None
@@ -87,69 +94,131 @@ class Evaluator:
             "split": protocol.split,
             "statistics": protocol.statistics,
         }
+        if protocol.shift == EACH:
+            rows = [self.run(one) for one in protocol.of_each(self.domains)]
+            n = sum(one["n"] for one in rows)
+            means = {k: sum(one["n"] * one[k] for one in rows) / n for k in ("error", "loss")}
+            return rows[0] | row | {"n": n} | means
         has_population = self._has_population()
-        if has_population and protocol.statistics == "batch":
-            batch = self._batch(protocol)
-            row |= {"batch": batch, "order": protocol.order}
-            pattern = Order.parse(protocol.pattern or "shuffled")
-            batches = self._groups(protocol.split, batch, order=protocol.order, pattern=pattern)
-            with normalization(self.model, statistics="batch", update=False, group_size=batch):
-                return row | self._score(batches, protocol)
-        statistics: AbstractContextManager[Any] = nullcontext()
-        if has_population and protocol.statistics.startswith("precise"):
-            batch = self._batch(protocol)
-            samples = min(protocol.samples or PRECISE_SAMPLES, self.data.size("train"))
-            samples -= samples % batch
-            row |= {"batch": batch, "samples": samples, "order": protocol.order}
-            statistics = using(self.model, self._population(protocol, batch, samples))
-        elif has_population and protocol.decay is not None:
-            assert self.bank is not None, "check() has seen to it"
-            statistics = using(self.model, self.bank.population(protocol.decay))
-        batches = self.data.eval_batches(
-            protocol.split, batch_size=_BLOCK, order=None, share=dist.place(),
-            device=self.device, channels_last=self.channels_last,
-        )  # fmt: skip
-        with statistics, self._on_population():
+        with ExitStack() as stack:
+            stack.enter_context(self._known(_domain(protocol.shift)))
+            if has_population and protocol.statistics == "batch":
+                batch = self._batch(protocol)
+                row |= {"batch": batch, "order": protocol.order}
+                stack.enter_context(
+                    normalization(self.model, statistics="batch", update=False, group_size=batch)
+                )
+                pattern = self._pattern(protocol)
+                return row | self._score(
+                    self._groups(
+                        protocol.split, batch, protocol.order, pattern=pattern,
+                        **_counted(protocol),
+                    ),
+                    protocol,
+                )  # fmt: skip
+            if has_population and protocol.estimated:
+                batch = self._batch(protocol)
+                samples = min(protocol.samples or PRECISE_SAMPLES, self._available(protocol))
+                samples -= samples % batch
+                row |= {"batch": batch, "samples": samples, "order": protocol.order}
+                stack.enter_context(using(self.model, self._population(protocol, batch, samples)))
+            elif has_population and protocol.decay is not None:
+                assert self.bank is not None, "check() has seen to it"
+                stack.enter_context(using(self.model, self.bank.population(protocol.decay)))
+            stack.enter_context(self._on_population())
+            batches = self.data.eval_batches(
+                protocol.split, batch_size=_BLOCK, order=None, share=dist.place(),
+                device=self.device, channels_last=self.channels_last, **_counted(protocol),
+            )  # fmt: skip
             return row | self._score(batches, protocol)
 
     def check(self, protocol: Protocol) -> None:
         """Refuse what cannot be evaluated, before anything is trained for it.
 
         Raises ValueError for a batch larger than what it is taken from, for an untracked decay, for
-        batch norms of torch's, and for layers that cannot be measured layer by layer.
+        batch norms of torch's, for layers that cannot be measured layer by layer, for images that
+        the data set does not show so or of a domain that the layers do not know, and for precise
+        statistics of domains whose images are made for statistics.
         """
+        if protocol.shift == EACH:
+            for one in protocol.of_each(self.domains):
+                self.check(one)
+            return
         decays = self.bank.decays if self.bank else ()
         if protocol.decay is not None and protocol.decay not in decays:
             raise ValueError(f"evals: '{protocol}' needs ema_bank=[{protocol.decay}]")
-        if not self._has_population() or protocol.statistics in ("augmented", "ema"):
-            return
-        precise = protocol.statistics.startswith("precise")
-        split = "train" if precise else protocol.split
-        available = self.data.size(split)
+        try:
+            self._check_domains(protocol)
+            if not self._has_population() or protocol.statistics in ("augmented", "ema"):
+                return
+            refuse_strangers(self.model, "chosen")
+            if protocol.statistics == "precise_layerwise":
+                check_layerwise(self.model)
+        except ValueError as error:
+            raise ValueError(f"evals: '{protocol}': {error}") from None
+        available = self._available(protocol)
+        split = "train" if protocol.statistics.startswith("precise") else protocol.split
         if protocol.samples is not None:
             if protocol.samples > available:
                 raise ValueError(f"evals: '{protocol}': {split} has {available} images")
             available = protocol.samples
-        if protocol.pattern:
+        if self._pattern(protocol) != SHUFFLED:
             self._check_pattern(protocol)
         if self._batch(protocol) > available:
             raise ValueError(
                 f"evals: '{protocol}' takes batches of {self._batch(protocol)}, and {split} "
                 f"offers {available}: write /batch:<n>, or choose a smaller nbs"
             )
-        try:
-            refuse_strangers(self.model, "chosen")
-            if protocol.statistics == "precise_layerwise":
-                check_layerwise(self.model)
-        except ValueError as error:
-            raise ValueError(f"evals: '{protocol}': {error}") from None
+
+    def _check_domains(self, protocol: Protocol) -> None:
+        """Refuse images that cannot be shown, or whose domain the layers would have to know."""
+        evaluated = _domain(protocol.shift)
+        named = {evaluated, *self._of_statistics(protocol)}
+        for domain in named if num_domains(self.model) > 1 else ():
+            if domain not in self.domains:
+                known = ", ".join(map(str, self.domains))
+                raise ValueError(f"the run has no statistics of {domain}, only of {known}")
+        several = len(self._of_statistics(protocol))
+        if several > 1 and self._has_population():
+            if any(domain.adversarial for domain in self.domains):
+                raise ValueError("no precise statistics of images that are made for statistics")
+            if self._batch(protocol) % several:
+                raise ValueError(f"a batch must be a multiple of the {several} domains")
+        if evaluated.adversarial:
+            self.data.extremes()
+        for domain in named:
+            self.data.check_domains([domain])
+
+    def _of_statistics(self, protocol: Protocol) -> tuple[Domain, ...]:
+        """How the images look, in turn, of which statistics are estimated; () if none are."""
+        if protocol.statistics == "adapted":
+            return (_domain(protocol.stats or protocol.shift),)
+        if protocol.estimated:
+            return self.domains if protocol.stats is None else (_domain(protocol.stats),)
+        return ()
+
+    def _available(self, protocol: Protocol) -> int:
+        """The images of which an evaluation can form batches with statistics of their own."""
+        if protocol.statistics.startswith("precise"):
+            size, several = self.data.size("train"), len(self._of_statistics(protocol))
+            return size - size % several
+        size = self.data.size(protocol.split)
+        if protocol.statistics == "adapted":
+            return len(half(size, 0))
+        return size if protocol.shift is None else len(half(size, 1))
+
+    def _known(self, domain: Domain) -> AbstractContextManager[None]:
+        """Tell layers that have statistics or weights of each domain which one is shown."""
+        if num_domains(self.model) == 1:
+            return nullcontext()
+        return domains(self.model, self.domains.index(domain))
 
     def _check_pattern(self, protocol: Protocol) -> None:
         """Refuse a pattern that its batches would cut in pieces, or that the labels do not allow.
 
         A sorted SGD batch is cut into them; whole groups of labels fill them.
         """
-        batch, pattern = self._batch(protocol), Order.parse(str(protocol.pattern))
+        batch, pattern = self._batch(protocol), self._pattern(protocol)
         if pattern.patterned and batch % pattern.group:
             raise ValueError(
                 f"evals: '{protocol}': groups of {pattern.group} do not fill batches of {batch}"
@@ -161,7 +230,7 @@ class Evaluator:
         try:
             self.data.eval_batches(
                 protocol.split, batch_size=_BLOCK, order=0,
-                pattern=pattern, within=self._within(pattern, batch),
+                pattern=pattern, within=self._within(pattern, batch), **_counted(protocol),
             )  # fmt: skip
         except ValueError as error:
             raise ValueError(f"evals: '{protocol}': {error}") from None
@@ -184,21 +253,37 @@ class Evaluator:
         return batch
 
     def _population(self, protocol: Protocol, batch: int, samples: int) -> Population:
-        key = (protocol.statistics, batch, samples, protocol.order)
-        if key not in self._populations:
+        shown = self._of_statistics(protocol)
+        adapted = protocol.statistics == "adapted"
+        split, part = (protocol.split, 0) if adapted else ("train", None)
+        key = (protocol.statistics, split, shown, batch, samples, protocol.order)
+        if key in self._populations:
+            return self._populations[key]
 
-            def batches() -> Iterator[tuple[Tensor, Tensor]]:
-                groups = self._groups("train", batch, protocol.order, samples, augment=True)
-                return self._shown(groups, protocol)
+        def batches() -> Iterator[tuple[Tensor, Tensor]]:
+            groups = self._groups(
+                split, batch, protocol.order, samples, augment=not adapted, part=part,
+                domains=shown,
+            )  # fmt: skip
+            return self._shown(groups, protocol)
 
-            with self._autocast():
-                self._populations[key] = estimate(
-                    self.model,
-                    _Anew(batches),
-                    estimator=_ESTIMATORS[protocol.statistics],
-                    group_size=batch,
-                )
+        turning = in_turn(self.model, len(shown))
+        network = turning or self.model
+        with self._autocast(), nullcontext() if turning else self._known(shown[0]):
+            self._populations[key] = estimate(
+                self.model,
+                _Anew(batches),
+                estimator=_ESTIMATORS[protocol.statistics],
+                group_size=batch,
+                forward=lambda _, given: network(given[0]),
+            )
         return self._populations[key]
+
+    def _pattern(self, protocol: Protocol) -> Order:
+        """How images come together in the batches of an evaluation."""
+        if protocol.pattern == TRAINED:
+            return self.order
+        return Order.parse(protocol.pattern or "shuffled")
 
     def _within(self, pattern: Order, batch: int) -> int:
         """What is arranged at a time: an evaluation's batch, or the SGD batch that is sorted."""
@@ -212,16 +297,18 @@ class Evaluator:
         samples: int | None = None,
         augment: bool = False,
         pattern: Order = SHUFFLED,
+        **images: Any,
     ) -> Iterator[tuple[Tensor, Tensor]]:
         """This rank's whole groups of ``batch`` samples, several a forward; a last partial one is
-        dropped."""
+        dropped. images: which ones, and how they look (``part`` and ``domains`` of a data set).
+        """
         waiting: list[tuple[Tensor, Tensor]] = []
         for read in self.data.eval_batches(
             split, batch_size=_BLOCK, samples=samples,
             order=self.seed * ORDERS + order,  # every seed has orders of its own
             share=dist.place(), unit=batch,
             augment=augment, device=self.device, channels_last=self.channels_last,
-            pattern=pattern, within=self._within(pattern, batch),
+            pattern=pattern, within=self._within(pattern, batch), **images,
         ):  # fmt: skip
             waiting.append(read)
             held = sum(len(y) for _, y in waiting)
@@ -254,9 +341,11 @@ class Evaluator:
         wrong = torch.zeros((), dtype=torch.float64, device=self.device)
         loss = torch.zeros((), dtype=torch.float64, device=self.device)
         n = 0
+        attack = adversary(self.model, [_domain(protocol.shift)], self.data)
         try:
             for x, y in self._shown(batches, protocol):
                 with self._autocast():
+                    x = attack(x, y) if attack else x
                     logits = self.model(x)
                 precise = logits.to(torch.promote_types(logits.dtype, torch.float32))
                 loss += F.cross_entropy(precise, y, reduction="sum")
@@ -267,3 +356,13 @@ class Evaluator:
                 module.training = training
         n, wrong, loss = dist.stack(torch.stack([torch.full_like(loss, n), wrong, loss])).sum(0)
         return {"n": int(n), "error": 100 * wrong.item() / n.item(), "loss": loss.item() / n.item()}
+
+
+def _domain(name: str | None) -> Domain:
+    """How images look that a protocol names so; without a name, as they are."""
+    return CLEAN if name is None else Domain.parse(name)
+
+
+def _counted(protocol: Protocol) -> dict[str, Any]:
+    """Which images an evaluation counts and how they look, as a data set takes it."""
+    return {} if protocol.shift is None else {"part": 1, "domains": (_domain(protocol.shift),)}

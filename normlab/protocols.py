@@ -10,6 +10,9 @@ augmented         (train only) nothing anew: the error of the epoch's own traini
 batch             the statistics of ``batch`` samples at a time, in the order that seed ``order``
                   draws; the remainder is dropped, and ``n`` records what was counted
 ema               the stored running statistics; with ``decay`` those of the tracked bank
+adapted           population statistics pooled over ``samples`` images of the evaluated split's
+                  first half that look as ``shift`` says, their labels unread: statistics of the
+                  target, where the stored ones are those of the source
 precise           population statistics pooled over ``samples`` training images in batches of
                   ``batch``
 precise_mean      the same with the mean of the batch variances, as the original BN paper has it
@@ -17,31 +20,50 @@ precise_layerwise the same as precise layer by layer, each under the final stati
                   before it: equal for every ``batch``, at about half a forward for every layer
 ================= ==================================================================================
 
+``shift`` shows images as in a domain (``contrast-5``, see ``normlab.domains``) and counts those of
+the split's second half, a class-blind one that is the same for all runs: ``shift:none`` is the same
+images as they are, so that differences are between equal images. ``stats`` takes the statistics of
+``adapted`` and of the precise ones (there of training images) from images of another domain than
+those that are evaluated: ``test:adapted/shift:none/stats:contrast-5`` is the reverse direction.
+Without it, precise statistics are of images as the run was trained on, all of its domains in turn.
+``shift:each`` is the mean over the run's domains, ``stats:each`` beside it gives every one of them
+its own statistics.
+
 ``batch`` is the run's NBS unless given. ``order`` is one of 0..999: the evaluator draws from the
 stream ``seed * 1000 + order``, so that no two seeds share one. ``pattern`` is an order of training
-(``16x2``, ``sorted`` within the run's SGD batch, see ``normlab.orders``) that the batches of an
-evaluation take; it is made from the labels that the network is to guess: an oracle, which shows
-what leaks through the statistics and predicts nothing. Norms without population statistics (those
-of a sample alone, and no norm), or with constant ones, behave the same in training and at test:
-every protocol is their plain forward.
+(``16x2``, ``sorted`` within the run's SGD batch, see ``normlab.orders``; ``trained``: the one that
+the run has) that the batches of an evaluation take; it is made from the labels that the network is
+to guess: an oracle, which shows what leaks through the statistics and predicts nothing. Norms
+without population statistics (those of a sample alone, and no norm), or with constant ones, behave
+the same in training and at test: every protocol is their plain forward.
 """
 
-from dataclasses import dataclass
+from collections.abc import Iterable
+from dataclasses import dataclass, replace
 from typing import Any
 
+from normlab.domains import Domain
 from normlab.orders import Order
 
 SPLITS = ("train", "val", "test")
-STATISTICS = ("augmented", "batch", "ema", "precise", "precise_mean", "precise_layerwise")
+_ESTIMATED = ("batch", "samples", "order", "shift", "stats")
 _KEYS = {
     "augmented": (),
-    "batch": ("batch", "order", "pattern"),
-    "ema": ("decay",),
-    "precise": ("batch", "samples", "order"),
-    "precise_mean": ("batch", "samples", "order"),
-    "precise_layerwise": ("batch", "samples", "order"),
+    "batch": ("batch", "order", "pattern", "shift"),
+    "ema": ("decay", "shift"),
+    "adapted": _ESTIMATED,
+    "precise": _ESTIMATED,
+    "precise_mean": _ESTIMATED,
+    "precise_layerwise": _ESTIMATED,
 }
+STATISTICS = tuple(_KEYS)
 
+
+EACH = "each"
+"""In place of a domain: each of those that the run is trained on."""
+
+TRAINED = "trained"
+"""In place of an order: the one that the run is trained in."""
 
 ORDERS = 1000
 """Orders of one seed: the stream of an order is ``seed * ORDERS + order``."""
@@ -66,6 +88,13 @@ class Protocol:
     order: int = 0
     decay: float | None = None
     pattern: str | None = None
+    shift: str | None = None
+    stats: str | None = None
+
+    @property
+    def estimated(self) -> bool:
+        """Whether population statistics are estimated for it."""
+        return self.statistics == "adapted" or self.statistics.startswith("precise")
 
     @classmethod
     def parse(cls, spec: str) -> "Protocol":
@@ -85,8 +114,33 @@ class Protocol:
             if key not in _KEYS[statistics] or key in values:
                 allowed = ", ".join(_KEYS[statistics]) or "none"
                 raise ValueError(f"evals: '{spec}': option '{option}' (allowed, once: {allowed})")
-            values[key] = _pattern(spec, text) if key == "pattern" else _number(spec, key, text)
-        return cls(split, statistics, **values)
+            read = {"pattern": _pattern, "shift": _domain, "stats": _domain}.get(key)
+            values[key] = read(spec, text) if read else _number(spec, key, text)
+        if statistics == "adapted":
+            if "shift" not in values:
+                raise ValueError(f"evals: '{spec}': adapted needs /shift:<domain>, the target")
+            if values.get("stats") == values["shift"]:
+                del values["stats"]  # its own already
+        if values.get("stats") == EACH != values.get("shift"):
+            raise ValueError(f"evals: '{spec}': stats:{EACH} is for shift:{EACH}")
+        protocol = cls(split, statistics, **values)
+        made_of = protocol.stats or (protocol.shift if statistics == "adapted" else None)
+        if made_of not in (None, EACH) and Domain.parse(str(made_of)).adversarial:
+            raise ValueError(
+                f"evals: '{spec}': no statistics of {made_of}, whose images are made for statistics"
+            )
+        return protocol
+
+    def of_each(self, domains: Iterable[Domain]) -> list["Protocol"]:
+        """What ``each`` stands for: this protocol for every domain, with the statistics it says.
+
+        Raises ValueError for statistics of adversarial domains.
+        """
+        named = []
+        for domain in map(str, domains):
+            stats = domain if self.stats == EACH else self.stats
+            named.append(replace(self, shift=domain, stats=stats))
+        return [Protocol.parse(str(protocol)) for protocol in named]
 
     def __str__(self) -> str:
         options: dict[str, float | str | None] = {
@@ -96,8 +150,7 @@ class Protocol:
         }
         if self.order:
             options["order"] = self.order
-        if self.pattern:
-            options["pattern"] = self.pattern
+        options |= {"pattern": self.pattern, "shift": self.shift, "stats": self.stats}
         return f"{self.split}:{self.statistics}" + "".join(
             f"/{key}:{value}" for key, value in options.items() if value is not None
         )
@@ -105,14 +158,23 @@ class Protocol:
 
 def _pattern(spec: str, text: str) -> str | None:
     """The order's name, None for the usual one."""
+    if text == TRAINED:
+        return TRAINED
     try:
         name = Order.parse(text).name
     except ValueError:
         raise ValueError(
-            f"evals: '{spec}': pattern must be shuffled, sorted or <labels>x<samples of each>, such"
-            f" as 16x2, got pattern:{text}"
+            f"evals: '{spec}': pattern must be {TRAINED}, shuffled, sorted or <labels>x<samples of"
+            f" each>, such as 16x2, got pattern:{text}"
         ) from None
     return None if name == "shuffled" else name
+
+
+def _domain(spec: str, text: str) -> str:
+    try:
+        return EACH if text == EACH else str(Domain.parse(text))
+    except ValueError as error:
+        raise ValueError(f"evals: '{spec}': {error}") from None
 
 
 def _number(spec: str, key: str, text: str) -> float | int:

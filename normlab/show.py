@@ -17,7 +17,7 @@ from typing import Any
 
 from omegaconf import OmegaConf
 
-from normlab import config, experiment, norms, plugins, probes, protocols, runs
+from normlab import config, domains, experiment, norms, plugins, probes, protocols, runs
 
 
 def main(what: str | None, *, root: str) -> int:
@@ -219,6 +219,10 @@ def _probes(_: Path) -> list[list[str]]:
     return table
 
 
+def _domains(_: Path) -> list[list[str]]:
+    return [[line] for line in (domains.__doc__ or "").strip().splitlines()]
+
+
 def _experiments(_: Path) -> list[list[str]]:
     table = [["name", "runs", "title"]]
     for name in experiment.names():
@@ -250,6 +254,7 @@ TABLES: dict[str, Callable[[Path], list[list[str]]]] = {
     "probes": _probes,
     "experiments": _experiments,
     "protocols": _protocols,
+    "domains": _domains,
     "runs": _runs,
 }
 

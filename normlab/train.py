@@ -12,7 +12,7 @@ checks once an epoch. Between that, each rank has population statistics and a ge
 import logging
 import math
 import time
-from collections.abc import Generator, Iterator
+from collections.abc import Callable, Generator, Iterator
 from contextlib import closing, contextmanager
 from dataclasses import dataclass, field
 from itertools import repeat
@@ -27,6 +27,7 @@ from tqdm import tqdm
 from normlab import agreement, checkpoint, dist, parallel, schedule
 from normlab.batchplan import BatchPlan
 from normlab.data.base import Dataset
+from normlab.domains import Domain
 from normlab.orders import SHUFFLED, Order
 from normlab.population import EmaBank
 
@@ -58,6 +59,8 @@ class Settings:
     schedule: dict[str, Any]
     """Keyword arguments of ``schedule.factor``."""
     order: Order = SHUFFLED
+    domains: tuple[Domain, ...] = ()
+    """How the images of a batch look, in turn; empty: as they are stored."""
     precision: str = "fp32"
     channels_last: bool = False
     label_smoothing: float = 0.0
@@ -85,6 +88,8 @@ class Trainer:
     bank: EmaBank | None = None
     forward: nn.Module | None = None
     """What is called in place of ``model`` (a compiled twin); None: the model itself."""
+    adversary: Callable[[Tensor, Tensor], Tensor] | None = None
+    """Makes the images of adversarial domains, from those of a micro-batch and their labels."""
 
     epoch: int = 0
     step: int = 0
@@ -134,6 +139,7 @@ class Trainer:
             start_step=self.step,
             order=self.settings.order,
             places=self._places(),
+            domains=self.settings.domains,
             device=self.settings.device,
             channels_last=self.settings.channels_last,
         )
@@ -228,6 +234,7 @@ class Trainer:
         """Forward and backward of one micro-batch, of whose loss a share is the step's; images
         beyond the labels run forward only."""
         with self._autocast():
+            x = self.adversary(x, y) if self.adversary else x
             logits = self._called()(x)
             logits = logits if len(logits) == len(y) else logits[: len(y)]
             precise = logits.to(torch.promote_types(logits.dtype, torch.float32))

@@ -18,6 +18,7 @@ import torch
 from torch import nn
 
 from normlab import (
+    adversarial,
     agenda,
     agreement,
     allocator,
@@ -83,6 +84,8 @@ def construct(config: dict[str, Any]) -> Job:
             f"buffers=average pools means and variances, and the statistic of norm="
             f"{config['norm']['name']} is no variance: buffers=mean or buffers=broadcast"
         )
+    data.check_domains(build.domains(config))
+    adversarial.adversary(model, build.domains(config), data)
     bank = EmaBank(model, config["ema_bank"]) if config["ema_bank"] else None
     job = Job(config, plan, data, model, build.optimizer(config, model), bank, per_epoch, dropped)
     check = evaluator(job, Stop()).check
@@ -104,6 +107,8 @@ def evaluator(job: Job, stop: Stop) -> Evaluator:
         job.data,
         nbs=job.plan.nbs,
         batch_size=job.plan.batch_size,
+        order=build.settings(job.config).order,
+        domains=build.domains(job.config),
         seed=job.config["seed"],
         device=build.device(job.config),
         channels_last=job.config["channels_last"],
@@ -141,6 +146,7 @@ def work(job: Job, run: RunDir, stop: Stop) -> dict[str, Any]:
         stop=stop,
         bank=job.bank,
         forward=build.compiled(config, job.model),
+        adversary=adversarial.adversary(job.model, build.domains(config), job.data),
     )
     if any(agreement.told([run.checkpoint.exists()], device)):
         trainer.load_state_dict(checkpoint.load(run.checkpoint))

@@ -214,7 +214,7 @@ def test_what_does_not_reach_the_weights_does_not_change_the_hash(overrides: str
         "seed=1", "nbs=64", "batch_size=64", "epochs=6", "lr=0.2", "decay=0.99", "precision=bf16",
         "channels_last=true", "compile=true", "compile=graphs", "recipe.nesterov=false",
         "recipe.clip_norm=1",
-        "order=sorted", "order=4x2",
+        "order=sorted", "order=4x2", "domains=[contrast-5]", "domains=[none,contrast-5]",
         "model.width=8", "data.subset=500", "norm.eps=1e-3", "norm=ghost nbs=128",
         "norm=ghost nbs=128 micro_batch=128 norm.population=pooled",
     ],

@@ -87,6 +87,19 @@ def test_batches_of_an_evaluation_can_have_a_pattern(trained, pattern, within, n
     assert row["error"] != evaluator(trained).run(Protocol.parse("val:batch/order:3"))["error"]
 
 
+@pytest.mark.parametrize("order", ["4x2", "sorted", "shuffled"])
+def test_batches_of_an_evaluation_can_have_the_order_of_training(trained, order):
+    evaluate = evaluator(trained, batch_size=64, order=Order.parse(order))
+    evaluate.check(Protocol.parse("val:batch/pattern:trained"))
+    row = evaluate.run(Protocol.parse("val:batch/order:3/pattern:trained"))
+    same = evaluate.run(Protocol.parse(f"val:batch/order:3/pattern:{order}"))
+    assert numbers(row) == numbers(same)
+    with pytest.raises(ValueError, match="groups of 8 do not fill batches of 20"):
+        evaluator(trained, order=Order.parse("4x2")).check(
+            Protocol.parse("val:batch/batch:20/pattern:trained")
+        )
+
+
 def test_the_batch_can_be_another_than_the_runs(trained):
     row = evaluator(trained).run(Protocol.parse("val:batch/batch:20"))
     model = copy.deepcopy(trained.model)

@@ -8,7 +8,7 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
-from normlab import build, checkpoint, config, data, worker
+from normlab import adversarial, build, checkpoint, config, data, worker
 from normlab.norms import forward_with
 from normlab.orders import Order
 from normlab.train import Diverged, Trainer
@@ -25,6 +25,8 @@ def trainer(cfg, tmp_path):
     return Trainer(
         model=job.model, optimizer=job.optimizer, data=job.data, plan=job.plan, steps=job.steps,
         settings=build.settings(cfg), path=tmp_path / "c.pt", stop=checkpoint.Stop(), bank=job.bank,
+        forward=build.compiled(cfg, job.model),
+        adversary=adversarial.adversary(job.model, build.domains(cfg), job.data),
     )  # fmt: skip
 
 
@@ -202,15 +204,13 @@ def test_too_few_images_to_run_forward_only_are_refused():
 @pytest.mark.parametrize(
     ("override", "message"),
     [
-        ("norm.num_domains=2", "norm.num_domains=2: no data set says yet which domain"),
         ("+norm.reference=2", "norm.reference: norm=virtual has no such option"),
         ("+norm.extra=2", "norm.extra: norm=virtual has no such option"),
     ],
 )
 def test_what_the_loop_cannot_feed_is_refused(override, message):
-    norm = ["norm=separate"] if "domains" in override else ["norm=virtual", "nbs=128"]
     with pytest.raises(ValueError, match=message):
-        worker.construct(resolved(*norm, override))
+        worker.construct(resolved("norm=virtual", "nbs=128", override))
 
 
 @pytest.mark.parametrize(
@@ -223,6 +223,7 @@ def test_what_the_loop_cannot_feed_is_refused(override, message):
         ),
         (7, ("norm=ghost", "nbs=8", "order=sorted")),
         (7, ("norm=ghost", "nbs=8", "order=4x2")),
+        (7, ("norm=separate", "norm.num_domains=2", "domains=[none,pgd-4]", "evals=[val:ema]")),
     ],
 )
 def test_a_state_restored_anywhere_continues_bit_for_bit(tmp_path, stop_at, norm):

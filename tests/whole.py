@@ -3,7 +3,7 @@
 import hashlib
 from pathlib import Path
 
-from normlab import agenda, build, checkpoint, config, worker
+from normlab import adversarial, agenda, build, checkpoint, config, worker
 from normlab.train import Trainer
 
 
@@ -43,6 +43,8 @@ def trainer(job, path=Path("never-written")):
     return Trainer(
         model=job.model, optimizer=job.optimizer, data=job.data, plan=job.plan, steps=job.steps,
         settings=build.settings(job.config), path=path, stop=checkpoint.Stop(), bank=job.bank,
+        forward=build.compiled(job.config, job.model),
+        adversary=adversarial.adversary(job.model, build.domains(job.config), job.data),
     )  # fmt: skip
 
 

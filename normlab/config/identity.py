@@ -38,6 +38,7 @@ LATER: dict[str, Any] = {
     "eval_at": [],
     "probes": [],
     "task": {"name": tasks.CLASSIFIER},
+    "domains": ["none"],
 }
 """Dotted keys introduced after version 1, each with the default of its introduction."""
 

@@ -13,6 +13,7 @@ from typing import Any
 from omegaconf import MISSING
 
 from normlab import batchplan, probes, tasks
+from normlab.domains import Domain
 from normlab.orders import Order
 from normlab.protocols import Protocol
 
@@ -58,6 +59,7 @@ class Config:
     sync_layers: str | None = MISSING
     remainder: str = MISSING
     order: str = MISSING
+    domains: list[str] = MISSING
     epochs: int = MISSING
     lr: float = MISSING
     decay: float = MISSING
@@ -202,6 +204,36 @@ def check(config: dict[str, Any]) -> None:
             f" leave it out with norm={config['norm']['name']}"
         )
     _check_order(config["order"], plan)
+    _check_domains(config, plan)
+
+
+def _check_domains(config: dict[str, Any], plan: batchplan.BatchPlan) -> None:
+    """Refuse domains that are none, and batches that would not hold equal parts of several."""
+    given = config["domains"]
+    listed = f"domains=[{','.join(given)}]"
+    try:
+        parsed = [Domain.parse(spec) for spec in given]
+    except ValueError as error:
+        raise ConfigError(f"{listed}: {error}") from None
+    if not parsed or len(set(parsed)) < len(parsed):
+        raise ConfigError(f"{listed} must name at least one domain, and none twice")
+    several = len(parsed)
+    if (told := config["norm"].get("num_domains", 1)) not in (1, several):
+        raise ConfigError(
+            f"norm.num_domains={told}, and the run has {listed}: norm.num_domains={several}"
+            + ", or 1 to share everything" * (several > 1)
+        )
+    if told != 1 and config["compile"]:
+        raise ConfigError(f"norm.num_domains={told} goes with compile=false alone")
+    if several == 1:
+        return
+    if config["order"] != "shuffled":
+        raise ConfigError(f"{listed}: several domains go with order=shuffled alone")
+    if plan.batch == "virtual" or config["norm"].get("grouping") == "interleaved":
+        raise ConfigError(f"{listed}: several domains need normalization batches of neighbours")
+    for key, size in (("micro_batch", plan.micro_batch), ("nbs", plan.nbs)):
+        if size is not None and size % several:
+            raise ConfigError(f"{listed}: {key}={size} is no multiple of {several} domains")
 
 
 def _check_order(spec: str, plan: batchplan.BatchPlan) -> None:

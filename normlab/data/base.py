@@ -3,7 +3,7 @@
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import ClassVar, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
@@ -11,7 +11,8 @@ import torch
 from torch import Tensor
 
 from normlab.data.patterns import Indices, arranged, usable
-from normlab.data.streams import Stream, generator
+from normlab.data.streams import SPLIT_SEED, Stream, generator
+from normlab.domains import Domain
 from normlab.orders import SHUFFLED, Order
 
 SPLITS = ("train", "val", "test")
@@ -81,6 +82,29 @@ class Planned(NamedTuple):
     """Where in the batch each of them is."""
     size: int
     """How many images the batch has in all."""
+    domains: tuple[Domain, ...] = ()
+    """How each of them is to look; empty: as they are stored."""
+
+
+def in_turn(positions: Indices, domains: int) -> Indices:
+    """As many as fit of `positions`, so that place p is one of domain p mod `domains`.
+
+    Position i belongs to domain i mod `domains`: every image has one, always the same, and a split
+    that is stored by class has its classes in all of them. Of one domain, `positions` as they are.
+    """
+    if domains == 1:
+        return positions
+    members = [positions[positions % domains == domain] for domain in range(domains)]
+    each = min(map(len, members))
+    return np.stack([of_one[:each] for of_one in members], axis=1).ravel()
+
+
+def half(size: int, which: int) -> Indices:
+    """Sorted positions of the first (0) or second (1) half of a split: class-blind, the same for
+    all runs. Of an odd number, the second has one more."""
+    positions = generator(Stream.HALVES, SPLIT_SEED).permutation(size)
+    chosen = positions[size // 2 :] if which else positions[: size // 2]
+    return np.sort(chosen).astype(np.int64)
 
 
 class Dataset(ABC):
@@ -99,6 +123,9 @@ class Dataset(ABC):
     digest: str
     note: str
 
+    corrupts: ClassVar[bool] = False
+    """Whether `_batches` shows images as the domains of their plan say."""
+
     @abstractmethod
     def size(self, split: str) -> int:
         """Number of images of "train" (after subsetting), "val" or "test"."""
@@ -106,6 +133,13 @@ class Dataset(ABC):
     @abstractmethod
     def labels(self, split: str) -> Indices:
         """(size,) the label of each image of a split, in stored order."""
+
+    def extremes(self) -> tuple[Tensor, Tensor]:
+        """Black and white as batches have them, (C, 1, 1) each.
+
+        Raises ValueError where the data set does not say.
+        """
+        raise ValueError(f"data={self.name} does not say which pixels there are")
 
     @abstractmethod
     def _batches(
@@ -117,7 +151,15 @@ class Dataset(ABC):
         device: torch.device,
         channels_last: bool,
     ) -> Iterator[Batch]:
-        """Deliver what is planned, one after the other."""
+        """Deliver what is planned, one after the other; corrupted where `corrupts` says so."""
+
+    def check_domains(self, domains: Sequence[Domain]) -> None:
+        """Raise ValueError for what would be delivered as it is stored."""
+        asked = [str(domain) for domain in domains if domain.corrupts]
+        if asked and not self.corrupts:
+            raise ValueError(
+                f"data={self.name} shows its images as they are stored, not as {', '.join(asked)}"
+            )
 
     def train_size(self, order: Order = SHUFFLED) -> int:
         """Number of training images that an epoch of `order` can use. Raises ValueError, as
@@ -133,17 +175,25 @@ class Dataset(ABC):
         start_step: int = 0,
         order: Order = SHUFFLED,
         places: Sequence[int] | None = None,
+        domains: Sequence[Domain] = (),
         device: torch.device | str = "cpu",
         channels_last: bool = False,
     ) -> Iterator[Batch]:
         """Augmented batches of one epoch from `start_step` on, in `order`; a remainder is dropped.
 
         Batch k of an epoch is bitwise the same from whichever step the iteration started, and so is
-        a part of it: with `places`, only what is at these places of each batch is read.
-        Raises ValueError at the call if not one batch fits, `start_step` is beyond the epoch, or
-        the order does not go with the labels or the batch size.
+        a part of it: with `places`, only what is at these places of each batch is read. With D
+        `domains`, every image belongs to one of them, and place p of a batch has one of domain
+        p mod D, augmented and then corrupted.
+        Raises ValueError at the call if not one batch fits, `start_step` is beyond the epoch, the
+        order does not go with the labels, the batch size or several domains, or the data set does
+        not corrupt its images.
         """
-        n = self.train_size(order)
+        self.check_domains(domains)
+        several = max(1, len(domains))
+        if several > 1 and order != SHUFFLED:
+            raise ValueError(f"order={order} does not go with {several} domains")
+        n = self.train_size(order) // several * several
         steps = n // batch_size if batch_size > 0 else 0
         if steps == 0:
             can_use = f"has {n} training images" + f" for order={order}" * order.patterned
@@ -152,12 +202,15 @@ class Dataset(ABC):
             raise ValueError(f"start_step={start_step}: an epoch has {steps} steps")
         rng = generator(Stream.TRAIN_ORDER, seed, epoch)
         if order == SHUFFLED:  # without the labels of a million images
-            batches = rng.permutation(n)[: steps * batch_size].reshape(steps, batch_size)
+            shuffled = in_turn(rng.permutation(n), several)
+            batches = shuffled[: steps * batch_size].reshape(steps, batch_size)
         else:
             batches = arranged(self.labels("train"), order, batch_size, rng)
         chosen = np.arange(batch_size) if places is None else np.asarray(places, dtype=np.int64)
+        shown = tuple(domains[int(place) % several] for place in chosen) if domains else ()
         plan = [
-            Planned(k, batches[k][chosen], chosen, batch_size) for k in range(start_step, steps)
+            Planned(k, batches[k][chosen], chosen, batch_size, shown)
+            for k in range(start_step, steps)
         ]
         return self._batches(
             "train",
@@ -180,6 +233,8 @@ class Dataset(ABC):
         unit: int | None = None,
         pattern: Order = SHUFFLED,
         within: int = 0,
+        domains: Sequence[Domain] = (),
+        part: int | None = None,
         device: torch.device | str = "cpu",
         channels_last: bool = False,
     ) -> Iterator[Batch]:
@@ -193,15 +248,25 @@ class Dataset(ABC):
                  that one rank has: augmented as there. There may be nothing in it.
         pattern  an order of training, drawn for SGD batches of `within` samples and seeded with
                  `order`: only the images that it can use
+        domains  how the images look: all as in the only one, or, of D, the k-th as in number
+                 k mod D, to which it belongs as in training
+        part     0 or 1: only the first or second `half` of the split
         Without `drop_last` the last batch may be smaller. Raises ValueError at the call for an
-        unknown split, more samples than there are, or settings that leave no batch.
+        unknown split, more samples than there are, settings that leave no batch, or a data set that
+        does not corrupt its images.
         """
-        n = self.size(split)
-        patterned: Indices | None = None
+        self.check_domains(domains)
+        among = np.arange(self.size(split)) if part is None else half(self.size(split), part)
         if pattern != SHUFFLED:
             rng = generator(Stream.EVAL_ORDER, order or 0)
-            patterned = arranged(self.labels(split), pattern, within, rng).ravel()
-            n = len(patterned)
+            positions = among[arranged(self.labels(split)[among], pattern, within, rng).ravel()]
+        elif order is None:
+            positions = among
+        else:
+            positions = among[generator(Stream.EVAL_ORDER, order).permutation(len(among))]
+        several = max(1, len(domains))
+        positions = in_turn(positions, several)
+        n = len(positions)
         if samples is not None and not 1 <= samples <= n:
             raise ValueError(f"samples={samples}: {split} of {self.name} has {n} images")
         wanted = n if samples is None else samples
@@ -210,19 +275,14 @@ class Dataset(ABC):
             raise ValueError(
                 f"batch_size={batch_size}: {split} of {self.name} offers {wanted} images"
             )
-        if patterned is not None:
-            positions = patterned
-        elif order is None:
-            positions = np.arange(n, dtype=np.int64)
-        else:
-            positions = generator(Stream.EVAL_ORDER, order).permutation(n)
         ours = dealt(end, unit or batch_size, share)
         plan = []
         for k, first in enumerate(range(0, end, batch_size)):
             last = min(first + batch_size, end)
             here = np.arange(max(first, ours.start), min(last, ours.stop))
             if len(here):
-                plan.append(Planned(k, positions[here], here - first, last - first))
+                shown = tuple(domains[int(at) % several] for at in here) if domains else ()
+                plan.append(Planned(k, positions[here], here - first, last - first, shown))
         return self._batches(
             split,
             plan,
@@ -239,6 +299,11 @@ def dealt(images: int, unit: int, share: tuple[int, int]) -> range:
     units = -(-images // unit)
     begin, until = (min(images, units * at // ranks * unit) for at in (rank, rank + 1))
     return range(begin, until)
+
+
+def numbers(split: str, positions: Indices) -> Indices:
+    """A number for each of a split's images that none of another split has."""
+    return positions * len(SPLITS) + SPLITS.index(split)
 
 
 def upload(x: Tensor, device: torch.device) -> Tensor:

@@ -22,15 +22,17 @@ from torchvision.datasets import ImageFolder
 from torchvision.transforms import v2
 
 from normlab.data import cache
-from normlab.data.base import Augment, Batch, Dataset, Planned, unknown_split
+from normlab.data.base import Augment, Batch, Dataset, Planned, numbers, unknown_split
+from normlab.data.corruptions import corrupt
 from normlab.data.patterns import Indices
 from normlab.data.streams import SPLIT_SEED, Stream, generator
+from normlab.domains import CLEAN, Domain
 
 MEAN = (0.485, 0.456, 0.406)  # of ImageNet's training images, on a scale of 0 .. 1
 STD = (0.229, 0.224, 0.225)
 AREA, RATIO, TRIES = (0.08, 1.0), (3 / 4, 4 / 3), 10
 
-Token = tuple[int, int, int]  # step, place in the batch, image
+Token = tuple[int, int, int, Domain]  # step, place in the batch, image, how it is to look
 
 
 def load(root: str, *, seed: int, size: int = 224, workers: int = 8) -> "Folder":
@@ -50,6 +52,8 @@ def load(root: str, *, seed: int, size: int = 224, workers: int = 8) -> "Folder"
 class Folder(Dataset):
     """Image directories as a data set; if there is no third directory, `val_per_class` training
     images of each class (None: a tenth) become "val"."""
+
+    corrupts = True
 
     def __init__(
         self, name: str, root: str, *, size: int, workers: int, val_per_class: int | None = None
@@ -86,6 +90,10 @@ class Folder(Dataset):
     def labels(self, split: str) -> Indices:
         return np.array([label for _, label in self._of(split)], dtype=np.int64)
 
+    def extremes(self) -> tuple[Tensor, Tensor]:
+        mean, std = (torch.tensor(v).view(3, 1, 1) for v in (MEAN, STD))
+        return -mean / std, (1 - mean) / std
+
     def _of(self, split: str) -> list[tuple[str, int]]:
         if split not in self._samples:
             raise unknown_split(split)
@@ -101,7 +109,7 @@ class Folder(Dataset):
         channels_last: bool,
     ) -> Iterator[Batch]:
         loader = DataLoader(
-            Decoder(self._of(split), self.shape[1], augment),
+            Decoder(self._of(split), self.shape[1], augment, split),
             batch_sampler=Tokens(plan),
             num_workers=self._workers,
             pin_memory=device.type == "cuda",
@@ -131,19 +139,22 @@ class Tokens:
 
     def __iter__(self) -> Iterator[list[Token]]:
         for part in self.plan:
-            together = zip(part.places, part.images, strict=True)
-            yield [(part.step, int(place), int(image)) for place, image in together]
+            shown = part.domains or [CLEAN] * len(part.images)
+            together = zip(part.places, part.images, shown, strict=True)
+            yield [(part.step, int(place), int(image), domain) for place, image, domain in together]
 
 
 class Decoder(torch.utils.data.Dataset[tuple[Tensor, int]]):
     """Token -> (pixels uint8 (3, size, size), label)."""
 
-    def __init__(self, samples: list[tuple[str, int]], size: int, augment: Augment | None) -> None:
-        self.samples, self.size, self.augment = samples, size, augment
+    def __init__(
+        self, samples: list[tuple[str, int]], size: int, augment: Augment | None, split: str
+    ) -> None:
+        self.samples, self.size, self.augment, self.split = samples, size, augment, split
         self.centre = v2.Compose([v2.Resize(size * 256 // 224), v2.CenterCrop(size)])
 
     def __getitem__(self, token: Token) -> tuple[Tensor, int]:
-        step, place, index = token
+        step, place, index, domain = token
         path, label = self.samples[index]
         try:
             with Image.open(path) as file:
@@ -158,7 +169,8 @@ class Decoder(torch.utils.data.Dataset[tuple[Tensor, int]]):
             image = v2.functional.resized_crop(image, *box, size=[self.size, self.size])
             if rng.integers(2):
                 image = v2.functional.horizontal_flip(image)
-        return v2.functional.pil_to_tensor(image), label
+        pixels = v2.functional.pil_to_tensor(image)
+        return corrupt(pixels[None], domain, numbers(self.split, np.array([index])))[0], label
 
 
 def random_box(height: int, width: int, rng: np.random.Generator) -> tuple[int, int, int, int]:

@@ -14,7 +14,8 @@ import torch
 from torch import Tensor
 
 from normlab.data import cache
-from normlab.data.base import Augment, Batch, Dataset, Planned, unknown_split, upload
+from normlab.data.base import Augment, Batch, Dataset, Planned, numbers, unknown_split, upload
+from normlab.data.corruptions import corrupt_each
 from normlab.data.patterns import Indices
 
 AUGMENTS = {  # name -> (random crop, random mirroring)
@@ -97,6 +98,8 @@ class InMemory(Dataset):
     On an accelerator the pixels are uploaded once and the batches are made there.
     """
 
+    corrupts = True
+
     def __init__(
         self,
         name: str,
@@ -130,6 +133,10 @@ class InMemory(Dataset):
         labels: Indices = source.labels[source.indices].astype(np.int64)
         return labels
 
+    def extremes(self) -> tuple[Tensor, Tensor]:
+        black = self._shift.view(-1, 1, 1)
+        return black, black + 255 * self._scale.view(-1, 1, 1)
+
     def _split(self, split: str) -> Split:
         if split not in self._splits:
             raise unknown_split(split)
@@ -149,6 +156,8 @@ class InMemory(Dataset):
             words, labels = self._take(split, part.images, device)
             if augment is not None and (self._crop or self._flip):
                 words = self._augmented(words, part, augment.generator(part.step))
+            if any(domain.corrupts for domain in part.domains):
+                self._corrupt(words, split, part)
             yield finish(words, channels_last=channels_last), labels
 
     def _take(self, split: str, positions: Indices, device: torch.device) -> tuple[Tensor, Tensor]:
@@ -166,6 +175,12 @@ class InMemory(Dataset):
         words, all_labels = self._resident[split, device]
         chosen = upload(torch.from_numpy(positions), device)
         return words.index_select(0, chosen), all_labels.index_select(0, chosen)
+
+    def _corrupt(self, words: Tensor, split: str, part: Planned) -> None:
+        """Make `words` (B, H, W), in place, those of the domains they are to be shown in."""
+        pixels = words.view(torch.uint8).view(*words.shape, -1)[..., : self.shape[0]]
+        made = corrupt_each(pixels.permute(0, 3, 1, 2), part.domains, numbers(split, part.images))
+        pixels.copy_(made.permute(0, 2, 3, 1))
 
     def _augmented(self, words: Tensor, part: Planned, rng: np.random.Generator) -> Tensor:
         pad = words.size(1) // 8 if self._crop else 0

@@ -21,6 +21,8 @@ class Stream(IntEnum):
     EVAL_ORDER = 4
     EVAL_AUGMENT = 5
     SYNTHETIC = 6
+    CORRUPTION = 7
+    HALVES = 8
 
 
 def generator(stream: Stream, seed: int, *key: int) -> np.random.Generator:

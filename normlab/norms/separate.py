@@ -296,3 +296,32 @@ def domains(model: nn.Module, labels: int | Sequence[int] | Tensor) -> Iterator[
     finally:
         for layer, own in zip(layers.values(), before, strict=True):
             layer.domains = own
+
+
+class InTurn(nn.Module):
+    """Calls `model` on batches (N, ...) that hold D domains in turn: sample i is of domain i mod D.
+
+    So what calls a network without knowing of domains, a training loop, needs no labels: only
+    batches, micro-batches and shares of them that begin with domain 0. In `state_dict` the model is
+    below `model`. Raises ValueError in forward as `domains` does.
+    """
+
+    def __init__(self, model: nn.Module, num_domains: int) -> None:
+        super().__init__()
+        self.model = model
+        self.num_domains = num_domains
+
+    def forward(self, x: Tensor) -> Any:
+        with domains(self.model, torch.arange(len(x)) % self.num_domains):
+            return self.model(x)
+
+
+def num_domains(model: nn.Module) -> int:
+    """The most domains that a layer of `model` tells apart; 1 where none needs labels."""
+    layers = (m for m in model.modules() if isinstance(m, SeparateBatchNorm))
+    return max((layer.num_domains for layer in layers), default=1)
+
+
+def in_turn(model: nn.Module, domains: int) -> InTurn | None:
+    """What calls `model` on batches that hold as many domains in turn; None: no layer asks."""
+    return InTurn(model, domains) if num_domains(model) > 1 and domains > 1 else None
