@@ -97,9 +97,7 @@ class Evaluator:
                 return row | self._score(batches, protocol)
         statistics: AbstractContextManager[Any] = nullcontext()
         if has_population and protocol.statistics.startswith("precise"):
-            batch = self._batch(protocol)
-            samples = min(protocol.samples or PRECISE_SAMPLES, self.data.size("train"))
-            samples -= samples % batch
+            batch, samples = self._batch(protocol), self._samples(protocol)
             row |= {"batch": batch, "samples": samples, "order": protocol.order}
             statistics = using(self.model, self._population(protocol, batch, samples))
         elif has_population and protocol.decay is not None:
@@ -111,6 +109,12 @@ class Evaluator:
         )  # fmt: skip
         with statistics, self._on_population():
             return row | self._score(batches, protocol)
+
+    def precise(self) -> Population:
+        """The population statistics that the protocol ``precise`` tests with."""
+        protocol = Protocol("train", "precise")
+        self.check(protocol)
+        return self._population(protocol, self._batch(protocol), self._samples(protocol))
 
     def check(self, protocol: Protocol) -> None:
         """Refuse what cannot be evaluated, before anything is trained for it.
@@ -182,6 +186,11 @@ class Evaluator:
         batch = protocol.batch or self.nbs
         assert batch is not None, "a norm with population statistics has an NBS"
         return batch
+
+    def _samples(self, protocol: Protocol) -> int:
+        """Training images that estimate population statistics, whole groups of them."""
+        samples = min(protocol.samples or PRECISE_SAMPLES, self.data.size("train"))
+        return samples - samples % self._batch(protocol)
 
     def _population(self, protocol: Protocol, batch: int, samples: int) -> Population:
         key = (protocol.statistics, batch, samples, protocol.order)
