@@ -1,4 +1,4 @@
-"""Runs that freeze their batch norms after some epochs (``freeze_after``), and where they may begin.
+"""Runs that freeze their batch norms after some epochs (``freeze_after``), and where they begin.
 
 Up to there such a run is another run, the one that does not freeze. Where that has kept what it was
 at that moment (``keep_after``), the frozen run begins there, and ends, bit for bit, as if it had
