@@ -51,10 +51,8 @@ def due(config: dict[str, Any], trainer: Trainer) -> bool:
 def carry_out(config: dict[str, Any], trainer: Trainer, precise: Callable[[], Population]) -> None:
     """Freeze the trainer's network; at the switch, where the config says so, with the statistics
     that `precise` estimates. Later, as a run goes on, they are in its checkpoint."""
-    how, begins = (
-        config["freeze_statistics"],
-        trainer.position.tolist() == [config["freeze_after"], 0],
-    )
+    how, after = config["freeze_statistics"], config["freeze_after"]
+    begins = trainer.position.tolist() == [after, 0]
     population = precise() if begins and how == "precise" else None
     freeze(trainer.model, population, affine=config["freeze_affine"])
     trainer.network_changed()
