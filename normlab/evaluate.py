@@ -117,9 +117,7 @@ class Evaluator:
                     protocol,
                 )  # fmt: skip
             if has_population and protocol.estimated:
-                batch = self._batch(protocol)
-                samples = min(protocol.samples or PRECISE_SAMPLES, self._available(protocol))
-                samples -= samples % batch
+                batch, samples = self._batch(protocol), self._samples(protocol)
                 row |= {"batch": batch, "samples": samples, "order": protocol.order}
                 stack.enter_context(using(self.model, self._population(protocol, batch, samples)))
             elif has_population and protocol.decay is not None:
@@ -131,6 +129,12 @@ class Evaluator:
                 device=self.device, channels_last=self.channels_last, **_counted(protocol),
             )  # fmt: skip
             return row | self._score(batches, protocol)
+
+    def precise(self) -> Population:
+        """The population statistics that the protocol ``precise`` tests with."""
+        protocol = Protocol("train", "precise")
+        self.check(protocol)
+        return self._population(protocol, self._batch(protocol), self._samples(protocol))
 
     def check(self, protocol: Protocol) -> None:
         """Refuse what cannot be evaluated, before anything is trained for it.
@@ -251,6 +255,11 @@ class Evaluator:
         batch = protocol.batch or self.nbs
         assert batch is not None, "a norm with population statistics has an NBS"
         return batch
+
+    def _samples(self, protocol: Protocol) -> int:
+        """Images that estimate population statistics, whole groups of them."""
+        samples = min(protocol.samples or PRECISE_SAMPLES, self._available(protocol))
+        return samples - samples % self._batch(protocol)
 
     def _population(self, protocol: Protocol, batch: int, samples: int) -> Population:
         shown = self._of_statistics(protocol)

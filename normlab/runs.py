@@ -102,6 +102,10 @@ class RunDir:
         """The weights at the end of an epoch that was evaluated before the last one."""
         return self.path / f"epoch-{epoch}.pt"
 
+    def kept(self, epoch: int) -> Path:
+        """All that the run was at the end of an epoch, for another to go on from."""
+        return self.path / f"state-{epoch}.pt"
+
     def lock(self) -> AbstractContextManager[None]:
         """Hold the run's lease; a second process that starts the same run waits here and says so.
 
@@ -146,8 +150,8 @@ class RunDir:
         """Remove what an earlier start has made, for a start from nothing; its log stays."""
         for name in ("evals.csv", "probes.csv", "metrics.csv", "status.json"):
             lease.remove(self.path / name)
-        for snapshot in self.path.glob("epoch-*.pt"):
-            lease.remove(snapshot)
+        for kept in (*self.path.glob("epoch-*.pt"), *self.path.glob("state-*.pt")):
+            lease.remove(kept)
 
     def clear_status(self) -> None:
         """Make the run unfinished again."""

@@ -125,6 +125,10 @@ class Trainer:
 
     # -- the loop ---------------------------------------------------------------------------------
 
+    def network_changed(self) -> None:
+        """Which parameters learn has changed: the ranks agree anew on gradients to average."""
+        self._network = None
+
     def train_epoch(self) -> None:
         """Run the epoch's remaining steps and append its row to the history.
 

@@ -25,6 +25,7 @@ from normlab import (
     build,
     checkpoint,
     dist,
+    freezing,
     kernels,
     logs,
     ranks,
@@ -37,7 +38,7 @@ from normlab.data.base import Dataset
 from normlab.evaluate import Evaluator
 from normlab.lease import LeaseLost
 from normlab.norms.base import population_layers
-from normlab.population import EmaBank
+from normlab.population import EmaBank, freeze
 from normlab.probes.base import Context
 from normlab.protocols import Protocol
 from normlab.runs import FINISHED, RunDir
@@ -152,6 +153,9 @@ def work(job: Job, run: RunDir, stop: Stop) -> dict[str, Any]:
         trainer.load_state_dict(checkpoint.load(run.checkpoint))
         agreement.check_same({"epoch and step": trainer.position}, device)
         log.info("resumed at epoch %d, step %d", trainer.epoch + 1, trainer.step)
+    elif (begun := _branched(job, run, device)) is not None:
+        trainer.load_state_dict(checkpoint.load(begun.kept(config["freeze_after"])))
+        log.info("begins where %s was after epoch %d", begun.id, trainer.epoch)
     elif job.dropped:
         log.info("each epoch drops %d of %d samples", job.dropped, job.data.size("train"))
     measured = agenda.epochs(config)
@@ -163,9 +167,14 @@ def work(job: Job, run: RunDir, stop: Stop) -> dict[str, Any]:
                 evaluate_epoch(job, run, trainer.epoch, due, trainer.history, stop)
             if trainer.epoch == config["epochs"]:
                 break
+            if freezing.due(config, trainer):
+                freezing.carry_out(config, trainer, evaluator(job, stop).precise)
             trainer.train_epoch()
             agreement.by_first(lambda: run.write_metrics(trainer.history), device)
             # The weights of an evaluated epoch must outlive a kill, and the epochs after it.
+            if trainer.epoch == config["keep_after"]:
+                state, path = trainer.state_dict(), run.kept(trainer.epoch)
+                agreement.by_first(partial(checkpoint.save, path, state), device)
             if trainer.epoch in measured:
                 if trainer.epoch < config["epochs"]:
                     kept = partial(checkpoint.save, run.snapshot(trainer.epoch), _snapshot(trainer))
@@ -183,6 +192,16 @@ def _missing(config: dict[str, Any], run: RunDir, device: torch.device) -> list[
     wanted, missing = agenda.wanted(config), agenda.missing(config, run)
     told = agreement.told([one in missing for one in wanted], device)
     return [one for one, lacks in zip(wanted, told, strict=True) if lacks]
+
+
+def _branched(job: Job, run: RunDir, device: torch.device) -> RunDir | None:
+    """Where the run begins, if it need not from nothing, as the first rank sees it."""
+    needed = min(agenda.epochs(job.config), default=job.config["epochs"])
+    parent = freezing.parent(job.config, run, first_needed=needed)
+    if parent is None:  # for all ranks alike
+        return None
+    there = parent.kept(job.config["freeze_after"]).exists()
+    return parent if any(agreement.told([there], device)) else None
 
 
 def _snapshot(trainer: Trainer) -> dict[str, Any]:
@@ -262,6 +281,8 @@ def evaluate_finished(job: Job, run: RunDir, stop: Stop) -> None:
             job.model.load_state_dict(state["model"])
             if job.bank:
                 job.bank.load_state_dict(state["ema_bank"])
+        if freezing.is_frozen(job.config, epoch):
+            freeze(job.model)
         due = [one for e, one in possible if e == epoch]
         evaluate_epoch(job, run, epoch, due, final["history"], stop)
 

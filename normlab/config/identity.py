@@ -39,6 +39,10 @@ LATER: dict[str, Any] = {
     "probes": [],
     "task": {"name": tasks.CLASSIFIER},
     "domains": ["none"],
+    "freeze_after": None,
+    "freeze_statistics": "precise",
+    "freeze_affine": "trainable",
+    "keep_after": None,
 }
 """Dotted keys introduced after version 1, each with the default of its introduction."""
 
@@ -50,7 +54,7 @@ _OPEN = ("norm", "model", "data")  # groups whose keys are those of what is chos
 NOT_TRAINING = {
     "evals", "eval_last", "eval_at", "probes", "ema_bank", "runs", "data_root", "skip_done",
     "checkpoint_every", "scale", "experiment", "allocator", "device", "threads", "remainder",
-    "sync_group_size", "debug_sync", "resume",
+    "sync_group_size", "debug_sync", "resume", "keep_after",
     "launch", "max_restarts", "stall_timeout",
 }  # fmt: skip
 
@@ -77,6 +81,9 @@ def training_config(config: dict[str, Any]) -> dict[str, Any]:
         del kept["nbs"], kept["decay"]
     elif kept["norm"].get("cumulative"):
         del kept["decay"]
+    if kept.get("freeze_after") is None:  # what is never frozen is frozen in no way
+        kept.pop("freeze_statistics", None)
+        kept.pop("freeze_affine", None)
     if plan.nbs is None or plan.world_size == 1:
         kept.pop("buffers", None)
     return _without_defaults(kept)
@@ -172,8 +179,9 @@ def run_id(config: dict[str, Any], *, device: str, data_digest: str, kernels: bo
 
     device: the kind (cpu, cuda). data_digest: of the underlying data. kernels: whether the fused
     kernels are on. Norms that look at no other sample have no ``nbs`` part; ``conv`` and ``init``
-    follow the norm, and ``order`` the NBS, where they are not the default (``tiny-gn-ws-s0-...``).
-    A task: ``<task>-<norm>-s<seed>-<8 hex>``, without the norm where it takes none.
+    follow the norm, ``order`` and the epoch of ``freeze_after`` the NBS, where they are not the
+    default (``tiny-gn-ws-s0-...``). A task: ``<task>-<norm>-s<seed>-<8 hex>``, without the norm
+    where it takes none.
     """
     kept = training_config(config)
     digest = _digest(
@@ -194,6 +202,8 @@ def run_id(config: dict[str, Any], *, device: str, data_digest: str, kernels: bo
     if "nbs" in kept:
         parts.append(f"nbs{kept['nbs']}")
     parts += [config["order"]] if "order" in kept else []
+    if "freeze_after" in kept:
+        parts.append(f"frozen{kept['freeze_after']}")
     return "-".join([*parts, f"s{config['seed']}", digest])
 
 

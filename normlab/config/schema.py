@@ -63,6 +63,9 @@ class Config:
     epochs: int = MISSING
     lr: float = MISSING
     decay: float = MISSING
+    freeze_after: int | None = MISSING
+    freeze_statistics: str = MISSING
+    freeze_affine: str = MISSING
     init: str = MISSING
     seed: int = MISSING
     precision: str = MISSING
@@ -81,6 +84,7 @@ class Config:
     kernels: bool = MISSING
     allocator: str = MISSING
     checkpoint_every: float = MISSING
+    keep_after: int | None = MISSING
     launch: bool = MISSING
     max_restarts: int = MISSING
     stall_timeout: float = MISSING
@@ -101,6 +105,8 @@ _CHOICES = {
     "remainder": ("drop", "error"),
     "precision": ("fp32", "bf16"),
     "buffers": BUFFERS,
+    "freeze_statistics": ("precise", "ema"),
+    "freeze_affine": ("trainable", "frozen"),
     "device": ("auto", "cpu", "cuda"),
     "allocator": ("keep", "system"),
     "skip_done": ("all", "local"),
@@ -113,6 +119,8 @@ _SIZES = {  # at least so many, at most batchplan.MOST
     "seed": 0,
     "world_size": 1,
     "eval_last": 1,
+    "freeze_after": 1,
+    "keep_after": 1,
     "threads": 1,
     "max_restarts": 0,
     "micro_batch": 1,
@@ -205,6 +213,7 @@ def check(config: dict[str, Any]) -> None:
         )
     _check_order(config["order"], plan)
     _check_domains(config, plan)
+    _check_freeze(config, plan)
 
 
 def _check_domains(config: dict[str, Any], plan: batchplan.BatchPlan) -> None:
@@ -252,6 +261,20 @@ def _check_order(spec: str, plan: batchplan.BatchPlan) -> None:
     if plan.nbs is not None and (plan.nbs - plan.virtual_extra) % order.group:
         extra = f" less virtual_extra={plan.virtual_extra}" if plan.virtual_extra else ""
         raise ConfigError(f"{whole} nbs={plan.nbs}{extra}: a multiple of {order.group}")
+
+
+def _check_freeze(config: dict[str, Any], plan: batchplan.BatchPlan) -> None:
+    """Refuse to freeze what has no statistics, and at an epoch after which no training is left."""
+    for key in ("freeze_after", "keep_after"):
+        if config[key] is not None and config[key] >= config["epochs"]:
+            raise ConfigError(
+                f"{key} must be below epochs={config['epochs']}, got {key}={config[key]}"
+            )
+    if config["freeze_after"] is not None and plan.nbs is None:
+        raise ConfigError(
+            f"freeze_after={config['freeze_after']} makes population statistics constant, and"
+            f" norm={config['norm']['name']} has none that batches move: leave it out"
+        )
 
 
 def _check_evals(config: dict[str, Any]) -> None:
