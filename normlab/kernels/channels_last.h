@@ -154,6 +154,24 @@ inline void map_rows(const T* x, const T* dy, T* y, int64_t width, F f) {
     }
 }
 
+// f(place among the factors)(element, element of dy) of elements whose factors are the same every
+// 2 * BLOCK: these stay in registers. Between its misses a core looks ahead over so many instructions
+// only, so that each one saved is time even where memory is what is waited for. Returned is how many
+// elements were mapped.
+template <class T, bool BACKWARD, bool PAST, class F>
+inline int64_t map_periods(const T* x, const T* dy, T* y, int64_t elements, F f) {
+    const auto a = f(0), b = f(WIDTH), c = f(BLOCK), d = f(BLOCK + WIDTH);
+    int64_t r = 0;
+    for (; r + 2 * BLOCK <= elements; r += 2 * BLOCK) {
+        Block u = load(x + r), v = load(x + r + BLOCK);
+        Block du = BACKWARD ? load(dy + r) : u, dv = BACKWARD ? load(dy + r + BLOCK) : v;
+        Block first = {a(u.a, du.a), b(u.b, du.b)}, second = {c(v.a, dv.a), d(v.b, dv.b)};
+        PAST ? store_past(y + r, first) : store(y + r, first);
+        PAST ? store_past(y + r + BLOCK, second) : store(y + r + BLOCK, second);
+    }
+    return r;
+}
+
 // The same of a piece.
 template <class T, bool BACKWARD, class F>
 inline void row_map(const Fold<T>& fold, const T* x, const T* dy, T* y, int64_t rows, bool large,
@@ -161,6 +179,9 @@ inline void row_map(const Fold<T>& fold, const T* x, const T* dy, T* y, int64_t 
     const bool past = large && aligned(y);
     const int64_t width = fold.width, elements = rows * fold.channels;
     int64_t r = 0;
+    if (2 * BLOCK % fold.channels == 0)
+        r = past ? map_periods<T, BACKWARD, true>(x, dy, y, elements, f)
+                 : map_periods<T, BACKWARD, false>(x, dy, y, elements, f);
     for (; r + AT_ONCE * width <= elements; r += AT_ONCE * width) {
         const T* with = BACKWARD ? dy + r : nullptr;
         if (past)
