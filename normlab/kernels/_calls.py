@@ -1,5 +1,7 @@
 """What is behind each operator: results made, layouts made to agree, the kernels called."""
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 from torch.autograd.graph import increment_version
@@ -10,6 +12,7 @@ from normlab.kernels._library import BOTH, FIRST, SECOND, dense
 __all__ = [
     "batch_norm",
     "batch_norm_backward",
+    "empty_correction",
     "empty_statistics",
     "gradient",
     "gradient_sums",
@@ -18,6 +21,8 @@ __all__ = [
     "moments",
     "move",
     "normalize",
+    "renorm",
+    "renorm_backward",
 ]
 
 
@@ -107,6 +112,51 @@ def batch_norm_backward(
         BOTH if for_x else FIRST, _as(dy, x), x, dx if for_x else None, _contiguous(weight),
         mean, var, sums, affine, groups, interleaved, span, eps,
         span * x.numel() / (groups * channels),
+    )  # fmt: skip
+    return dx, affine
+
+
+def renorm(
+    x: Tensor,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    running_mean: Tensor,
+    running_var: Tensor,
+    limits: Sequence[float] | Tensor,
+    groups: int,
+    eps: float,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    x = laid(x)
+    y, (mean, var) = torch.empty_like(x), empty_statistics(x, groups, 1)
+    correction = empty_correction(x, groups)
+    known = _contiguous(weight), _contiguous(bias), mean, var
+    towards = running_mean.contiguous(), running_var.contiguous(), *map(float, limits), correction
+    _switch.kernels().forward(BOTH, x, y, *known, groups, False, 1, eps, towards)
+    return y, mean, var, correction
+
+
+def empty_correction(x: Tensor, groups: int) -> Tensor:
+    return x.new_empty((2, groups, x.size(1)), dtype=torch.float32)
+
+
+def renorm_backward(
+    dy: Tensor,
+    x: Tensor,
+    weight: Tensor | None,
+    mean: Tensor,
+    var: Tensor,
+    correction: Tensor,
+    eps: float,
+    for_x: bool,
+) -> tuple[Tensor, Tensor]:
+    x = laid(x)
+    groups, channels = mean.size(0), mean.size(1)
+    dx = torch.empty_like(x) if for_x else x.new_empty(0)
+    affine = x.new_empty((2, channels), dtype=torch.float32)
+    _switch.kernels().backward(
+        BOTH if for_x else FIRST, _as(dy, x), x, dx if for_x else None, _contiguous(weight),
+        mean, var, mean.new_empty((2, groups, channels)), affine, groups, False, 1, eps,
+        x.numel() / (groups * channels), correction,
     )  # fmt: skip
     return dx, affine
 

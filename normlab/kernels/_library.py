@@ -50,8 +50,13 @@ class Kernels:
         interleaved: bool,
         span: int,
         eps: float,
+        towards: tuple[Tensor, Tensor, float, float, Tensor] | None = None,
     ) -> None:
-        """Fills mean and var (first pass), and y by what they then are (second pass)."""
+        """Fills mean and var (first pass), and y by what they then are (second pass).
+
+        towards: Batch Renorm's running mean and var (C,), both contiguous float32, the limits of r
+        and d, and what is filled with r and d (2, G, C), float32; for both passes and span 1.
+        """
         given = bias if weight is None else weight
         failed = self._forward(
             _FORWARD(
@@ -64,6 +69,7 @@ class Kernels:
                 0 if bias is None else bias.data_ptr(),
                 0 if mean is None else mean.data_ptr(),
                 var.data_ptr(),
+                *(_NOTHING if towards is None else _towards(*towards)),
             )
         )
         if failed:
@@ -85,12 +91,15 @@ class Kernels:
         span: int,
         eps: float,
         count: float,
+        correction: Tensor | None = None,
     ) -> None:
         """Fills sums (2, G, C), of dy and of dy * h (first pass); then dx by them (second pass).
 
         affine, if given, is filled with the gradients of bias and weight: (2, C), or (2, G, C) for
-        a weight (G, C).
+        a weight (G, C). correction is Batch Renorm's r and d (2, G, C): weight is multiplied by r,
+        and affine is (2, C).
         """
+        r = 0 if correction is None else correction.data_ptr()
         failed = self._backward(
             _BACKWARD(
                 *_common(passes, x, groups, interleaved, span, eps),
@@ -104,6 +113,8 @@ class Kernels:
                 var.data_ptr(),
                 sums.data_ptr(),
                 0 if affine is None else affine.data_ptr(),
+                r,
+                0 if correction is None else r + correction.numel() // 2 * 4,
             )
         )
         if failed:
@@ -122,9 +133,19 @@ _SHORT = "no memory for a batch norm's sums"
 
 # The structures of fused.cpp: "q" is an int64_t, "d" a double, "P" a pointer.
 _COMMON = "11qd"
-_FORWARD = Struct(_COMMON + "2q6P").pack
-_BACKWARD = Struct(_COMMON + "qd8P").pack
+_FORWARD = Struct(_COMMON + "2q6P" + "2P2d2P").pack
+_BACKWARD = Struct(_COMMON + "qd10P").pack
 _MOVE = Struct("2q2d4P").pack
+
+_NOTHING = 0, 0, 0.0, 0.0, 0, 0
+
+
+def _towards(
+    mean: Tensor, var: Tensor, r_limit: float, d_limit: float, correction: Tensor
+) -> tuple[float, ...]:
+    r = correction.data_ptr()
+    d = r + correction.numel() // 2 * 4
+    return mean.data_ptr(), var.data_ptr(), r_limit, d_limit, r, d
 
 
 def dense(x: Tensor) -> bool:

@@ -20,6 +20,8 @@ __all__ = [
     "moments",
     "move_towards",
     "normalize",
+    "renorm",
+    "renorm_backward",
 ]
 
 
@@ -147,6 +149,61 @@ def batch_norm_backward(
     return dx, affine
 
 
+def renorm(
+    x: Tensor,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    running_mean: Tensor,
+    running_var: Tensor,
+    limits: tuple[Any, Any],
+    *,
+    groups: int,
+    eps: float,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """weight * ((x - mean) / s * r + d) + bias, s = sqrt(var + eps), by each group's statistics.
+
+    r = s / sigma within [1 / R, R] and d = (mean - running_mean) / sigma within [-D, D], with
+    sigma = sqrt(running_var + eps) and limits (R, D), numbers or tensors of one. weight, bias and
+    the running statistics are (C,); groups are consecutive samples. Returns y, mean and biased
+    variance (G, C) in float64, and r and d (2, G, C) in float32. It has no derivative.
+    """
+    _refuse_gradient(x, weight, bias)
+    known = _float(weight), _float(bias), running_mean.float(), running_var.float()
+    done: tuple[Tensor, Tensor, Tensor, Tensor]
+    if _seen(x):
+        both = torch.stack([torch.as_tensor(v, dtype=torch.float64) for v in limits])
+        done = torch.ops.normlab.renorm(x, *known, both, groups, eps)
+    else:
+        done = _calls.renorm(x, *known, limits, groups, eps)
+    return done
+
+
+def renorm_backward(
+    dy: Tensor,
+    x: Tensor,
+    weight: Tensor | None,
+    mean: Tensor,
+    var: Tensor,
+    correction: Tensor,
+    *,
+    eps: float,
+    for_x: bool = True,
+) -> tuple[Tensor, Tensor]:
+    """dx of `renorm`, r and d being constants, and the gradients (2, C) of bias and weight.
+
+    dx is empty unless for_x.
+    """
+    if torch.is_grad_enabled() and not torch.compiler.is_compiling():
+        r, d = correction
+        scale = r if weight is None else r * weight
+        how = {"groups": len(r), "interleaved": False, "span": 1, "eps": eps}
+        dx, (dshift, dscale) = by_formula(dy, x, scale, **how)
+        return dx, torch.stack([dshift.sum(0), (r * dscale + d * dshift).sum(0)])
+    call = torch.ops.normlab.renorm_backward if _seen(x) else _calls.renorm_backward
+    dx, affine = call(dy, x, _float(weight), mean, var, correction, eps, for_x)
+    return dx, affine
+
+
 def move_towards(
     mean: Tensor, var: Tensor, means: Tensor, vars: Tensor, *, count: int, weight: float
 ) -> bool:
@@ -267,6 +324,20 @@ def _fake_batch_norm_backward(
     return dx, x.new_empty(size, dtype=torch.float32)
 
 
+def _fake_renorm(x: Tensor, *rest: Any) -> Any:
+    *_, groups, _eps = rest
+    y, statistics = _fake_normalize(x), _calls.empty_statistics(x, groups, 1)
+    return y, *statistics, _calls.empty_correction(x, groups)
+
+
+def _fake_renorm_backward(
+    _dy: Tensor, x: Tensor, _w: Any, mean: Tensor, _v: Any, _c: Any, eps: float, for_x: bool
+) -> Any:
+    return _fake_batch_norm_backward(
+        _dy, x, None, mean, _v, mean.size(0), False, 1, eps, for_x
+    )
+
+
 def _fake_gradient_sums(_dy: Tensor, x: Tensor, _m: Any, _v: Any, groups: int, _e: float) -> Any:
     return x.new_empty((2, groups, x.size(1)), dtype=torch.float64)
 
@@ -300,6 +371,20 @@ for _name, _signature, _kernel, _fake in (
         f"{_GROUPS}, SymInt span, float eps, bool for_x) -> (Tensor, Tensor)",
         _calls.batch_norm_backward,
         _fake_batch_norm_backward,
+    ),
+    (
+        "renorm",
+        "(Tensor x, Tensor? weight, Tensor? bias, Tensor running_mean, Tensor running_var, "
+        "Tensor limits, SymInt groups, float eps) -> (Tensor, Tensor, Tensor, Tensor)",
+        _calls.renorm,
+        _fake_renorm,
+    ),
+    (
+        "renorm_backward",
+        "(Tensor dy, Tensor x, Tensor? weight, Tensor mean, Tensor var, Tensor correction, "
+        "float eps, bool for_x) -> (Tensor, Tensor)",
+        _calls.renorm_backward,
+        _fake_renorm_backward,
     ),
     (
         "gradient_sums",

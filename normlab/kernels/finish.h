@@ -9,6 +9,14 @@
 
 namespace normlab {
 
+// Batch Renorm's running statistics (channels) and limits; its r and d (groups, channels) are
+// returned. Nothing of it is there where r is null.
+struct Correction {
+    const float *mean, *var;
+    double r_limit, d_limit;
+    float *r, *d;
+};
+
 // What a forward is given and returns. mean and var are (groups, channels / span), weight and bias
 // (channels) or, where own, (groups, channels); each may be missing (null) but var.
 struct Forward {
@@ -18,6 +26,7 @@ struct Forward {
     bool measure, apply, own;
     const float *weight, *bias;
     double *mean, *var;
+    Correction towards;
 };
 
 // The same of a backward. sums and dots are (groups, channels): of dy, and of dy * h with
@@ -75,20 +84,32 @@ inline void pool(const Forward& f, int64_t g, int64_t first, int64_t channels, d
     }
 }
 
+// As torch.clamp, a NaN stays one.
+inline double clamp(double v, double low, double high) { return v < low ? low : v > high ? high : v; }
+
 inline void factors(const Forward& f, int64_t g, int64_t first, int64_t channels, Factors to) {
     int64_t row = f.own ? g * f.shape.channels : 0;
     int64_t known = g * (f.shape.channels / f.span);
     const float* weight = f.weight ? f.weight + row + first : nullptr;
     const float* bias = f.bias ? f.bias + row + first : nullptr;
+    const Correction& running = f.towards;
     for (int64_t c = 0; c < channels; ++c) {
         int64_t at = known + (f.span == 1 ? first + c : (first + c) / f.span);
-        double mean = f.mean ? f.mean[at] : 0, scale = 1 / std::sqrt(f.var[at] + f.eps);
-        if (weight) scale *= weight[c];
+        double mean = f.mean ? f.mean[at] : 0, scale = 1 / std::sqrt(f.var[at] + f.eps), shift = 0;
+        if (running.r) {
+            const double sigma = std::sqrt(running.var[first + c] + f.eps);
+            const double r = std::sqrt(f.var[at] + f.eps) / sigma;
+            const double d = (mean - running.mean[first + c]) / sigma;
+            // Rounded, as backward takes them.
+            scale *= running.r[at] = (float)clamp(r, 1 / running.r_limit, running.r_limit);
+            shift = running.d[at] = (float)clamp(d, -running.d_limit, running.d_limit);
+        }
+        if (weight) scale *= weight[c], shift *= weight[c];
         float center = tame(mean);
         to.center[c] = center;
         to.scale[c] = tame(scale);
         // What rounding took from the mean is not lost.
-        to.shift[c] = tame((bias ? bias[c] : 0.0) - (mean - center) * scale);
+        to.shift[c] = tame(shift + (bias ? bias[c] : 0.0) - (mean - center) * scale);
     }
 }
 

@@ -33,6 +33,20 @@ void affine(const Backward& f, float* dbias, float* dweight) {
     }
 }
 
+// Those of Batch Renorm's bias and weight, of h * r + d.
+void renorm_affine(const Backward& f, const float* r, const float* d, float* to) {
+    const int64_t channels = f.shape.channels;
+    for (int64_t c = 0; c < channels; ++c) {
+        double dbias = 0, dweight = 0;
+        for (int64_t at = c; at < f.shape.groups * channels; at += channels) {
+            dbias += f.sums[at];
+            dweight += r[at] * f.dots[at] + d[at] * f.sums[at];
+        }
+        to[c] = (float)dbias;
+        to[channels + c] = (float)dweight;
+    }
+}
+
 template <class Call> int guarded(Call call) {
     try {
         call();
@@ -59,9 +73,11 @@ struct ForwardCall {
     void* y;
     const float *weight, *bias;
     void *mean, *var;
+    Correction towards;  // with passes == 3 and a span of 1
 };
 
-// sums is (2, groups, channels), affine (2, groups, channels) or, unless own, (2, channels).
+// sums is (2, groups, channels), affine (2, groups, channels) or, unless own, (2, channels). r and d
+// (groups, channels), if given, are Batch Renorm's, and nothing is own.
 struct BackwardCall {
     Common of;
     int64_t own;
@@ -72,6 +88,7 @@ struct BackwardCall {
     const double *mean, *var;
     double* sums;
     float* affine;
+    const float *r, *d;
 };
 
 struct MoveCall {
@@ -87,7 +104,7 @@ struct MoveCall {
 extern "C" int normlab_forward(const ForwardCall* call) {
     const Common& of = call->of;
     Forward f{of.shape, of.span, of.eps, (of.passes & 1) != 0, (of.passes & 2) != 0, call->own != 0,
-              call->weight, call->bias, (double*)call->mean, (double*)call->var};
+              call->weight, call->bias, (double*)call->mean, (double*)call->var, call->towards};
     return guarded([&] {
         std::vector<double> known;
         if (call->single) {
@@ -111,11 +128,22 @@ extern "C" int normlab_backward(const BackwardCall* call) {
     Backward f{of.shape, of.span, of.eps, call->count, (of.passes & 1) != 0, (of.passes & 2) != 0,
                call->own != 0, call->weight, call->mean, call->var, call->sums, call->sums + size};
     return guarded([&] {
+        std::vector<float> scales;  // r * weight
+        if (call->r) {
+            scales.assign(call->r, call->r + size);
+            for (int64_t i = 0; call->weight && i < size; ++i)
+                scales[(size_t)i] *= call->weight[i % of.shape.channels];
+            f.own = true;
+            f.weight = scales.data();
+        }
         if (of.half)
             backward<bfloat16>(f, of.last != 0, call->dy, call->x, call->dx, of.threads);
         else
             backward<float>(f, of.last != 0, call->dy, call->x, call->dx, of.threads);
-        if (call->affine)
+        if (!call->affine) return;
+        if (call->r)
+            renorm_affine(f, call->r, call->d, call->affine);
+        else
             affine(f, call->affine, call->affine + (f.own ? size : of.shape.channels));
     });
 }

@@ -180,8 +180,9 @@ class PopulationNorm(Choosing):
 
     def _forward(self, x: Tensor) -> Tensor:
         _check_input(x, self.num_features, type(self).__name__)
-        if self.source == "population":
-            check_update(self.update, self.source)
+        source = self.source
+        if source == "population":
+            check_update(self.update, source)
             return self._apply_population(x)
         groups, interleaved = self._groups(x)
         y, statistics = self._normalize(x, groups, interleaved, self._count(x, groups))
