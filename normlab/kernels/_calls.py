@@ -38,8 +38,13 @@ def _as(dy: Tensor, x: Tensor) -> Tensor:
     return torch.empty_like(x).copy_(dy)
 
 
-def _contiguous(v: Tensor | None) -> Tensor | None:
-    return None if v is None else v.contiguous()
+def _ready(v: Tensor | None, w: Tensor | None = None) -> tuple[Tensor | None, Tensor | None]:
+    """A weight and a bias as the kernels take them: contiguous float32."""
+    if v is not None and not (v.dtype == torch.float32 and v.is_contiguous()):
+        v = v.float().contiguous()
+    if w is not None and not (w.dtype == torch.float32 and w.is_contiguous()):
+        w = w.float().contiguous()
+    return v, w
 
 
 def empty_statistics(x: Tensor, groups: int, span: int) -> tuple[Tensor, Tensor]:
@@ -58,7 +63,7 @@ def batch_norm(
 ) -> tuple[Tensor, Tensor, Tensor]:
     x = laid(x)
     y, (mean, var) = torch.empty_like(x), empty_statistics(x, groups, span)
-    affine = _contiguous(weight), _contiguous(bias)
+    affine = _ready(weight, bias)
     _switch.kernels().forward(BOTH, x, y, *affine, mean, var, groups, interleaved, span, eps)
     return y, mean, var
 
@@ -83,9 +88,13 @@ def normalize(
 ) -> Tensor:
     x = laid(x)
     y = torch.empty_like(x)
-    if mean is not None and mean.dtype != var.dtype:
-        mean, var = mean.double(), var.double()
-    known = _contiguous(weight), _contiguous(bias), _contiguous(mean), var.contiguous()
+    weight, bias = _ready(weight, bias)
+    single = var.dtype == torch.float32
+    if mean is not None:
+        single = single and mean.dtype == torch.float32
+        mean = (mean if single else mean.double()).contiguous()
+    var = (var if single else var.double()).contiguous()
+    known = weight, bias, mean, var
     _switch.kernels().forward(SECOND, x, y, *known, groups, interleaved, 1, eps)
     return y
 
@@ -109,7 +118,7 @@ def batch_norm_backward(
     own = weight is not None and weight.dim() == 2
     affine = x.new_empty((2, groups, channels) if own else (2, channels), dtype=torch.float32)
     _switch.kernels().backward(
-        BOTH if for_x else FIRST, _as(dy, x), x, dx if for_x else None, _contiguous(weight),
+        BOTH if for_x else FIRST, _as(dy, x), x, dx if for_x else None, _ready(weight)[0],
         mean, var, sums, affine, groups, interleaved, span, eps,
         span * x.numel() / (groups * channels),
     )  # fmt: skip
@@ -129,8 +138,10 @@ def renorm(
     x = laid(x)
     y, (mean, var) = torch.empty_like(x), empty_statistics(x, groups, 1)
     correction = empty_correction(x, groups)
-    known = _contiguous(weight), _contiguous(bias), mean, var
-    towards = running_mean.contiguous(), running_var.contiguous(), *map(float, limits), correction
+    known = *_ready(weight, bias), mean, var
+    r_limit, d_limit = limits
+    running = running_mean.float().contiguous(), running_var.float().contiguous()
+    towards = *running, float(r_limit), float(d_limit), correction
     _switch.kernels().forward(BOTH, x, y, *known, groups, False, 1, eps, towards)
     return y, mean, var, correction
 
@@ -154,7 +165,7 @@ def renorm_backward(
     dx = torch.empty_like(x) if for_x else x.new_empty(0)
     affine = x.new_empty((2, channels), dtype=torch.float32)
     _switch.kernels().backward(
-        BOTH if for_x else FIRST, _as(dy, x), x, dx if for_x else None, _contiguous(weight),
+        BOTH if for_x else FIRST, _as(dy, x), x, dx if for_x else None, _ready(weight)[0],
         mean, var, mean.new_empty((2, groups, channels)), affine, groups, False, 1, eps,
         x.numel() / (groups * channels), correction,
     )  # fmt: skip
@@ -186,7 +197,7 @@ def gradient(
 ) -> Tensor:
     x = laid(x)
     dx = torch.empty_like(x)
-    known = _contiguous(weight), mean.contiguous(), var.contiguous(), sums.contiguous()
+    known = _ready(weight)[0], mean.contiguous(), var.contiguous(), sums.contiguous()
     _switch.kernels().backward(
         SECOND, _as(dy, x), x, dx, *known, None, groups, False, 1, eps, count
     )

@@ -56,7 +56,8 @@ def moments(x: Tensor, *, groups: int, interleaved: bool = False) -> tuple[Tenso
 
     It has no derivative.
     """
-    _refuse_gradient(x)
+    if torch.is_grad_enabled():
+        _refuse_gradient(x)
     call = torch.ops.normlab.moments if _seen(x) else _calls.moments
     mean, var = call(x, groups, interleaved)
     return mean, var
@@ -79,11 +80,10 @@ def normalize(
     float64, whatever they come in. Groups and shapes are as in
     `batch_norm`. It has no derivative: who calls it has one.
     """
-    _refuse_gradient(x, weight, bias)
+    if torch.is_grad_enabled():
+        _refuse_gradient(x, weight, bias)
     call = torch.ops.normlab.normalize if _seen(x) else _calls.normalize
-    if var.dtype not in (torch.float32, torch.float64):
-        mean, var = None if mean is None else mean.double(), var.double()
-    y: Tensor = call(x, mean, var, _float(weight), _float(bias), groups, interleaved, eps)
+    y: Tensor = call(x, mean, var, weight, bias, groups, interleaved, eps)
     return y
 
 
@@ -94,7 +94,8 @@ def gradient_sums(
 
     Groups are consecutive samples; mean and var are (G, C). It has no derivative.
     """
-    _refuse_gradient(dy, x)
+    if torch.is_grad_enabled():
+        _refuse_gradient(dy, x)
     call = torch.ops.normlab.gradient_sums if _seen(x) else _calls.gradient_sums
     sums: Tensor = call(dy, x, mean.double(), var.double(), groups, eps)
     return sums
@@ -117,10 +118,10 @@ def gradient(
     sums are `gradient_sums`, of all who share the statistics of `count` elements per channel. It
     has no derivative.
     """
-    _refuse_gradient(dy, x, weight, sums)
+    if torch.is_grad_enabled():
+        _refuse_gradient(dy, x, weight, sums)
     call = torch.ops.normlab.gradient if _seen(x) else _calls.gradient
-    known = _float(weight), mean.double(), var.double(), sums
-    dx: Tensor = call(dy, x, *known, groups, eps, count)
+    dx: Tensor = call(dy, x, weight, mean.double(), var.double(), sums, groups, eps, count)
     return dx
 
 
@@ -145,7 +146,7 @@ def batch_norm_backward(
         # Somebody wants a derivative of this one: by operators that have one.
         return by_formula(dy, x, weight, groups=groups, interleaved=interleaved, span=span, eps=eps)
     call = torch.ops.normlab.batch_norm_backward if _seen(x) else _calls.batch_norm_backward
-    dx, affine = call(dy, x, _float(weight), mean, var, groups, interleaved, span, eps, for_x)
+    dx, affine = call(dy, x, weight, mean, var, groups, interleaved, span, eps, for_x)
     return dx, affine
 
 
@@ -167,8 +168,9 @@ def renorm(
     the running statistics are (C,); groups are consecutive samples. Returns y, mean and biased
     variance (G, C) in float64, and r and d (2, G, C) in float32. It has no derivative.
     """
-    _refuse_gradient(x, weight, bias)
-    known = _float(weight), _float(bias), running_mean.float(), running_var.float()
+    if torch.is_grad_enabled():
+        _refuse_gradient(x, weight, bias)
+    known = weight, bias, running_mean, running_var
     done: tuple[Tensor, Tensor, Tensor, Tensor]
     if _seen(x):
         both = torch.stack([torch.as_tensor(v, dtype=torch.float64) for v in limits])
@@ -196,11 +198,12 @@ def renorm_backward(
     if torch.is_grad_enabled() and not torch.compiler.is_compiling():
         r, d = correction
         scale = r if weight is None else r * weight
-        how = {"groups": len(r), "interleaved": False, "span": 1, "eps": eps}
-        dx, (dshift, dscale) = by_formula(dy, x, scale, **how)
+        dx, (dshift, dscale) = by_formula(
+            dy, x, scale, groups=len(r), interleaved=False, span=1, eps=eps
+        )
         return dx, torch.stack([dshift.sum(0), (r * dscale + d * dshift).sum(0)])
     call = torch.ops.normlab.renorm_backward if _seen(x) else _calls.renorm_backward
-    dx, affine = call(dy, x, _float(weight), mean, var, correction, eps, for_x)
+    dx, affine = call(dy, x, weight, mean, var, correction, eps, for_x)
     return dx, affine
 
 
@@ -238,7 +241,7 @@ def kept(v: Tensor) -> Tensor:
 
 
 def _refuse_gradient(*tensors: Tensor | None) -> None:
-    if torch.is_grad_enabled() and any(v is not None and v.requires_grad for v in tensors):
+    if any(v is not None and v.requires_grad for v in tensors):
         raise RuntimeError("this kernel has no derivative, and an input requires one")
 
 
@@ -333,9 +336,7 @@ def _fake_renorm(x: Tensor, *rest: Any) -> Any:
 def _fake_renorm_backward(
     _dy: Tensor, x: Tensor, _w: Any, mean: Tensor, _v: Any, _c: Any, eps: float, for_x: bool
 ) -> Any:
-    return _fake_batch_norm_backward(
-        _dy, x, None, mean, _v, mean.size(0), False, 1, eps, for_x
-    )
+    return _fake_batch_norm_backward(_dy, x, None, mean, _v, mean.size(0), False, 1, eps, for_x)
 
 
 def _fake_gradient_sums(_dy: Tensor, x: Tensor, _m: Any, _v: Any, groups: int, _e: float) -> Any:

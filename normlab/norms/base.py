@@ -193,6 +193,19 @@ class PopulationNorm(Choosing):
                 observe(statistics)
         return y
 
+    def _tensors(self) -> tuple[Tensor | None, Tensor | None, tuple[Tensor, Tensor]]:
+        """weight, bias, and running_mean and running_var.
+
+        From where torch keeps them: as attributes of a module each takes as long as an operator.
+        """
+        parameters: dict[str, Any] = self._parameters
+        buffers: dict[str, Any] = self._buffers
+        try:
+            affine = parameters["weight"], parameters["bias"]
+            return *affine, (buffers["running_mean"], buffers["running_var"])
+        except KeyError:  # parametrized, or without an affine part
+            return self.weight, self.bias, (self.running_mean, self.running_var)
+
     def populations(self) -> dict[str, tuple[Tensor, Tensor]]:
         """The layer's populations: mean and var (C,), in the buffers' memory.
 
@@ -250,26 +263,26 @@ class PopulationNorm(Choosing):
 
         Returns the statistics if there are observers. `num_batches_tracked` counts afterwards.
         """
+        weight, bias, running = self._tensors()
         if groups > 1 and kernels.takes(x):
             y, mean, var = kernels.batch_norm(
-                x, self.weight, self.bias, groups=groups, interleaved=interleaved, eps=self.eps
+                x, weight, bias, groups=groups, interleaved=interleaved, eps=self.eps
             )
             precise = BatchStatistics(mean, var, count)
             if self.updates:
-                self.ema_step(self.running_mean, self.running_var, precise, self.decay)
+                self.ema_step(*running, precise, self.decay)
             return y, precise.rounded() if self.observers else None
         # Where nothing is learnt or kept, torch's bits are not owed: the route of many groups takes
         # half the time in NCHW on a CPU.
         watching = not (self.updates or torch.is_grad_enabled())
         if groups == 1 and not (watching and x.is_contiguous() and x.device.type == "cpu"):
-            running = self.running_mean, self.running_var
-            return self._one_group(x, count, running, self.weight, self.bias)
+            return self._one_group(x, count, running, weight, bias)
         y, mean, var = grouped_batch_norm(
-            x, groups, interleaved=interleaved, weight=self.weight, bias=self.bias, eps=self.eps
+            x, groups, interleaved=interleaved, weight=weight, bias=bias, eps=self.eps
         )
         statistics = BatchStatistics(mean, var, count)
         if self.updates:
-            self.ema_step(self.running_mean, self.running_var, statistics, self.decay)
+            self.ema_step(*running, statistics, self.decay)
         return y, statistics
 
     def _one_group(

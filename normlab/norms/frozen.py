@@ -71,20 +71,23 @@ class FrozenBatchNorm(PopulationNorm):
             )
         return "population"
 
+    def forward(self, x: Tensor) -> Tensor:
+        """x (N, C), (N, C, L), (N, C, H, W) or (N, C, D, H, W) to the same shape and dtype."""
+        return self._forward(x)  # no state moves: a recomputation is a forward like any other
+
     def _apply_population(self, x: Tensor) -> Tensor:
         if self.affine == "trainable":
             return super()._apply_population(x)
-        weight: Tensor | None = self.weight
-        bias: Tensor | None = self.bias
+        weight, bias, (mean, var) = self._tensors()
         fused = kernels.takes(x)
-        if not fused and self.running_mean.dtype == torch.float32:
+        if not fused and mean.dtype == torch.float32:
             weight, bias = float32_affine(x, weight, bias)
         if weight is not None and weight.requires_grad:
             weight = weight.detach()
         if bias is not None and bias.requires_grad:
             bias = bias.detach()
-        constants = self.running_mean, self.running_var, weight, bias
-        if torch._C._are_functorch_transforms_active():  # they take no such Function
+        constants = mean, var, weight, bias
+        if not fused and torch._C._are_functorch_transforms_active():  # they take no such Function
             return F.batch_norm(x, *constants, False, eps=self.eps)
         y: Tensor = _Constant.apply(x, *constants, self.eps, fused)
         return y

@@ -159,17 +159,16 @@ class BatchRenorm(PopulationNorm):
         return y, self._follow(mean, var, count)
 
     def _fused(self, x: Tensor, groups: int, count: int) -> tuple[Tensor, BatchStatistics | None]:
+        weight, bias, running = self._tensors()
         again = recomputing()
         if again:
             with torch.no_grad():
                 mean, var = kernels.moments(x, groups=groups)
             was = self._repeated(mean[0].float(), var[0].float())
-            (running_mean, running_var), limits = was.running, was.limits
+            running, limits = (was.running[0], was.running[1]), was.limits
         else:
-            running_mean, running_var, limits = self.running_mean, self.running_var, self._limits()
-        y, mean, var = _FusedNorm.apply(
-            x, self.weight, self.bias, running_mean, running_var, *limits, groups, self.eps
-        )
+            limits = self._limits()
+        y, mean, var = _FusedNorm.apply(x, weight, bias, *running, *limits, groups, self.eps)
         if not again:
             self._remember(mean[0], limits)
         statistics = self._follow(mean, var, count)
@@ -321,9 +320,7 @@ class _FusedNorm(torch.autograd.Function):
         eps: float,
     ) -> tuple[Tensor, Tensor, Tensor]:
         running = running_mean, running_var, (r_limit, d_limit)
-        y, mean, var, correction = kernels.renorm(
-            x, weight, bias, *running, groups=groups, eps=eps
-        )
+        y, mean, var, correction = kernels.renorm(x, weight, bias, *running, groups=groups, eps=eps)
         ctx.save_for_backward(x, weight, mean, var, correction)
         ctx.eps = eps
         ctx.bias_dtype = None if bias is None else bias.dtype
