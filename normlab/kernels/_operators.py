@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from normlab.kernels import _calls, _switch
+from normlab.kernels import _calls, _fakes, _switch
 from normlab.kernels._formula import batch_norm_backward as by_formula
 
 __all__ = [
@@ -300,52 +300,7 @@ class _BatchNorm(torch.autograd.Function):
     backward = staticmethod(_differentiate)
 
 
-# -- what a compiler may know of them without calling them ----------------------------------------
-
-
-def _fake_batch_norm(
-    x: Tensor, _w: Any, _b: Any, groups: int, _i: bool, span: int, _e: float
-) -> Any:
-    return torch.empty_like(_calls.laid(x)), *_calls.empty_statistics(x, groups, span)
-
-
-def _fake_moments(x: Tensor, groups: int, _i: bool) -> Any:
-    return _calls.empty_statistics(x, groups, 1)
-
-
-def _fake_normalize(x: Tensor, *_: Any) -> Any:
-    return torch.empty_like(_calls.laid(x))
-
-
-def _fake_batch_norm_backward(
-    _dy: Tensor, x: Tensor, weight: Any, _m: Any, _v: Any,
-    groups: int, _i: bool, _s: int, _e: float, for_x: bool,
-) -> Any:  # fmt: skip
-    own = weight is not None and weight.dim() == 2
-    size = (2, groups, x.size(1)) if own else (2, x.size(1))
-    dx = torch.empty_like(_calls.laid(x)) if for_x else x.new_empty(0)
-    return dx, x.new_empty(size, dtype=torch.float32)
-
-
-def _fake_renorm(x: Tensor, *rest: Any) -> Any:
-    *_, groups, _eps = rest
-    y, statistics = _fake_normalize(x), _calls.empty_statistics(x, groups, 1)
-    return y, *statistics, _calls.empty_correction(x, groups)
-
-
-def _fake_renorm_backward(
-    _dy: Tensor, x: Tensor, _w: Any, mean: Tensor, _v: Any, _c: Any, eps: float, for_x: bool
-) -> Any:
-    return _fake_batch_norm_backward(_dy, x, None, mean, _v, mean.size(0), False, 1, eps, for_x)
-
-
-def _fake_gradient_sums(_dy: Tensor, x: Tensor, _m: Any, _v: Any, groups: int, _e: float) -> Any:
-    return x.new_empty((2, groups, x.size(1)), dtype=torch.float64)
-
-
-def _fake_gradient(_dy: Tensor, x: Tensor, *_: Any) -> Any:
-    return torch.empty_like(_calls.laid(x))
-
+# -- what a dispatcher knows of them ---------------------------------------------------------------
 
 _GROUPS = "SymInt groups, bool interleaved"
 
@@ -356,49 +311,49 @@ for _name, _signature, _kernel, _fake in (
         f"(Tensor x, Tensor? weight, Tensor? bias, {_GROUPS}, SymInt span, float eps)"
         " -> (Tensor, Tensor, Tensor)",
         _calls.batch_norm,
-        _fake_batch_norm,
+        _fakes.batch_norm,
     ),
-    ("moments", f"(Tensor x, {_GROUPS}) -> (Tensor, Tensor)", _calls.moments, _fake_moments),
+    ("moments", f"(Tensor x, {_GROUPS}) -> (Tensor, Tensor)", _calls.moments, _fakes.moments),
     (
         "normalize",
         "(Tensor x, Tensor? mean, Tensor var, Tensor? weight, Tensor? bias, "
         f"{_GROUPS}, float eps) -> Tensor",
         _calls.normalize,
-        _fake_normalize,
+        _fakes.normalize,
     ),
     (
         "batch_norm_backward",
         "(Tensor dy, Tensor x, Tensor? weight, Tensor mean, Tensor var, "
         f"{_GROUPS}, SymInt span, float eps, bool for_x) -> (Tensor, Tensor)",
         _calls.batch_norm_backward,
-        _fake_batch_norm_backward,
+        _fakes.batch_norm_backward,
     ),
     (
         "renorm",
         "(Tensor x, Tensor? weight, Tensor? bias, Tensor running_mean, Tensor running_var, "
         "Tensor limits, SymInt groups, float eps) -> (Tensor, Tensor, Tensor, Tensor)",
         _calls.renorm,
-        _fake_renorm,
+        _fakes.renorm,
     ),
     (
         "renorm_backward",
         "(Tensor dy, Tensor x, Tensor? weight, Tensor mean, Tensor var, Tensor correction, "
         "float eps, bool for_x) -> (Tensor, Tensor)",
         _calls.renorm_backward,
-        _fake_renorm_backward,
+        _fakes.renorm_backward,
     ),
     (
         "gradient_sums",
         "(Tensor dy, Tensor x, Tensor mean, Tensor var, SymInt groups, float eps) -> Tensor",
         _calls.gradient_sums,
-        _fake_gradient_sums,
+        _fakes.gradient_sums,
     ),
     (
         "gradient",
         "(Tensor dy, Tensor x, Tensor? weight, Tensor mean, Tensor var, Tensor sums, "
         "SymInt groups, float eps, float count) -> Tensor",
         _calls.gradient,
-        _fake_gradient,
+        _fakes.gradient,
     ),
 ):
     _defined.define(_name + _signature)
