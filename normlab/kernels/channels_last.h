@@ -6,6 +6,7 @@
 #pragma once
 
 #include <numeric>
+#include <type_traits>
 
 #include "contiguous.h"
 
@@ -24,16 +25,22 @@ template <class T> struct Fold {
             slots[(size_t)column] = (int32_t)slot<T>(column);
     }
 
+    static constexpr bool IN_ORDER = std::is_same_v<T, float>;  // each column is its own slot
+
     // Values of the channels, in the place of each column.
     void spread(const float* from, float* to) const {
-        for (int64_t r = 0; r < rows; ++r)
-            for (int64_t c = 0; c < channels; ++c) to[slots[(size_t)(r * channels + c)]] = from[c];
+        for (int64_t r = 0; r < width; r += channels)
+            if (IN_ORDER)
+                std::copy_n(from, channels, to + r);
+            else
+                for (int64_t c = 0; c < channels; ++c) to[slots[(size_t)(r + c)]] = from[c];
     }
 
     // Sums of the columns, added to those of the channels.
     void gather(const double* from, double* to) const {
-        for (int64_t r = 0; r < rows; ++r)
-            for (int64_t c = 0; c < channels; ++c) to[c] += from[slots[(size_t)(r * channels + c)]];
+        for (int64_t r = 0; r < width; r += channels)
+            for (int64_t c = 0; c < channels; ++c)
+                to[c] += from[IN_ORDER ? r + c : slots[(size_t)(r + c)]];
     }
 };
 
@@ -217,10 +224,10 @@ template <class T> inline int64_t piece_rows(const Fold<T>& fold, int64_t stream
 }
 
 // Both passes over all groups. sums(g, piece, sum, dot, floats), finish(g, sum, dot, space) once
-// per group, map(g, piece, spread factors).
+// per group, map(g, piece, spread factors) with so many `factors` per channel.
 template <class T, class Sums, class Finish, class Map>
 inline void passes(const Fold<T>& fold, const Cut& cut, int64_t groups, int64_t threads,
-                   int64_t bytes, bool measure, bool apply, Sums sums, Finish finish, Map map) {
+                   int64_t bytes, int factors, bool measure, bool apply, Sums sums, Finish finish, Map map) {
     const int64_t width = fold.width, channels = fold.channels, pieces = cut.pieces();
     const int64_t rows = cut.shape.samples * cut.shape.positions;
     const bool small = rows <= cut.limit;
@@ -246,7 +253,7 @@ inline void passes(const Fold<T>& fold, const Cut& cut, int64_t groups, int64_t 
                 }
                 finish(g, sum, dot, few);
                 if (!apply) continue;
-                for (int64_t v = 0; v < 4; ++v) fold.spread(few + v * channels, spread + v * width);
+                for (int64_t v = 0; v < factors; ++v) fold.spread(few + v * channels, spread + v * width);
                 for (int64_t p = 0; p < pieces; ++p) map(cut.piece(g, p), spread);
             }
             return;
@@ -270,7 +277,7 @@ inline void passes(const Fold<T>& fold, const Cut& cut, int64_t groups, int64_t 
                     for (int64_t c = 0; c < 2 * channels; ++c)
                         sum[c] += parts[(size_t)(2 * channels * p + c)];
                 finish(g, sum, dot, few);
-                for (int64_t v = 0; v < 4; ++v)
+                for (int64_t v = 0; v < factors; ++v)
                     fold.spread(few + v * channels, shared.data() + v * width);
             }
             team.meet();
@@ -298,8 +305,8 @@ template <class T> void forward_last(const Forward& f, const T* x, T* y, int64_t
         for (int64_t c = 0; c < channels; ++c) k[c] /= (float)some;
     };
     passes(
-        fold, cut, s.groups, threads, s.groups * rows * channels * (int64_t)sizeof(T), f.measure,
-        f.apply,
+        fold, cut, s.groups, threads, s.groups * rows * channels * (int64_t)sizeof(T), 3,
+        f.measure, f.apply,
         [&](int64_t g, Piece piece, bool first, float* few, float* spread, double* columns) {
             if (first) {
                 guess(g, few);
@@ -331,11 +338,11 @@ template <class T> void forward_last(const Forward& f, const T* x, T* y, int64_t
             }
             if (f.apply)
                 factors(f, g, 0, channels,
-                        {few, few + channels, few + 2 * channels, few + 3 * channels});
+                        {few, few + channels, nullptr, few + 2 * channels});
         },
         [&](Piece piece, const float* factor) {
             const int64_t at = piece.start * channels;
-            const float *k = factor, *a = k + width, *b = a + 2 * width;
+            const float *k = factor, *a = k + width, *b = a + width;
             row_map<T, false>(fold, x + at, nullptr, y + at, piece.rows, large,
                               [=](int64_t j) {
                                   const Floats center = read<Floats>(k + j),
@@ -357,7 +364,7 @@ void backward_last(const Backward& f, const T* dy, const T* x, T* dx, int64_t th
     const bool large = s.groups * rows * channels * (int64_t)sizeof(T) >= PAST;
     const int64_t width = fold.width;
     passes(
-        fold, cut, s.groups, threads, 2 * s.groups * rows * channels * (int64_t)sizeof(T),
+        fold, cut, s.groups, threads, 2 * s.groups * rows * channels * (int64_t)sizeof(T), 4,
         f.measure, f.apply,
         [&](int64_t g, Piece piece, bool first, float* few, float* spread, double* columns) {
             if (first) {
