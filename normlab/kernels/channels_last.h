@@ -62,6 +62,9 @@ struct Cut {
 
     int64_t pieces() const { return runs * each; }
 
+    // Whether a group is one task.
+    bool small() const { return shape.samples * shape.positions <= limit; }
+
     Piece piece(int64_t g, int64_t which) const {
         int64_t from = which % each * limit;
         int64_t sample = g * shape.group + which / each * shape.sample;
@@ -229,8 +232,7 @@ template <class T, class Sums, class Finish, class Map>
 inline void passes(const Fold<T>& fold, const Cut& cut, int64_t groups, int64_t threads,
                    int64_t bytes, int factors, bool measure, bool apply, Sums sums, Finish finish, Map map) {
     const int64_t width = fold.width, channels = fold.channels, pieces = cut.pieces();
-    const int64_t rows = cut.shape.samples * cut.shape.positions;
-    const bool small = rows <= cut.limit;
+    const bool small = cut.small();
     // Of the whole team, for large groups: sums of each piece, and the factors.
     std::vector<double> parts((size_t)(small ? 0 : 2 * channels * pieces));
     std::vector<float> shared((size_t)(small ? 0 : 4 * width));
@@ -296,6 +298,7 @@ template <class T> void forward_last(const Forward& f, const T* x, T* y, int64_t
     const Cut cut(s, piece_rows(fold, 2));
     const bool large = s.groups * rows * channels * (int64_t)sizeof(T) >= PAST;
     const int64_t width = fold.width;
+    const bool small = cut.small();
     auto guess = [&](int64_t g, float* k) {  // the mean of a few rows
         const T* from = x + g * s.group * s.positions * channels;
         const int64_t some = std::min<int64_t>(8, s.sample == 1 ? rows : s.positions);
@@ -317,7 +320,7 @@ template <class T> void forward_last(const Forward& f, const T* x, T* y, int64_t
         },
         [&](int64_t g, double* sum, double* dot, float* few) {
             if (f.measure) {
-                guess(g, few);
+                if (!small) guess(g, few);  // else it is what the sums left there
                 moments(channels, (double)rows, few, sum, dot, [&](int64_t c, double& m, double& q) {
                     // As in NCHW, of elements that are `channels` apart.
                     double total = 0, square = 0;

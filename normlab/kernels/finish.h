@@ -53,8 +53,9 @@ struct Factors {
 template <class Again>
 inline void moments(int64_t channels, double n, const float* k, double* sum, double* square,
                     Again again) {
+    const double share = 1 / n;
     for (int64_t c = 0; c < channels; ++c) {
-        double off = sum[c] / n, rest = square[c] - sum[c] * off;
+        double off = sum[c] * share, rest = square[c] - sum[c] * off;
         bool far = off * off * n > 4 * rest && std::fabs(off) > 1e-6 * std::fabs((double)k[c]);
         if (far || !std::isfinite(square[c])) {
             again(c, sum[c], square[c]);
