@@ -14,6 +14,8 @@ from normlab.kernels._operators import (
     moments,
     move_towards,
     normalize,
+    renorm,
+    renorm_backward,
 )
 from normlab.kernels._switch import available, enabled, takes, unavailable, use
 
@@ -28,6 +30,8 @@ __all__ = [
     "moments",
     "move_towards",
     "normalize",
+    "renorm",
+    "renorm_backward",
     "takes",
     "unavailable",
     "use",

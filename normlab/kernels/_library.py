@@ -1,8 +1,8 @@
 """The compiled kernels, called with raw pointers, and checked before anything relies on them."""
 
 import ctypes
-from ctypes import c_double, c_int, c_int64, c_void_p
-from typing import Any
+from ctypes import c_char_p
+from struct import Struct
 
 import torch
 from torch import Tensor
@@ -16,11 +16,14 @@ FIRST, SECOND, BOTH = 1, 2, 3
 
 
 class Kernels:
-    """Batch norm of groups of samples, as the two functions of fused.cpp.
+    """Batch norm of groups of samples, as the functions of fused.cpp.
 
     All tensors are on the CPU; x (N, C, ...) is `dense`, in float32 or bfloat16, y, dy and dx are
     laid out as it is; weight and bias are contiguous float32, (C,) or (G, C); mean and var are
     float64 (G, C / span), where they are given to a second pass alone also both float32.
+
+    What a function is told is packed into one structure: ctypes takes as long for each argument as
+    for a call, and a small batch norm is no longer than a few calls.
     """
 
     def __init__(self, path: str) -> None:
@@ -30,10 +33,8 @@ class Kernels:
             self._move = library.normlab_move
         except (OSError, AttributeError) as error:
             raise Unavailable(f"cannot load {path}: {error}") from error
-        common: list[Any] = [c_int, c_int, c_int, c_int64, c_void_p, c_int64, c_double]
-        self._forward.argtypes = [*common, c_int, c_int, *[c_void_p] * 6]
-        self._backward.argtypes = [*common, c_double, c_int, *[c_void_p] * 10]
-        self._move.argtypes = [c_int64, c_int64, c_double, c_double, *[c_void_p] * 4]
+        for function in (self._forward, self._backward, self._move):
+            function.argtypes = [c_char_p]
         self._move.restype = None
 
     def forward(
@@ -49,15 +50,30 @@ class Kernels:
         interleaved: bool,
         span: int,
         eps: float,
+        towards: tuple[Tensor, Tensor, float, float, Tensor] | None = None,
     ) -> None:
-        """Fills mean and var (first pass), and y by what they then are (second pass)."""
+        """Fills mean and var (first pass), and y by what they then are (second pass).
+
+        towards: Batch Renorm's running mean and var (C,), both contiguous float32, the limits of r
+        and d, and what is filled with r and d (2, G, C), float32; for both passes and span 1.
+        """
+        given = bias if weight is None else weight
         failed = self._forward(
-            *_common(passes, x, groups, interleaved, span, eps), _own(weight, bias),
-            var.dtype == torch.float32, x.data_ptr(), _at(y), _at(weight), _at(bias), _at(mean),
-            var.data_ptr(),
-        )  # fmt: skip
+            _FORWARD(
+                *_common(passes, x, groups, interleaved, span, eps),
+                given is not None and given.dim() == 2,
+                var.dtype == torch.float32,
+                x.data_ptr(),
+                0 if y is None else y.data_ptr(),
+                0 if weight is None else weight.data_ptr(),
+                0 if bias is None else bias.data_ptr(),
+                0 if mean is None else mean.data_ptr(),
+                var.data_ptr(),
+                *(_NOTHING if towards is None else _towards(*towards)),
+            )
+        )
         if failed:
-            raise MemoryError("no memory for a batch norm's sums")
+            raise MemoryError(_SHORT)
 
     def backward(
         self,
@@ -75,23 +91,34 @@ class Kernels:
         span: int,
         eps: float,
         count: float,
+        correction: Tensor | None = None,
     ) -> None:
         """Fills sums (2, G, C), of dy and of dy * h (first pass); then dx by them (second pass).
 
         affine, if given, is filled with the gradients of bias and weight: (2, C), or (2, G, C) for
-        a weight (G, C).
+        a weight (G, C). correction is Batch Renorm's r and d (2, G, C): weight is multiplied by r,
+        and affine is (2, C).
         """
-        # The second row of each, without a tensor for it.
-        to_sums, to_affine = sums.data_ptr(), _at(affine)
-        dots = to_sums + sums.numel() // 2 * 8
-        to_weight = None if affine is None else affine.data_ptr() + affine.numel() // 2 * 4
+        r = 0 if correction is None else correction.data_ptr()
         failed = self._backward(
-            *_common(passes, x, groups, interleaved, span, eps), count, _own(weight, None),
-            dy.data_ptr(), x.data_ptr(), _at(dx), _at(weight), mean.data_ptr(), var.data_ptr(),
-            to_sums, dots, to_affine, to_weight,
-        )  # fmt: skip
+            _BACKWARD(
+                *_common(passes, x, groups, interleaved, span, eps),
+                weight is not None and weight.dim() == 2,
+                count,
+                dy.data_ptr(),
+                x.data_ptr(),
+                0 if dx is None else dx.data_ptr(),
+                0 if weight is None else weight.data_ptr(),
+                mean.data_ptr(),
+                var.data_ptr(),
+                sums.data_ptr(),
+                0 if affine is None else affine.data_ptr(),
+                r,
+                0 if correction is None else r + correction.numel() // 2 * 4,
+            )
+        )
         if failed:
-            raise MemoryError("no memory for a batch norm's sums")
+            raise MemoryError(_SHORT)
 
     def move(
         self, to: tuple[Tensor, Tensor], unbiased: float, weight: float, mean: Tensor, var: Tensor
@@ -99,7 +126,26 @@ class Kernels:
         """mean and var (C,), float32, by `weight` towards the averages of those in `to` (G, C)."""
         means, vars = to
         at = means.data_ptr(), vars.data_ptr(), mean.data_ptr(), var.data_ptr()
-        self._move(*means.shape, unbiased, weight, *at)
+        self._move(_MOVE(means.size(0), means.size(1), unbiased, weight, *at))
+
+
+_SHORT = "no memory for a batch norm's sums"
+
+# The structures of fused.cpp: "q" is an int64_t, "d" a double, "P" a pointer.
+_COMMON = "11qd"
+_FORWARD = Struct(_COMMON + "2q6P" + "2P2d2P").pack
+_BACKWARD = Struct(_COMMON + "qd10P").pack
+_MOVE = Struct("2q2d4P").pack
+
+_NOTHING = 0, 0, 0.0, 0.0, 0, 0
+
+
+def _towards(
+    mean: Tensor, var: Tensor, r_limit: float, d_limit: float, correction: Tensor
+) -> tuple[float, ...]:
+    r = correction.data_ptr()
+    d = r + correction.numel() // 2 * 4
+    return mean.data_ptr(), var.data_ptr(), r_limit, d_limit, r, d
 
 
 def dense(x: Tensor) -> bool:
@@ -111,26 +157,17 @@ def dense(x: Tensor) -> bool:
     return x.movedim(1, -1).is_contiguous()
 
 
-def _at(x: Tensor | None) -> int | None:
-    return None if x is None else x.data_ptr()
-
-
-def _own(weight: Tensor | None, bias: Tensor | None) -> bool:
-    given = bias if weight is None else weight
-    return given is not None and given.dim() == 2
-
-
 def _common(
     passes: int, x: Tensor, groups: int, interleaved: bool, span: int, eps: float
 ) -> tuple[object, ...]:
-    samples, channels = x.shape[:2]
+    samples, channels = x.size(0), x.size(1)
     positions = x.numel() // (samples * channels)
     each = samples // groups
     steps = (1, groups) if interleaved else (each, 1)
-    shape = (c_int64 * 6)(channels, positions, groups, each, *steps)
     last = positions == 1 or not x.is_contiguous()
     half = x.dtype == torch.bfloat16
-    return half, last, passes, torch.get_num_threads(), shape, span, eps
+    threads = torch.get_num_threads()
+    return half, last, passes, threads, channels, positions, groups, each, *steps, span, eps
 
 
 def loaded() -> Kernels:

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from normlab.kernels import _calls, _switch
+from normlab.kernels import _calls, _fakes, _switch
 from normlab.kernels._formula import batch_norm_backward as by_formula
 
 __all__ = [
@@ -20,6 +20,8 @@ __all__ = [
     "moments",
     "move_towards",
     "normalize",
+    "renorm",
+    "renorm_backward",
 ]
 
 
@@ -54,7 +56,8 @@ def moments(x: Tensor, *, groups: int, interleaved: bool = False) -> tuple[Tenso
 
     It has no derivative.
     """
-    _refuse_gradient(x)
+    if torch.is_grad_enabled():
+        _refuse_gradient(x)
     call = torch.ops.normlab.moments if _seen(x) else _calls.moments
     mean, var = call(x, groups, interleaved)
     return mean, var
@@ -77,11 +80,10 @@ def normalize(
     float64, whatever they come in. Groups and shapes are as in
     `batch_norm`. It has no derivative: who calls it has one.
     """
-    _refuse_gradient(x, weight, bias)
+    if torch.is_grad_enabled():
+        _refuse_gradient(x, weight, bias)
     call = torch.ops.normlab.normalize if _seen(x) else _calls.normalize
-    if var.dtype not in (torch.float32, torch.float64):
-        mean, var = None if mean is None else mean.double(), var.double()
-    y: Tensor = call(x, mean, var, _float(weight), _float(bias), groups, interleaved, eps)
+    y: Tensor = call(x, mean, var, weight, bias, groups, interleaved, eps)
     return y
 
 
@@ -92,7 +94,8 @@ def gradient_sums(
 
     Groups are consecutive samples; mean and var are (G, C). It has no derivative.
     """
-    _refuse_gradient(dy, x)
+    if torch.is_grad_enabled():
+        _refuse_gradient(dy, x)
     call = torch.ops.normlab.gradient_sums if _seen(x) else _calls.gradient_sums
     sums: Tensor = call(dy, x, mean.double(), var.double(), groups, eps)
     return sums
@@ -115,10 +118,10 @@ def gradient(
     sums are `gradient_sums`, of all who share the statistics of `count` elements per channel. It
     has no derivative.
     """
-    _refuse_gradient(dy, x, weight, sums)
+    if torch.is_grad_enabled():
+        _refuse_gradient(dy, x, weight, sums)
     call = torch.ops.normlab.gradient if _seen(x) else _calls.gradient
-    known = _float(weight), mean.double(), var.double(), sums
-    dx: Tensor = call(dy, x, *known, groups, eps, count)
+    dx: Tensor = call(dy, x, weight, mean.double(), var.double(), sums, groups, eps, count)
     return dx
 
 
@@ -143,7 +146,64 @@ def batch_norm_backward(
         # Somebody wants a derivative of this one: by operators that have one.
         return by_formula(dy, x, weight, groups=groups, interleaved=interleaved, span=span, eps=eps)
     call = torch.ops.normlab.batch_norm_backward if _seen(x) else _calls.batch_norm_backward
-    dx, affine = call(dy, x, _float(weight), mean, var, groups, interleaved, span, eps, for_x)
+    dx, affine = call(dy, x, weight, mean, var, groups, interleaved, span, eps, for_x)
+    return dx, affine
+
+
+def renorm(
+    x: Tensor,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    running_mean: Tensor,
+    running_var: Tensor,
+    limits: tuple[Any, Any],
+    *,
+    groups: int,
+    eps: float,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """weight * ((x - mean) / s * r + d) + bias, s = sqrt(var + eps), by each group's statistics.
+
+    r = s / sigma within [1 / R, R] and d = (mean - running_mean) / sigma within [-D, D], with
+    sigma = sqrt(running_var + eps) and limits (R, D), numbers or tensors of one. weight, bias and
+    the running statistics are (C,); groups are consecutive samples. Returns y, mean and biased
+    variance (G, C) in float64, and r and d (2, G, C) in float32. It has no derivative.
+    """
+    if torch.is_grad_enabled():
+        _refuse_gradient(x, weight, bias)
+    known = weight, bias, running_mean, running_var
+    done: tuple[Tensor, Tensor, Tensor, Tensor]
+    if _seen(x):
+        both = torch.stack([torch.as_tensor(v, dtype=torch.float64) for v in limits])
+        done = torch.ops.normlab.renorm(x, *known, both, groups, eps)
+    else:
+        done = _calls.renorm(x, *known, limits, groups, eps)
+    return done
+
+
+def renorm_backward(
+    dy: Tensor,
+    x: Tensor,
+    weight: Tensor | None,
+    mean: Tensor,
+    var: Tensor,
+    correction: Tensor,
+    *,
+    eps: float,
+    for_x: bool = True,
+) -> tuple[Tensor, Tensor]:
+    """dx of `renorm`, r and d being constants, and the gradients (2, C) of bias and weight.
+
+    dx is empty unless for_x.
+    """
+    if torch.is_grad_enabled() and not torch.compiler.is_compiling():
+        r, d = correction
+        scale = r if weight is None else r * weight
+        dx, (dshift, dscale) = by_formula(
+            dy, x, scale, groups=len(r), interleaved=False, span=1, eps=eps
+        )
+        return dx, torch.stack([dshift.sum(0), (r * dscale + d * dshift).sum(0)])
+    call = torch.ops.normlab.renorm_backward if _seen(x) else _calls.renorm_backward
+    dx, affine = call(dy, x, weight, mean, var, correction, eps, for_x)
     return dx, affine
 
 
@@ -181,7 +241,7 @@ def kept(v: Tensor) -> Tensor:
 
 
 def _refuse_gradient(*tensors: Tensor | None) -> None:
-    if torch.is_grad_enabled() and any(v is not None and v.requires_grad for v in tensors):
+    if any(v is not None and v.requires_grad for v in tensors):
         raise RuntimeError("this kernel has no derivative, and an input requires one")
 
 
@@ -240,40 +300,7 @@ class _BatchNorm(torch.autograd.Function):
     backward = staticmethod(_differentiate)
 
 
-# -- what a compiler may know of them without calling them ----------------------------------------
-
-
-def _fake_batch_norm(
-    x: Tensor, _w: Any, _b: Any, groups: int, _i: bool, span: int, _e: float
-) -> Any:
-    return torch.empty_like(_calls.laid(x)), *_calls.empty_statistics(x, groups, span)
-
-
-def _fake_moments(x: Tensor, groups: int, _i: bool) -> Any:
-    return _calls.empty_statistics(x, groups, 1)
-
-
-def _fake_normalize(x: Tensor, *_: Any) -> Any:
-    return torch.empty_like(_calls.laid(x))
-
-
-def _fake_batch_norm_backward(
-    _dy: Tensor, x: Tensor, weight: Any, _m: Any, _v: Any,
-    groups: int, _i: bool, _s: int, _e: float, for_x: bool,
-) -> Any:  # fmt: skip
-    own = weight is not None and weight.dim() == 2
-    size = (2, groups, x.size(1)) if own else (2, x.size(1))
-    dx = torch.empty_like(_calls.laid(x)) if for_x else x.new_empty(0)
-    return dx, x.new_empty(size, dtype=torch.float32)
-
-
-def _fake_gradient_sums(_dy: Tensor, x: Tensor, _m: Any, _v: Any, groups: int, _e: float) -> Any:
-    return x.new_empty((2, groups, x.size(1)), dtype=torch.float64)
-
-
-def _fake_gradient(_dy: Tensor, x: Tensor, *_: Any) -> Any:
-    return torch.empty_like(_calls.laid(x))
-
+# -- what a dispatcher knows of them ---------------------------------------------------------------
 
 _GROUPS = "SymInt groups, bool interleaved"
 
@@ -284,35 +311,49 @@ for _name, _signature, _kernel, _fake in (
         f"(Tensor x, Tensor? weight, Tensor? bias, {_GROUPS}, SymInt span, float eps)"
         " -> (Tensor, Tensor, Tensor)",
         _calls.batch_norm,
-        _fake_batch_norm,
+        _fakes.batch_norm,
     ),
-    ("moments", f"(Tensor x, {_GROUPS}) -> (Tensor, Tensor)", _calls.moments, _fake_moments),
+    ("moments", f"(Tensor x, {_GROUPS}) -> (Tensor, Tensor)", _calls.moments, _fakes.moments),
     (
         "normalize",
         "(Tensor x, Tensor? mean, Tensor var, Tensor? weight, Tensor? bias, "
         f"{_GROUPS}, float eps) -> Tensor",
         _calls.normalize,
-        _fake_normalize,
+        _fakes.normalize,
     ),
     (
         "batch_norm_backward",
         "(Tensor dy, Tensor x, Tensor? weight, Tensor mean, Tensor var, "
         f"{_GROUPS}, SymInt span, float eps, bool for_x) -> (Tensor, Tensor)",
         _calls.batch_norm_backward,
-        _fake_batch_norm_backward,
+        _fakes.batch_norm_backward,
+    ),
+    (
+        "renorm",
+        "(Tensor x, Tensor? weight, Tensor? bias, Tensor running_mean, Tensor running_var, "
+        "Tensor limits, SymInt groups, float eps) -> (Tensor, Tensor, Tensor, Tensor)",
+        _calls.renorm,
+        _fakes.renorm,
+    ),
+    (
+        "renorm_backward",
+        "(Tensor dy, Tensor x, Tensor? weight, Tensor mean, Tensor var, Tensor correction, "
+        "float eps, bool for_x) -> (Tensor, Tensor)",
+        _calls.renorm_backward,
+        _fakes.renorm_backward,
     ),
     (
         "gradient_sums",
         "(Tensor dy, Tensor x, Tensor mean, Tensor var, SymInt groups, float eps) -> Tensor",
         _calls.gradient_sums,
-        _fake_gradient_sums,
+        _fakes.gradient_sums,
     ),
     (
         "gradient",
         "(Tensor dy, Tensor x, Tensor? weight, Tensor mean, Tensor var, Tensor sums, "
         "SymInt groups, float eps, float count) -> Tensor",
         _calls.gradient,
-        _fake_gradient,
+        _fakes.gradient,
     ),
 ):
     _defined.define(_name + _signature)

@@ -56,8 +56,9 @@ def unavailable() -> str:
 
 
 def kernels() -> Kernels:
-    if not available() or _kernels is None:
+    if _kernels is None and not available():
         raise RuntimeError(f"there are no fused kernels: {_why}")
+    assert _kernels is not None
     return _kernels
 
 
@@ -69,7 +70,7 @@ def takes(x: Tensor) -> bool:
     """
     return (
         _on
-        and x.device.type == "cpu"
+        and x.is_cpu
         and x.dtype in (torch.float32, torch.bfloat16)
         and x.numel() > 0
         and not torch._C._are_functorch_transforms_active()

@@ -6,6 +6,7 @@
 #pragma once
 
 #include <numeric>
+#include <type_traits>
 
 #include "contiguous.h"
 
@@ -24,16 +25,22 @@ template <class T> struct Fold {
             slots[(size_t)column] = (int32_t)slot<T>(column);
     }
 
+    static constexpr bool IN_ORDER = std::is_same_v<T, float>;  // each column is its own slot
+
     // Values of the channels, in the place of each column.
     void spread(const float* from, float* to) const {
-        for (int64_t r = 0; r < rows; ++r)
-            for (int64_t c = 0; c < channels; ++c) to[slots[(size_t)(r * channels + c)]] = from[c];
+        for (int64_t r = 0; r < width; r += channels)
+            if (IN_ORDER)
+                std::copy_n(from, channels, to + r);
+            else
+                for (int64_t c = 0; c < channels; ++c) to[slots[(size_t)(r + c)]] = from[c];
     }
 
     // Sums of the columns, added to those of the channels.
     void gather(const double* from, double* to) const {
-        for (int64_t r = 0; r < rows; ++r)
-            for (int64_t c = 0; c < channels; ++c) to[c] += from[slots[(size_t)(r * channels + c)]];
+        for (int64_t r = 0; r < width; r += channels)
+            for (int64_t c = 0; c < channels; ++c)
+                to[c] += from[IN_ORDER ? r + c : slots[(size_t)(r + c)]];
     }
 };
 
@@ -54,6 +61,9 @@ struct Cut {
     }
 
     int64_t pieces() const { return runs * each; }
+
+    // Whether a group is one task.
+    bool small() const { return shape.samples * shape.positions <= limit; }
 
     Piece piece(int64_t g, int64_t which) const {
         int64_t from = which % each * limit;
@@ -154,6 +164,24 @@ inline void map_rows(const T* x, const T* dy, T* y, int64_t width, F f) {
     }
 }
 
+// f(place among the factors)(element, element of dy) of elements whose factors are the same every
+// 2 * BLOCK: these stay in registers. Between its misses a core looks ahead over so many instructions
+// only, so that each one saved is time even where memory is what is waited for. Returned is how many
+// elements were mapped.
+template <class T, bool BACKWARD, bool PAST, class F>
+inline int64_t map_periods(const T* x, const T* dy, T* y, int64_t elements, F f) {
+    const auto a = f(0), b = f(WIDTH), c = f(BLOCK), d = f(BLOCK + WIDTH);
+    int64_t r = 0;
+    for (; r + 2 * BLOCK <= elements; r += 2 * BLOCK) {
+        Block u = load(x + r), v = load(x + r + BLOCK);
+        Block du = BACKWARD ? load(dy + r) : u, dv = BACKWARD ? load(dy + r + BLOCK) : v;
+        Block first = {a(u.a, du.a), b(u.b, du.b)}, second = {c(v.a, dv.a), d(v.b, dv.b)};
+        PAST ? store_past(y + r, first) : store(y + r, first);
+        PAST ? store_past(y + r + BLOCK, second) : store(y + r + BLOCK, second);
+    }
+    return r;
+}
+
 // The same of a piece.
 template <class T, bool BACKWARD, class F>
 inline void row_map(const Fold<T>& fold, const T* x, const T* dy, T* y, int64_t rows, bool large,
@@ -161,6 +189,9 @@ inline void row_map(const Fold<T>& fold, const T* x, const T* dy, T* y, int64_t 
     const bool past = large && aligned(y);
     const int64_t width = fold.width, elements = rows * fold.channels;
     int64_t r = 0;
+    if (2 * BLOCK % fold.channels == 0)
+        r = past ? map_periods<T, BACKWARD, true>(x, dy, y, elements, f)
+                 : map_periods<T, BACKWARD, false>(x, dy, y, elements, f);
     for (; r + AT_ONCE * width <= elements; r += AT_ONCE * width) {
         const T* with = BACKWARD ? dy + r : nullptr;
         if (past)
@@ -196,13 +227,12 @@ template <class T> inline int64_t piece_rows(const Fold<T>& fold, int64_t stream
 }
 
 // Both passes over all groups. sums(g, piece, sum, dot, floats), finish(g, sum, dot, space) once
-// per group, map(g, piece, spread factors).
+// per group, map(g, piece, spread factors) with so many `factors` per channel.
 template <class T, class Sums, class Finish, class Map>
 inline void passes(const Fold<T>& fold, const Cut& cut, int64_t groups, int64_t threads,
-                   int64_t bytes, bool measure, bool apply, Sums sums, Finish finish, Map map) {
+                   int64_t bytes, int factors, bool measure, bool apply, Sums sums, Finish finish, Map map) {
     const int64_t width = fold.width, channels = fold.channels, pieces = cut.pieces();
-    const int64_t rows = cut.shape.samples * cut.shape.positions;
-    const bool small = rows <= cut.limit;
+    const bool small = cut.small();
     // Of the whole team, for large groups: sums of each piece, and the factors.
     std::vector<double> parts((size_t)(small ? 0 : 2 * channels * pieces));
     std::vector<float> shared((size_t)(small ? 0 : 4 * width));
@@ -225,7 +255,7 @@ inline void passes(const Fold<T>& fold, const Cut& cut, int64_t groups, int64_t 
                 }
                 finish(g, sum, dot, few);
                 if (!apply) continue;
-                for (int64_t v = 0; v < 4; ++v) fold.spread(few + v * channels, spread + v * width);
+                for (int64_t v = 0; v < factors; ++v) fold.spread(few + v * channels, spread + v * width);
                 for (int64_t p = 0; p < pieces; ++p) map(cut.piece(g, p), spread);
             }
             return;
@@ -249,7 +279,7 @@ inline void passes(const Fold<T>& fold, const Cut& cut, int64_t groups, int64_t 
                     for (int64_t c = 0; c < 2 * channels; ++c)
                         sum[c] += parts[(size_t)(2 * channels * p + c)];
                 finish(g, sum, dot, few);
-                for (int64_t v = 0; v < 4; ++v)
+                for (int64_t v = 0; v < factors; ++v)
                     fold.spread(few + v * channels, shared.data() + v * width);
             }
             team.meet();
@@ -268,6 +298,7 @@ template <class T> void forward_last(const Forward& f, const T* x, T* y, int64_t
     const Cut cut(s, piece_rows(fold, 2));
     const bool large = s.groups * rows * channels * (int64_t)sizeof(T) >= PAST;
     const int64_t width = fold.width;
+    const bool small = cut.small();
     auto guess = [&](int64_t g, float* k) {  // the mean of a few rows
         const T* from = x + g * s.group * s.positions * channels;
         const int64_t some = std::min<int64_t>(8, s.sample == 1 ? rows : s.positions);
@@ -277,8 +308,8 @@ template <class T> void forward_last(const Forward& f, const T* x, T* y, int64_t
         for (int64_t c = 0; c < channels; ++c) k[c] /= (float)some;
     };
     passes(
-        fold, cut, s.groups, threads, s.groups * rows * channels * (int64_t)sizeof(T), f.measure,
-        f.apply,
+        fold, cut, s.groups, threads, s.groups * rows * channels * (int64_t)sizeof(T), 3,
+        f.measure, f.apply,
         [&](int64_t g, Piece piece, bool first, float* few, float* spread, double* columns) {
             if (first) {
                 guess(g, few);
@@ -289,7 +320,7 @@ template <class T> void forward_last(const Forward& f, const T* x, T* y, int64_t
         },
         [&](int64_t g, double* sum, double* dot, float* few) {
             if (f.measure) {
-                guess(g, few);
+                if (!small) guess(g, few);  // else it is what the sums left there
                 moments(channels, (double)rows, few, sum, dot, [&](int64_t c, double& m, double& q) {
                     // As in NCHW, of elements that are `channels` apart.
                     double total = 0, square = 0;
@@ -310,11 +341,11 @@ template <class T> void forward_last(const Forward& f, const T* x, T* y, int64_t
             }
             if (f.apply)
                 factors(f, g, 0, channels,
-                        {few, few + channels, few + 2 * channels, few + 3 * channels});
+                        {few, few + channels, nullptr, few + 2 * channels});
         },
         [&](Piece piece, const float* factor) {
             const int64_t at = piece.start * channels;
-            const float *k = factor, *a = k + width, *b = a + 2 * width;
+            const float *k = factor, *a = k + width, *b = a + width;
             row_map<T, false>(fold, x + at, nullptr, y + at, piece.rows, large,
                               [=](int64_t j) {
                                   const Floats center = read<Floats>(k + j),
@@ -336,7 +367,7 @@ void backward_last(const Backward& f, const T* dy, const T* x, T* dx, int64_t th
     const bool large = s.groups * rows * channels * (int64_t)sizeof(T) >= PAST;
     const int64_t width = fold.width;
     passes(
-        fold, cut, s.groups, threads, 2 * s.groups * rows * channels * (int64_t)sizeof(T),
+        fold, cut, s.groups, threads, 2 * s.groups * rows * channels * (int64_t)sizeof(T), 4,
         f.measure, f.apply,
         [&](int64_t g, Piece piece, bool first, float* few, float* spread, double* columns) {
             if (first) {

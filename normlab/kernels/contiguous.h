@@ -153,13 +153,16 @@ inline void channel_map(const T* x, const T* dy, T* y, int64_t step, int64_t sam
 }
 
 // How many channels a task takes: what fits in the cache of a core; if that is less than a page of
-// each sample, where prefetching ends, then what fits in the cache of all cores.
-template <class T> inline int64_t tile(const Shape& s, int64_t span, int64_t streams, int64_t wanted) {
+// each sample, where prefetching ends, then what fits in the cache of all cores. All of them where
+// there is one pass, which goes through the memory in its order.
+template <class T>
+inline int64_t tile(const Shape& s, int64_t span, int64_t streams, int64_t wanted, bool both) {
     const int64_t of_sample = s.positions * span * (int64_t)sizeof(T);
     const int64_t bytes = std::max<int64_t>(1, s.samples * of_sample * streams);
     const int64_t spans = s.channels / span;
     int64_t fit = CACHED / bytes;
     if (fit < spans && fit * of_sample < 4096) fit = std::max(SHARED / bytes, 4096 / of_sample);
+    if (!both) fit = spans;
     if (s.groups < wanted) fit = std::min(fit, (spans * s.groups + wanted - 1) / wanted);
     return std::max<int64_t>(1, std::min(fit, spans)) * span;
 }
@@ -182,7 +185,7 @@ template <class T> void forward_contiguous(const Forward& f, const T* x, T* y, i
     const int64_t step = s.channels * s.positions;
     const double n = (double)(s.samples * s.positions);
     const int64_t bytes = s.groups * s.samples * step * (int64_t)sizeof(T);
-    const int64_t size = tile<T>(s, f.span, 2, threads);
+    const int64_t size = tile<T>(s, f.span, 2, threads, f.measure && f.apply);
     const bool large = bytes >= PAST;
     Team::run(threads, bytes, [&](Team& team, int member) {
         tiles(team, member, s, size, 4, [&](int64_t g, int64_t first, int64_t channels, double* sum, Running* running) {
@@ -222,7 +225,7 @@ void backward_contiguous(const Backward& f, const T* dy, const T* x, T* dx, int6
     const Shape& s = f.shape;
     const int64_t step = s.channels * s.positions;
     const int64_t bytes = 2 * s.groups * s.samples * step * (int64_t)sizeof(T);
-    const int64_t size = tile<T>(s, f.span, 3, threads);
+    const int64_t size = tile<T>(s, f.span, 3, threads, f.measure && f.apply);
     const bool large = bytes / 2 >= PAST;
     Team::run(threads, bytes, [&](Team& team, int member) {
         tiles(team, member, s, size, 4, [&](int64_t g, int64_t first, int64_t channels, double* sum, Running* running) {

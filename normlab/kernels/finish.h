@@ -9,6 +9,14 @@
 
 namespace normlab {
 
+// Batch Renorm's running statistics (channels) and limits; its r and d (groups, channels) are
+// returned. Nothing of it is there where r is null.
+struct Correction {
+    const float *mean, *var;
+    double r_limit, d_limit;
+    float *r, *d;
+};
+
 // What a forward is given and returns. mean and var are (groups, channels / span), weight and bias
 // (channels) or, where own, (groups, channels); each may be missing (null) but var.
 struct Forward {
@@ -18,6 +26,7 @@ struct Forward {
     bool measure, apply, own;
     const float *weight, *bias;
     double *mean, *var;
+    Correction towards;
 };
 
 // The same of a backward. sums and dots are (groups, channels): of dy, and of dy * h with
@@ -44,8 +53,9 @@ struct Factors {
 template <class Again>
 inline void moments(int64_t channels, double n, const float* k, double* sum, double* square,
                     Again again) {
+    const double share = 1 / n;
     for (int64_t c = 0; c < channels; ++c) {
-        double off = sum[c] / n, rest = square[c] - sum[c] * off;
+        double off = sum[c] * share, rest = square[c] - sum[c] * off;
         bool far = off * off * n > 4 * rest && std::fabs(off) > 1e-6 * std::fabs((double)k[c]);
         if (far || !std::isfinite(square[c])) {
             again(c, sum[c], square[c]);
@@ -75,41 +85,72 @@ inline void pool(const Forward& f, int64_t g, int64_t first, int64_t channels, d
     }
 }
 
+// Where the statistics of channels from `first` on are, and 1 / sqrt(var + eps), taken once per span.
+template <class F> class Known {
+  public:
+    Known(const F& f, int64_t g, int64_t first)
+        : f_(f), from_(g * (f.shape.channels / f.span)), first_(first) {}
+
+    int64_t at(int64_t c) const {
+        return from_ + (f_.span == 1 ? first_ + c : (first_ + c) / f_.span);
+    }
+
+    double rstd(int64_t at) {
+        if (at != taken_) rstd_ = 1 / std::sqrt(f_.var[at] + f_.eps), taken_ = at;
+        return rstd_;
+    }
+
+  private:
+    const F& f_;
+    int64_t from_, first_, taken_ = -1;
+    double rstd_ = 0;
+};
+
+// As torch.clamp, a NaN stays one.
+inline double clamp(double v, double low, double high) { return v < low ? low : v > high ? high : v; }
+
 inline void factors(const Forward& f, int64_t g, int64_t first, int64_t channels, Factors to) {
     int64_t row = f.own ? g * f.shape.channels : 0;
-    int64_t known = g * (f.shape.channels / f.span);
     const float* weight = f.weight ? f.weight + row + first : nullptr;
     const float* bias = f.bias ? f.bias + row + first : nullptr;
+    const Correction& running = f.towards;
+    Known known(f, g, first);
     for (int64_t c = 0; c < channels; ++c) {
-        int64_t at = known + (f.span == 1 ? first + c : (first + c) / f.span);
-        double mean = f.mean ? f.mean[at] : 0, scale = 1 / std::sqrt(f.var[at] + f.eps);
-        if (weight) scale *= weight[c];
+        const int64_t at = known.at(c);
+        double mean = f.mean ? f.mean[at] : 0, scale = known.rstd(at), shift = 0;
+        if (running.r) {
+            const double sigma = std::sqrt(running.var[first + c] + f.eps);
+            const double r = std::sqrt(f.var[at] + f.eps) / sigma;
+            const double d = (mean - running.mean[first + c]) / sigma;
+            // Rounded, as backward takes them.
+            scale *= running.r[at] = (float)clamp(r, 1 / running.r_limit, running.r_limit);
+            shift = running.d[at] = (float)clamp(d, -running.d_limit, running.d_limit);
+        }
+        if (weight) scale *= weight[c], shift *= weight[c];
         float center = tame(mean);
         to.center[c] = center;
         to.scale[c] = tame(scale);
         // What rounding took from the mean is not lost.
-        to.shift[c] = tame((bias ? bias[c] : 0.0) - (mean - center) * scale);
+        to.shift[c] = tame(shift + (bias ? bias[c] : 0.0) - (mean - center) * scale);
     }
 }
 
 // The centers alone, for the first pass of a backward.
 inline void centers(const Backward& f, int64_t g, int64_t first, int64_t channels, float* center) {
-    int64_t known = g * (f.shape.channels / f.span);
-    for (int64_t c = 0; c < channels; ++c) {
-        int64_t at = known + (f.span == 1 ? first + c : (first + c) / f.span);
-        center[c] = tame(f.mean[at]);
-    }
+    const Known known(f, g, first);
+    for (int64_t c = 0; c < channels; ++c) center[c] = tame(f.mean[known.at(c)]);
 }
 
 // Sums of dy * (x - center) to those of dy * h, and both to the results.
 inline void keep(const Backward& f, int64_t g, int64_t first, int64_t channels, const double* sum,
                  const double* dot) {
-    int64_t known = g * (f.shape.channels / f.span), row = g * f.shape.channels + first;
+    const int64_t row = g * f.shape.channels + first;
+    Known known(f, g, first);
     for (int64_t c = 0; c < channels; ++c) {
-        int64_t at = known + (f.span == 1 ? first + c : (first + c) / f.span);
+        const int64_t at = known.at(c);
         double off = f.mean[at] - (float)f.mean[at];
         f.sums[row + c] = sum[c];
-        f.dots[row + c] = (dot[c] - off * sum[c]) / std::sqrt(f.var[at] + f.eps);
+        f.dots[row + c] = (dot[c] - off * sum[c]) * known.rstd(at);
     }
 }
 

@@ -71,21 +71,25 @@ class FrozenBatchNorm(PopulationNorm):
             )
         return "population"
 
+    def forward(self, x: Tensor) -> Tensor:
+        """x (N, C), (N, C, L), (N, C, H, W) or (N, C, D, H, W) to the same shape and dtype."""
+        return self._forward(x)  # no state moves: a recomputation is a forward like any other
+
     def _apply_population(self, x: Tensor) -> Tensor:
         if self.affine == "trainable":
             return super()._apply_population(x)
-        weight: Tensor | None = self.weight
-        bias: Tensor | None = self.bias
-        if self.running_mean.dtype == torch.float32:
+        weight, bias, (mean, var) = self._tensors()
+        fused = kernels.takes(x)
+        if not fused and mean.dtype == torch.float32:
             weight, bias = float32_affine(x, weight, bias)
         if weight is not None and weight.requires_grad:
             weight = weight.detach()
         if bias is not None and bias.requires_grad:
             bias = bias.detach()
-        constants = self.running_mean, self.running_var, weight, bias
-        if torch._C._are_functorch_transforms_active():  # they take no such Function
+        constants = mean, var, weight, bias
+        if not fused and torch._C._are_functorch_transforms_active():  # they take no such Function
             return F.batch_norm(x, *constants, False, eps=self.eps)
-        y: Tensor = _Constant.apply(x, *constants, self.eps)
+        y: Tensor = _Constant.apply(x, *constants, self.eps, fused)
         return y
 
     def _load_from_state_dict(
@@ -114,19 +118,20 @@ class _Constant(torch.autograd.Function):
         weight: Tensor | None,
         bias: Tensor | None,
         eps: float,
+        fused: bool,
     ) -> Tensor:
         ctx.save_for_backward(var, weight)
-        ctx.eps = eps
-        if kernels.takes(x):
+        ctx.eps, ctx.fused = eps, fused
+        if fused:
             return kernels.normalize(x, mean, var, weight, bias, eps=eps)
         return F.batch_norm(x, mean, var, weight, bias, False, eps=eps)
 
     @staticmethod
     def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
         var, weight = ctx.saved_tensors
-        if kernels.takes(dy) and (torch.compiler.is_compiling() or not torch.is_grad_enabled()):
-            dx = kernels.normalize(dy, None, var, weight, None, eps=ctx.eps)
-            return dx, None, None, None, None, None
         # Multiplying by weight / sqrt(var + eps), in float32 where dy is half.
-        dx = F.batch_norm(dy, torch.zeros_like(var), var, weight, None, False, eps=ctx.eps)
-        return dx, None, None, None, None, None
+        if ctx.fused and (torch.compiler.is_compiling() or not torch.is_grad_enabled()):
+            dx = kernels.normalize(dy, None, var, weight, None, eps=ctx.eps)
+        else:
+            dx = F.batch_norm(dy, torch.zeros_like(var), var, weight, None, False, eps=ctx.eps)
+        return dx, None, None, None, None, None, None

@@ -159,11 +159,19 @@ class BatchRenorm(PopulationNorm):
         return y, self._follow(mean, var, count)
 
     def _fused(self, x: Tensor, groups: int, count: int) -> tuple[Tensor, BatchStatistics | None]:
-        with torch.no_grad():
-            precise = kernels.moments(x, groups=groups)
-        r, d = self._correction(*(v.float() for v in precise))
-        y: Tensor = _FusedNorm.apply(x, self.weight, self.bias, r, d, *precise, self.eps)
-        statistics = self._follow(*precise, count)
+        weight, bias, running = self._tensors()
+        again = recomputing()
+        if again:
+            with torch.no_grad():
+                mean, var = kernels.moments(x, groups=groups)
+            was = self._repeated(mean[0].float(), var[0].float())
+            running, limits = (was.running[0], was.running[1]), was.limits
+        else:
+            limits = self._limits()
+        y, mean, var = _FusedNorm.apply(x, weight, bias, *running, *limits, groups, self.eps)
+        if not again:
+            self._remember(mean[0], limits)
+        statistics = self._follow(mean, var, count)
         return y, statistics.rounded() if self.observers else None
 
     def _follow(self, mean: Tensor, var: Tensor, count: int) -> BatchStatistics:
@@ -175,21 +183,31 @@ class BatchRenorm(PopulationNorm):
     @torch.no_grad()
     def _correction(self, mean: Tensor, var: Tensor) -> tuple[Tensor, Tensor]:
         """r and d (G, C) for chunks with these statistics, from the buffers before any update."""
-        running_mean, running_var = self.running_mean, self.running_var
-        forwards = self.num_batches_tracked
-        if recomputing():
-            # The buffers have moved since.
-            running_mean, running_var, forwards = self._repeated(mean[0], var[0]).buffers
-        elif not (torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active()):
-            copies = running_mean.clone(), running_var.clone(), forwards.clone()
-            self._recent.append(_Recent(mean[0], copies))
-        # Reading a number from a GPU would wait for it.
-        readable = forwards.device.type == "cpu" and not torch.compiler.is_compiling()
-        r_limit, d_limit = self.limits(int(forwards) if readable else forwards)
+        if recomputing():  # the buffers have moved since
+            was = self._repeated(mean[0], var[0])
+            (running_mean, running_var), (r_limit, d_limit) = was.running, was.limits
+        else:
+            running_mean, running_var = self.running_mean, self.running_var
+            r_limit, d_limit = self._limits()
+            self._remember(mean[0], (r_limit, d_limit))
         rstd = (running_var.to(var.dtype) + self.eps).rsqrt()
         r = ((var + self.eps).sqrt() * rstd).clamp(1 / r_limit, r_limit)
         d = ((mean - running_mean.to(mean.dtype)) * rstd).clamp(-d_limit, d_limit)
         return kernels.kept(r), kernels.kept(d)
+
+    def _limits(self) -> tuple[Any, Any]:
+        """`limits` of this forward: numbers, unless to read one would wait for a GPU."""
+        forwards = self.num_batches_tracked
+        readable = forwards.is_cpu and not torch.compiler.is_compiling()
+        return self.limits(int(forwards) if readable else forwards)
+
+    def _remember(self, mean: Tensor, limits: tuple[Any, Any]) -> None:
+        """What a recomputation of this forward, with `mean` (C,), will need: before any update."""
+        if torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active():
+            return
+        with torch.no_grad():
+            running = torch.stack((self.running_mean, self.running_var))
+        self._recent.append(_Recent(mean, running, limits))
 
     def _repeated(self, mean: Tensor, var: Tensor) -> "_Recent":
         """The forward that a recomputation repeats, whose first chunk had this mean (C,).
@@ -200,7 +218,7 @@ class BatchRenorm(PopulationNorm):
             rounding = 4 * torch.finfo(mean.dtype).eps * mean.abs()
             allowed = (1e-4 * (var + self.eps).sqrt() + rounding).nan_to_num(math.inf)
             # One tensor of all: reading a number from a GPU waits for it. NaN is equal to NaN.
-            means = torch.stack([was.mean for was in self._recent])
+            means = torch.stack([was.mean.to(mean.dtype) for was in self._recent])
             distances = ((means - mean).abs() / allowed).nan_to_num(0.0, math.inf).amax(1).tolist()
             # Backward repeats the last forward first, but may repeat one several times: min takes
             # the first of equal ones.
@@ -229,10 +247,12 @@ class BatchRenorm(PopulationNorm):
 
 @dataclass
 class _Recent:
-    """What a forward found that may be repeated: its first chunk's mean (C,), and the buffers."""
+    """What a forward found that may be repeated: its first chunk's mean (C,), the running mean and
+    variance (2, C) and the limits."""
 
     mean: Tensor
-    buffers: tuple[Tensor, Tensor, Tensor]
+    running: Tensor
+    limits: tuple[Any, Any]
     used: int = 0
     """By how many recomputations."""
 
@@ -281,7 +301,10 @@ class _BatchNorm(torch.autograd.Function):
 
 
 class _FusedNorm(torch.autograd.Function):
-    """The same of chunks, r, d, mean and var (G, C), by the fused kernels."""
+    """The same of chunks by the fused kernels, which find r and d from the running statistics (C,).
+
+    Returned are y, and mean and biased variance (G, C) in float64 without gradient.
+    """
 
     @staticmethod
     def forward(
@@ -289,32 +312,36 @@ class _FusedNorm(torch.autograd.Function):
         x: Tensor,
         weight: Tensor | None,
         bias: Tensor | None,
-        r: Tensor,
-        d: Tensor,
-        mean: Tensor,
-        var: Tensor,
+        running_mean: Tensor,
+        running_var: Tensor,
+        r_limit: Any,
+        d_limit: Any,
+        groups: int,
         eps: float,
-    ) -> Tensor:
-        ctx.save_for_backward(x, weight, r, d, mean, var)
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        running = running_mean, running_var, (r_limit, d_limit)
+        y, mean, var, correction = kernels.renorm(x, weight, bias, *running, groups=groups, eps=eps)
+        ctx.save_for_backward(x, weight, mean, var, correction)
         ctx.eps = eps
         ctx.bias_dtype = None if bias is None else bias.dtype
-        if weight is not None:
-            r, d = r * weight, d * weight
-        if bias is not None:
-            d = d + bias
-        return kernels.normalize(x, mean, var, r, d, groups=len(r), eps=eps)
+        ctx.mark_non_differentiable(mean, var)
+        ctx.set_materialize_grads(False)
+        return y, mean, var
 
     @staticmethod
-    def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
-        x, weight, r, d, mean, var = ctx.saved_tensors
+    def backward(ctx: Any, dy: Tensor | None, *_: Tensor | None) -> tuple[Tensor | None, ...]:
+        nothing: list[Tensor | None] = [None] * 6
+        if dy is None:
+            return None, None, None, *nothing
+        x, weight, mean, var, correction = ctx.saved_tensors
         for_x, for_weight, for_bias = ctx.needs_input_grad[:3]
-        scale = r if weight is None else r * weight
-        dx, affine = kernels.batch_norm_backward(
-            dy, x, scale, mean, var, groups=len(r), eps=ctx.eps, for_x=for_x
+        dx, affine = kernels.renorm_backward(
+            dy, x, weight, mean, var, correction, eps=ctx.eps, for_x=for_x
         )
-        dshift, dscale = affine
-        dweight = (
-            torch.addcmul(r * dscale, d, dshift).sum(0).to(weight.dtype) if for_weight else None
+        dbias, dweight = affine.unbind()
+        return (
+            dx if for_x else None,
+            dweight.to(weight.dtype) if for_weight else None,
+            dbias.to(ctx.bias_dtype) if for_bias else None,
+            *nothing,
         )
-        dbias = dshift.sum(0).to(ctx.bias_dtype) if for_bias else None
-        return dx if for_x else None, dweight, dbias, *[None] * 5

@@ -38,6 +38,12 @@ def test_torch_s_own_check_of_operators(own, last):
     sums = kernels.gradient_sums(dy, x, mean, var, groups=2, eps=1e-5)
     torch.library.opcheck(ops.gradient_sums, (dy, x, mean, var, 2, 1e-5))
     torch.library.opcheck(ops.gradient, (dy, x, weight, mean, var, sums, 2, 1e-5, 30.0))
+    limits = torch.tensor([3.0, 5.0], dtype=torch.float64)
+    running = torch.zeros(6), torch.ones(6)
+    known = None if own else weight, None if own else bias
+    torch.library.opcheck(ops.renorm, (x, *known, *running, limits, 2, 1e-5))
+    *_, correction = kernels.renorm(x, *known, *running, limits.unbind(), groups=2, eps=1e-5)
+    torch.library.opcheck(ops.renorm_backward, (dy, x, known[0], mean, var, correction, 1e-5, True))
 
 
 @pytest.mark.parametrize("interleaved", [False, True])
@@ -97,6 +103,9 @@ def test_what_has_no_derivative_says_so():
         lambda: kernels.moments(x, groups=1),
         lambda: kernels.normalize(x, mean, var, None, None, eps=1e-5),
         lambda: kernels.gradient_sums(dy, x, mean, var, eps=1e-5),
+        lambda: kernels.renorm(
+            x, None, None, torch.zeros(3), torch.ones(3), (3.0, 5.0), groups=1, eps=1e-5
+        ),
         lambda: kernels.gradient(dy, x, None, mean, var, torch.zeros(2, 1, 3), eps=1e-5, count=8),
     ):
         with pytest.raises(RuntimeError, match="no derivative"):
@@ -160,11 +169,14 @@ def test_compiled_renorm_has_the_gradient_of_its_forward(nbs, fused, updates, ba
 
 
 def test_graphs_hold_the_operators_and_follow_the_switch():
-    layers = torch.nn.Sequential(BatchNorm(3), GhostBatchNorm(3, nbs=2), FrozenBatchNorm(3))
+    layers = torch.nn.Sequential(
+        BatchNorm(3), GhostBatchNorm(3, nbs=2), FrozenBatchNorm(3), BatchRenorm(3)
+    )
     seen = []
 
     def backend(graph, _):
-        seen.append({str(node.target) for node in graph.graph.nodes})
+        parts = [part for part in graph.modules() if isinstance(part, torch.fx.GraphModule)]
+        seen.append({str(node.target) for part in parts for node in part.graph.nodes})
         return graph
 
     torch._dynamo.reset()
@@ -173,8 +185,9 @@ def test_graphs_hold_the_operators_and_follow_the_switch():
     compiled(x)
     with kernels.use(False):
         compiled(x)
-    assert any("normlab.batch_norm" in name for name in seen[0])
-    assert not any("normlab" in name for name in seen[-1])
+    for operator in ("batch_norm", "normalize", "renorm"):
+        assert any(f"normlab.{operator}" in name for name in seen[0])
+    assert {name for name in seen[-1] if "normlab" in name} == {"normlab.kept"}
     assert len(seen) == 2
 
 
