@@ -149,13 +149,13 @@ inline void row_sums(const Fold<T>& fold, const T* x, const T* dy, int64_t rows,
 // Rows whose factors are read once.
 constexpr int AT_ONCE = 4;
 
-// f(place among the factors)(element, element of dy) of AT_ONCE whole rows.
-template <class T, bool BACKWARD, bool PAST, class F>
+// f(place among the factors)(element, element of dy) of ROWS whole rows.
+template <class T, bool BACKWARD, bool PAST, int ROWS, class F>
 inline void map_rows(const T* x, const T* dy, T* y, int64_t width, F f) {
     for (int64_t j = 0; j < width; j += BLOCK) {
         const auto a = f(j), b = f(j + WIDTH);
 #pragma GCC unroll 4
-        for (int r = 0; r < AT_ONCE; ++r) {
+        for (int r = 0; r < ROWS; ++r) {
             const int64_t at = r * width + j;
             Block u = load(x + at), d = BACKWARD ? load(dy + at) : u;
             Block made = {a(u.a, d.a), b(u.b, d.b)};
@@ -192,12 +192,16 @@ inline void row_map(const Fold<T>& fold, const T* x, const T* dy, T* y, int64_t 
     if (2 * BLOCK % fold.channels == 0)
         r = past ? map_periods<T, BACKWARD, true>(x, dy, y, elements, f)
                  : map_periods<T, BACKWARD, false>(x, dy, y, elements, f);
-    for (; r + AT_ONCE * width <= elements; r += AT_ONCE * width) {
+    // What comes from memory and goes there is read and written in its order.
+    const int64_t step = (large ? 1 : AT_ONCE) * width;
+    for (; r + step <= elements; r += step) {
         const T* with = BACKWARD ? dy + r : nullptr;
         if (past)
-            map_rows<T, BACKWARD, true>(x + r, with, y + r, width, f);
+            map_rows<T, BACKWARD, true, 1>(x + r, with, y + r, width, f);
+        else if (large)
+            map_rows<T, BACKWARD, false, 1>(x + r, with, y + r, width, f);
         else
-            map_rows<T, BACKWARD, false>(x + r, with, y + r, width, f);
+            map_rows<T, BACKWARD, false, AT_ONCE>(x + r, with, y + r, width, f);
     }
     for (; r < elements; r += width) {
         const T *from = x + r, *with = BACKWARD ? dy + r : nullptr;

@@ -81,3 +81,29 @@ def test_what_is_not_finite_stays_where_it_is(bad, last):
     assert torch.equal(y.isfinite(), x.isfinite())
     y = kernels.normalize(x, torch.full((16,), bad), torch.ones(16), None, None, eps=EPS)
     assert not y.isfinite().any()
+
+
+@pytest.mark.parametrize("channels", [64, 72])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_past_the_caches(dtype, channels):
+    """A result of more than 32 MiB, whose channels do and do not stay in registers, with a tail."""
+    torch.manual_seed(1)
+    shape = (5, channels, 300, 201 if dtype == torch.bfloat16 else 101)
+    x, dy = (laid(torch.randn(shape).to(dtype), True) for _ in range(2))
+    weight, bias = torch.rand(2, channels).unbind()
+    y, mean, var = kernels.batch_norm(x, weight, bias, groups=1, eps=EPS)
+    assert y.nbytes > 32 << 20
+    assert torch.equal(kernels.normalize(x, mean, var, weight, bias, eps=EPS), y)
+    how = {"groups": 1, "eps": EPS}
+    with torch.no_grad():
+        dx, _ = kernels.batch_norm_backward(dy, x, weight, mean, var, **how)
+    part = slice(None), [3, channels - 1]  # all of two channels, in float64
+    z, d = (v[part].double() for v in (x, dy))
+    at, over = (1, 2, 1, 1), (0, 2, 3)
+    rstd = (z.var(over, correction=0, keepdim=True) + EPS).rsqrt()
+    h = (z - z.mean(over, keepdim=True)) * rstd
+    rest = d - d.mean(over, keepdim=True) - h * (d * h).mean(over, keepdim=True)
+    w, b = (v[part[1]].double().view(at) for v in (weight, bias))
+    rounding = 2.0**-8 if dtype == torch.bfloat16 else 1e-6
+    torch.testing.assert_close(y[part].double(), h * w + b, rtol=rounding, atol=1e-5)
+    torch.testing.assert_close(dx[part].double(), rest * rstd * w, rtol=rounding, atol=1e-5)
