@@ -395,14 +395,3 @@ def test_neighbours_are_compared_within_the_cell_that_a_term_names(tmp_path, mon
 def test_malformed_arms_are_refused(tmp_path, monkeypatch, old, new, says):
     with pytest.raises(ValueError, match=says):
         load_arms(tmp_path, monkeypatch, (old, new))
-
-
-def test_an_experiment_that_is_gone_is_no_option_any_more(tmp_path, monkeypatch, capfd):
-    """Hydra keeps what it was told for as long as the process lives."""
-    with monkeypatch.context() as within:
-        load_arms(tmp_path, within)
-        config.register([])
-    experiment.load.cache_clear()
-    assert cli.main(["train", "--help"]) == 0
-    line = next(line for line in capfd.readouterr().out.splitlines() if "experiment: " in line)
-    assert line == f"experiment: {', '.join(sorted(experiment.files()))}"
