@@ -4,6 +4,7 @@ torch's DistributedDataParallel does it, and nothing else: it broadcasts no buff
 statistics stay each rank's own until a run says what becomes of them (`dist.average_statistics`).
 """
 
+import inspect
 from collections.abc import Mapping
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any
@@ -34,13 +35,20 @@ def wrapped(network: nn.Module, device: torch.device) -> DistributedDataParallel
     the first step, so that a resumed run would end in other bits.
     """
     check_same(dict(network.named_parameters()), device)
-    options: dict[str, Any] = {"init_sync": False, "forward_sync_buffers": False}
+    options: dict[str, Any] = {"init_sync": False, _buffers_key(): False}
     if device.type != "cpu":
         return DistributedDataParallel(network, **options)
     made = DistributedDataParallel(network, bucket_cap_mb=WHOLE, **options)
     order = {id(parameter): number for number, parameter in enumerate(network.parameters())}
     made.register_comm_hook(order, _mean_in_order)
     return made
+
+
+def _buffers_key() -> str:
+    """What torch calls the broadcast of buffers in every forward: newer ones warn at the old name,
+    and older ones, which `pyproject.toml` allows, do not know the new one."""
+    known = inspect.signature(DistributedDataParallel.__init__).parameters
+    return next(key for key in ("forward_sync_buffers", "broadcast_buffers") if key in known)
 
 
 def _mean_in_order(order: dict[int, int], bucket: GradBucket) -> torch.futures.Future[Tensor]:

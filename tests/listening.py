@@ -6,20 +6,28 @@ import socket
 import struct
 import subprocess
 import time
+from collections.abc import Iterable
+from contextlib import suppress
 from pathlib import Path
 
 
 def addresses(mark: str) -> set[str]:
     """The addresses on which processes listen whose environment holds the mark."""
-    inodes = set()
+    marked = []
     for process in Path("/proc").glob("[0-9]*"):
-        try:
-            if mark.encode() not in (process / "environ").read_bytes():
-                continue
-            links = [str(descriptor.readlink()) for descriptor in (process / "fd").iterdir()]
-        except OSError:  # it has ended
-            continue
-        inodes |= {found[1] for link in links if (found := re.match(r"socket:\[(\d+)\]", link))}
+        with suppress(OSError):  # it has ended
+            if mark.encode() in (process / "environ").read_bytes():
+                marked.append(int(process.name))
+    return of(marked)
+
+
+def of(pids: Iterable[int]) -> set[str]:
+    """The addresses on which processes listen."""
+    inodes = set()
+    for pid in pids:
+        with suppress(OSError):  # it has ended
+            links = [str(file.readlink()) for file in Path(f"/proc/{pid}/fd").iterdir()]
+            inodes |= {found[1] for link in links if (found := re.match(r"socket:\[(\d+)\]", link))}
     found = set()
     for table in ("tcp", "tcp6"):
         for line in (Path("/proc/net") / table).read_text().splitlines()[1:]:

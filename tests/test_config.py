@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 import yaml
 
-from normlab import config
+from normlab import config, experiment
 from normlab.config import (
     Config,
     ConfigError,
@@ -309,3 +309,14 @@ def test_a_key_introduced_later_counts_only_where_it_is_not_its_default(
     assert cell_key(with_grace(5)) == cell_key(compose(BASE))
     assert known(with_grace(6)) != known_as()
     assert known_as() == known(compose(BASE))  # and a config from before the key is found again
+
+
+def test_an_experiment_that_is_gone_is_no_option_any_more(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Hydra keeps what it was told for as long as the process lives."""
+    known = set(experiment.files())
+    with monkeypatch.context() as within:
+        within.setattr(experiment, "files", lambda: {"of_another_test": None})
+        config.register([])
+        assert config.composition._stored("experiment") == ["of_another_test"]
+    config.register([])
+    assert set(config.composition._stored("experiment")) == known

@@ -9,15 +9,18 @@ import pytest
 from faults import PHASES, VICTIMS, Endurance, Fault, identical, write
 
 
-def test_three_kills_of_one_run(tmp_path):
-    faults = [
-        Fault(2, "rank 1", "epoch"),
-        Fault(2, "rank 0", "checkpoint"),
-        Fault(2, "agent", "evaluate"),
-    ]
+@pytest.mark.parametrize(
+    ("faults", "codes"),
+    [
+        ([Fault(1, "process", "epoch")], [-9]),
+        ([Fault(2, "rank 0", "checkpoint"), Fault(2, "agent", "evaluate")], [1, -9]),
+    ],
+)
+def test_three_kills(tmp_path, faults, codes):
+    """Of a run of one process, and of one over two ranks, twice: in each phase one."""
     rows, missed = Endurance(tmp_path, seed=3).run(faults)
     assert not missed
-    assert [row.code for row in rows] == [1, 1, -9]
+    assert [row.code for row in rows] == codes
     assert [row.phase for row in rows] == [fault.phase for fault in faults]
     assert all(row.identical for row in rows)
 

@@ -179,6 +179,12 @@ def test_ranks_exchange_tensors_and_never_pickles() -> None:
     assert pickling(PACKAGE) == []
 
 
+def test_torchs_collectives_of_objects_are_all_known() -> None:
+    from torch import distributed
+
+    assert {name for name in dir(distributed) if "_object" in name} <= PICKLES
+
+
 @pytest.mark.parametrize(
     "line",
     [

@@ -4,10 +4,9 @@ named. What they work on is the job in `rank_jobs`.
 
 import os
 import signal
-from contextlib import suppress
-from pathlib import Path
 
 import agents
+import listening
 import pytest
 import rank_jobs
 from rank_jobs import SAVE_EVERY, prepare
@@ -48,28 +47,15 @@ def assert_ends(where, process, code, *, within):
 def test_a_run_over_two_ranks(tmp_path):
     run = prepare(tmp_path, steps=1000)
     process = begin(tmp_path, run)
-    assert listening(agents.pid(tmp_path, 0), agents.pid(tmp_path, 1), process.pid) == {"127.0.0.1"}
+    assert listening.of([agents.pid(tmp_path, 0), agents.pid(tmp_path, 1), process.pid]) == {
+        "127.0.0.1"
+    }
     assert_ends(tmp_path, process, 0, within=60)
     assert run.status() == {"status": "done"}
     assert output(tmp_path) == ""
     for rank in (0, 1):
         (log,) = run.path.glob(f"ranks/*/attempt_0/{rank}/stdout.log")
         assert log.read_text() == f"rank {rank} is done\n"
-
-
-def listening(*pids):
-    """The addresses at which processes listen."""
-    open_files = set()
-    for path in (path for pid in pids for path in Path(f"/proc/{pid}/fd").iterdir()):
-        with suppress(FileNotFoundError):
-            open_files.add(str(path.readlink()))
-    found = set()
-    for table in ("tcp", "tcp6"):
-        for row in map(str.split, Path(f"/proc/net/{table}").read_text().splitlines()[1:]):
-            if row[3] == "0A" and f"socket:[{row[9]}]" in open_files:
-                address = bytes.fromhex(row[1].partition(":")[0])[::-1]
-                found.add(".".join(map(str, address)))
-    return found
 
 
 @pytest.mark.parametrize("rank", [0, 1])

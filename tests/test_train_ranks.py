@@ -1,12 +1,14 @@
 """Four ranks train one run, and it is the run of one process (P29, P34, P35, K8, E21)."""
 
+import inspect
 import math
 
 import pytest
 import torch
 import whole
-from torch import distributed
+from torch import distributed, nn
 
+from normlab import parallel
 from normlab.train import Diverged
 
 EVALS = "evals=[train:batch,val:batch,val:ema,val:precise,val:precise_mean]"
@@ -215,3 +217,23 @@ def test_ranks_that_hold_different_things_are_noticed(ranks, where, told):
     for said in ranks.run(apart, where):
         assert said.startswith("ranks hold different values of ")
         assert told in said
+
+
+@pytest.mark.parametrize("key", ["forward_sync_buffers", "broadcast_buffers"])
+def test_no_torch_is_left_to_broadcast_buffers(monkeypatch, key):
+    """By whichever of its names for that: the oldest torch that is allowed has only the second."""
+    given = []
+    named = inspect.Signature(
+        [inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY) for name in ("init_sync", key)]
+    )
+
+    class Wrapped:
+        def __init__(self, _network, **options):
+            given.append(options)
+
+        __init__.__signature__ = named
+        register_comm_hook = print
+
+    monkeypatch.setattr(parallel, "DistributedDataParallel", Wrapped)
+    parallel.wrapped(nn.Linear(2, 2), torch.device("cuda"))
+    assert given == [{"init_sync": False, key: False}]
