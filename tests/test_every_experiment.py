@@ -25,8 +25,9 @@ BATCH = 16
 LAYERS = {"torchvision_resnet": 18, "cifar_resnet": 8}
 """The depth of a network whose own is a matter of size."""
 
-SIZE = 32
-"""Pixels a side, where the images of the scale have more."""
+SIZES = {"torchvision_resnet": 64}
+"""Pixels a side, for 32 where the images of the scale have more: with a channel a group, the last
+feature maps must not be a pixel."""
 
 
 def cells(name, scale):
@@ -71,7 +72,7 @@ def shrunk(full):
         small["model"]["depth"] = LAYERS[module]
     if small["model"].get("hidden"):
         small["model"]["hidden"] = 64
-    side = min(SIZE, small["data"].get("size", 8))
+    side = min(SIZES.get(module, 32), small["data"].get("size", 8))
     channels = 1 if small["data"]["name"] == "digits" else 3
     images = 4 * max(small["batch_size"], small["nbs"] or 1)
     classes = max(4, order.labels) if order.patterned else 4
