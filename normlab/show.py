@@ -224,11 +224,13 @@ def _domains(_: Path) -> list[list[str]]:
 
 
 def _experiments(_: Path) -> list[list[str]]:
-    table = [["name", "runs", "title"]]
-    for name in experiment.names():
-        loaded = experiment.load(name)
-        cells = ", ".join(f"{scale} {len(loaded.cells(scale))}" for scale in loaded.scales)
-        table.append([name, cells, loaded.title])
+    """Each experiment and how many runs it has at each scale."""
+    loaded = [experiment.load(name) for name in experiment.names()]
+    scales = list(dict.fromkeys(scale for one in loaded for scale in one.scales))
+    table = [["runs at", *scales, "title"]]
+    for one in loaded:
+        runs = [str(len(one.cells(scale))) if scale in one.scales else "" for scale in scales]
+        table.append([one.name, *runs, one.title])
     return table
 
 

@@ -70,7 +70,8 @@ def test_show_lists_what_there_is(what: str, capfd: pytest.CaptureFixture[str]) 
     groups = {
         many: many[:-1] for many in ("norms", "convs", "models", "recipes", "scales", "tasks")
     }
-    named = {"runs": ["id"], "probes": probes.names(), "protocols": ["precise_mean"]}
+    named = {"runs": ["id"], "probes": probes.names(), "protocols": ["precise_mean"],
+             "domains": ["contrast"]}  # fmt: skip
     for name in named.get(what) or config.options(
         "data" if what == "data" else groups.get(what, "experiment")
     ):
@@ -188,10 +189,15 @@ def test_a_sweep_runs_the_experiments_grid(
     }
 
 
-def test_every_experiment_sweeps_what_its_cells_say(monkeypatch: pytest.MonkeyPatch) -> None:
-    for name in experiment.names():
+@pytest.mark.parametrize("every", [False, pytest.param(True, marks=pytest.mark.slow)])
+def test_every_experiment_sweeps_what_its_cells_say(
+    every: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Each at one of its scales, in turn, or at every one."""
+    for number, name in enumerate(experiment.names()):
         loaded = experiment.load(name)
-        for scale in loaded.scales:
+        scales = list(loaded.scales)
+        for scale in scales if every else [scales[number % len(scales)]]:
             seen = recorded(monkeypatch)
             first = loaded.cells(scale)[0]
             axes = [f"{key}={value}" for key, value in first.axes.items()]

@@ -67,6 +67,9 @@ def shrunk(full):
     if small["sync_layers"] is not None:
         small["sync_layers"] = "*1"  # some, whatever the network is
     small |= {"epochs": 1, "eval_last": 1, "eval_at": [0] if 0 in small["eval_at"] else []}
+    small["keep_after"] = None
+    if small["freeze_after"] is not None:
+        small |= {"epochs": 2, "freeze_after": 1}
     module = small["model"].get("module", small["model"]["name"])
     if module in LAYERS:
         small["model"]["depth"] = LAYERS[module]
@@ -105,7 +108,7 @@ def run(overrides, path):
     directory = RunDir(path)
     path.mkdir()
     status = worker.work(replace(job, data=FirstTwo(job.data), steps=2), directory, Stop())
-    assert (status["status"], status["step"]) == ("done", 2)
+    assert (status["status"], status["step"]) == ("done", 2 * small["epochs"])
     assert agenda.missing(small, directory) == []
     after = zip(before, job.model.parameters(), strict=True)
     assert any(not old.equal(new) for old, new in after)
