@@ -20,7 +20,7 @@ class GroupNorm(SampleNorm):
         affine: learn a weight and a bias per channel.
 
     Limits: one group is layer norm (`ln`), C groups are instance norm (`in`); some texts have the
-    two the wrong way round. Second derivatives exist for contiguous inputs only.
+    two the wrong way round.
 
     Errors: ValueError if both or neither of the two are given or C is not divisible: a count that
     does not fit is never replaced by one that does. In forward see SampleNorm.
