@@ -17,6 +17,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from normlab import kernels
+from normlab.norms._checks import check_common, check_input, check_nbs
 from normlab.norms._choices import (
     Choosing,
     Source,
@@ -62,28 +63,6 @@ class BatchStatistics:
 
     def unbiased(self) -> Tensor:
         return self.var * (self.count / (self.count - 1))
-
-
-def _check_common(num_features: int, eps: float) -> None:
-    if num_features < 1:
-        raise ValueError(f"num_features must be at least 1, not {num_features}")
-    if not eps > 0:
-        raise ValueError(f"eps must be above 0, not {eps}")
-
-
-def check_nbs(nbs: object, layer: str) -> None:
-    """Refuse chunks of other than a whole number of samples from 2 on."""
-    if nbs == 1 and not isinstance(nbs, bool):
-        raise ValueError(f"nbs=1 is instance norm (norm=in); {layer} needs nbs >= 2")
-    if isinstance(nbs, bool) or not isinstance(nbs, int) or nbs < 2:
-        raise ValueError(f"nbs must be a whole number of at least 2, not {nbs!r}")
-
-
-def _check_input(x: Tensor, num_features: int, layer: str) -> None:
-    if not 2 <= x.dim() <= 5:
-        raise ValueError(f"{layer} takes 2 to 5 dimensions (N, C, ...), not {tuple(x.shape)}")
-    if x.size(1) != num_features:
-        raise ValueError(f"{layer}({num_features}) got {x.size(1)} channels: {tuple(x.shape)}")
 
 
 class PopulationNorm(Choosing):
@@ -145,7 +124,7 @@ class PopulationNorm(Choosing):
         update: bool | None = None,
     ) -> None:
         super().__init__(statistics, update)
-        _check_common(num_features, eps)
+        check_common(num_features, eps)
         if not 0 <= decay < 1:
             raise ValueError(
                 f"decay must be in [0, 1), not {decay}"
@@ -179,7 +158,7 @@ class PopulationNorm(Choosing):
         return self._forward(x)
 
     def _forward(self, x: Tensor) -> Tensor:
-        _check_input(x, self.num_features, type(self).__name__)
+        check_input(x, self.num_features, type(self).__name__)
         if self.source == "population":
             check_update(self.update, self.source)
             return self._apply_population(x)
@@ -372,7 +351,7 @@ class SampleNorm(nn.Module):
         self, num_features: int, num_groups: int, *, eps: float = 1e-5, affine: bool = True
     ) -> None:
         super().__init__()
-        _check_common(num_features, eps)
+        check_common(num_features, eps)
         self.num_features = num_features
         self.num_groups = num_groups
         self.eps = eps
@@ -381,7 +360,7 @@ class SampleNorm(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """x (N, C), (N, C, L), (N, C, H, W) or (N, C, D, H, W) to the same shape and dtype."""
-        _check_input(x, self.num_features, type(self).__name__)
+        check_input(x, self.num_features, type(self).__name__)
         if x[:1].numel() == self.num_groups:
             raise ValueError(
                 f"{type(self).__name__} needs more than one element per group: "

@@ -3,8 +3,8 @@
 import torch
 from torch import Tensor, nn
 
+from normlab.norms._checks import check_common, check_input
 from normlab.norms._grouped import layer_norm
-from normlab.norms.base import _check_common, _check_input
 
 __all__ = ["ChannelsLayerNorm"]
 
@@ -36,7 +36,7 @@ class ChannelsLayerNorm(nn.Module):
 
     def __init__(self, num_features: int, *, eps: float = 1e-5, affine: bool = True) -> None:
         super().__init__()
-        _check_common(num_features, eps)
+        check_common(num_features, eps)
         if num_features < 2:
             raise ValueError("ChannelsLayerNorm needs at least 2 channels: one has no variance")
         self.num_features = num_features
@@ -46,7 +46,7 @@ class ChannelsLayerNorm(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """x (N, C), (N, C, L), (N, C, H, W) or (N, C, D, H, W) to the same shape and dtype."""
-        _check_input(x, self.num_features, type(self).__name__)
+        check_input(x, self.num_features, type(self).__name__)
         last = x.movedim(1, -1)
         y = layer_norm(last, (self.num_features,), self.weight, self.bias, self.eps).movedim(-1, 1)
         return y.contiguous() if x.is_contiguous() else y

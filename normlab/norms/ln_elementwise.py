@@ -6,8 +6,8 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, nn
 
+from normlab.norms._checks import check_common, check_input
 from normlab.norms._grouped import layer_norm
-from normlab.norms.base import _check_common, _check_input
 
 __all__ = ["ElementwiseLayerNorm"]
 
@@ -50,7 +50,7 @@ class ElementwiseLayerNorm(nn.Module):
         self, num_features: int, *, shape: Sequence[int], eps: float = 1e-5, affine: bool = True
     ) -> None:
         super().__init__()
-        _check_common(num_features, eps)
+        check_common(num_features, eps)
         self.shape = tuple(shape)
         if len(self.shape) > 3 or not all(size >= 1 for size in self.shape):
             raise ValueError(f"shape is up to three sizes of at least 1, not {self.shape}")
@@ -64,7 +64,7 @@ class ElementwiseLayerNorm(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """x (N, C, *shape) to the same shape and dtype."""
-        _check_input(x, self.num_features, type(self).__name__)
+        check_input(x, self.num_features, type(self).__name__)
         if x.shape[2:] != self.shape:
             raise ValueError(
                 f"ElementwiseLayerNorm has a weight for each of {(self.num_features, *self.shape)}"

@@ -6,7 +6,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from normlab.norms.base import _check_input
+from normlab.norms._checks import check_input
 
 __all__ = ["LocalResponseNorm"]
 
@@ -79,7 +79,7 @@ class LocalResponseNorm(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """x (N, C), (N, C, L), (N, C, H, W) or (N, C, D, H, W) to the same shape and dtype."""
-        _check_input(x, self.num_features, type(self).__name__)
+        check_input(x, self.num_features, type(self).__name__)
         z = x.to(torch.promote_types(x.dtype, torch.float32))
         if z.numel() == 0:
             return z.to(x.dtype)

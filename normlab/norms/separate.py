@@ -8,10 +8,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from normlab.norms._checks import check_input
 from normlab.norms._domains import Labels, Sets, read
 from normlab.norms._grouped import grouped_batch_norm, is_half
 from normlab.norms._moments import moments
-from normlab.norms.base import BatchStatistics, PopulationNorm, Source, _check_input, check_update
+from normlab.norms.base import BatchStatistics, PopulationNorm, Source, check_update
 
 __all__ = ["SeparateBatchNorm", "domains"]
 
@@ -123,7 +124,7 @@ class SeparateBatchNorm(PopulationNorm):
         return {f"[{domain}]": row for domain, row in enumerate(rows)}
 
     def _forward(self, x: Tensor) -> Tensor:
-        _check_input(x, self.num_features, type(self).__name__)
+        check_input(x, self.num_features, type(self).__name__)
         several = self.num_domains > 1
         own_population = self.running_mean.dim() == 2
         own_affine = self.weight is not None and self.weight.dim() == 2

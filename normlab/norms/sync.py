@@ -10,9 +10,10 @@ from torch.distributed import ProcessGroup
 from torch.nn.modules._functions import SyncBatchNorm as TorchSync
 
 from normlab import dist, kernels
+from normlab.norms._checks import check_input
 from normlab.norms._grouped import float32_affine
 from normlab.norms._meeting import Call, Meeting, Watch, agree, reserve
-from normlab.norms.base import BatchStatistics, PopulationNorm, Source, _check_input
+from normlab.norms.base import BatchStatistics, PopulationNorm, Source
 
 __all__ = ["SyncBatchNorm", "name_layers"]
 
@@ -170,7 +171,7 @@ class SyncBatchNorm(PopulationNorm):
                 "cannot update what the ranks share: it needs update=False"
             )
         try:
-            _check_input(x, self.num_features, type(self).__name__)
+            check_input(x, self.num_features, type(self).__name__)
         except ValueError as error:
             return error
         return None
