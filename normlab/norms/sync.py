@@ -75,9 +75,9 @@ class SyncBatchNorm(PopulationNorm):
     that asks for one.
 
     Errors: ValueError for a group without this process, on all ranks if all of them together have
-    fewer than two elements per channel, and where a rank has a wrong shape or group_size with
-    update; RuntimeError, on all ranks, where they differ in the ways above, or another one has such
-    a ValueError; else see PopulationNorm.
+    fewer than two elements per channel, and where a rank has a wrong shape or dtype, or group_size
+    with update; RuntimeError, on all ranks, where they differ in the ways above, or another one has
+    such a ValueError; else see PopulationNorm.
 
     Source: Peng et al. 2018 (MegDet); Zhang et al. 2018 (EncNet). Peers: torch's layer needs a GPU
     once there is a process group; detectron2's NaiveSyncBatchNorm by default and tensorpack weigh
@@ -171,7 +171,7 @@ class SyncBatchNorm(PopulationNorm):
                 "cannot update what the ranks share: it needs update=False"
             )
         try:
-            check_input(x, self.num_features, type(self).__name__)
+            check_input(x, self.num_features, type(self).__name__, self._buffers["running_mean"])
         except ValueError as error:
             return error
         return None
