@@ -12,8 +12,14 @@ if TYPE_CHECKING:
 
 __version__ = "0.1.0"
 
+__all__ = ["convert", "revert"]
+
 
 def __getattr__(name: str) -> Any:
-    if name in ("convert", "revert"):
+    if name in __all__:
         return getattr(import_module("normlab.surgery"), name)
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})

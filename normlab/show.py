@@ -41,11 +41,19 @@ def norm(name: str | None, *, every: bool = False) -> int:
         return 0
     if name not in known:
         asked = f"no norm '{name}'" if name else "show norm: the card of which layer?"
+        if name == _FIXUP:
+            raise ValueError(
+                "fixup is no layer but an initialization, init=fixup beside norm=none in the CIFAR "
+                "ResNets: normlab/models/fixup.py says what it does"
+            )
         close = config.near(name or "", list(known))
         raise ValueError(f"{asked}{close} (norms: {', '.join(known)})")
     print("\n".join([*_head(*known[name]), "", _doc(known[name][2])]), flush=True)
     return 0
 
+
+_FIXUP = "fixup"
+"""An initialization that papers compare with norms, as if it were one."""
 
 _PAGE = """\
 # The layers

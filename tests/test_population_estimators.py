@@ -224,7 +224,8 @@ class TestEstimate:
         assert list(result) == ["0"]
 
     def test_a_model_without_batch_norm_has_no_statistics(self, estimator):
-        assert estimate(GroupNorm(4, groups=2), [], estimator=estimator) == {}
+        with pytest.raises(ValueError, match="nothing to estimate: GroupNorm has no batch norm"):
+            estimate(GroupNorm(4, groups=2), [torch.randn(4, 4, 2)], estimator=estimator)
 
     def test_batches_may_be_tuples_or_anything_forward_takes(self, estimator):
         """P38: models that take more than a tensor."""

@@ -102,6 +102,15 @@ def test_a_card_that_there_is_not_is_answered_with_those_there_are(
     assert "ghost" in message or "show norm does" in message
 
 
+def test_an_initialization_is_no_layer(capsys: pytest.CaptureFixture[str]) -> None:
+    assert cli.main(["show", "norm", "fixup"]) == 2
+    message = capsys.readouterr().err
+    assert len(message.splitlines()) == 1
+    assert "init=fixup beside norm=none" in message
+    (place,) = (word for word in message.split() if word.endswith(".py"))
+    assert (Path(show.__file__).parent.parent / place).is_file()
+
+
 def test_the_table_of_norms_says_what_each_is(capsys: pytest.CaptureFixture[str]) -> None:
     """In the first sentence of its docstring, word for word."""
     assert show.main("norms", root="none") == 0

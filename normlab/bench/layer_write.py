@@ -14,6 +14,7 @@ from matplotlib.colors import TwoSlopeNorm
 from matplotlib.figure import Figure
 
 from normlab import runs
+from normlab.bench import originals
 from normlab.bench.layers import LEVEL, LayerRow
 from normlab.bench.measure import Spread
 from normlab.bench.write import machine
@@ -113,6 +114,7 @@ def _page(rows: Sequence[LayerRow]) -> str:
             peers = ", ".join(dict.fromkeys(row.peer for row in of.values() if row.peer)) or "none"
             kept = " ".join(f"{of[c].saved:.1f}" for c in COLUMNS if c in of)
             lines.append(f"| {name} | {' | '.join(cells)} | {_limit(of)} | {kept} | {peers} |")
+    lines += originals.section(rows)
     return "\n".join([*lines, "", "## Missed", "", *_bullets(summary(rows)), ""])
 
 

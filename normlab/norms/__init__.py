@@ -11,21 +11,56 @@ from __future__ import annotations
 
 from importlib import import_module
 from importlib.metadata import entry_points
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from normlab import lazy
 from normlab.norms import conv
 
-if TYPE_CHECKING:
+if TYPE_CHECKING:  # what __getattr__ finds, for tools that do not run it
     from torch import nn
+
+    from normlab.norms.base import BatchStatistics as BatchStatistics
+    from normlab.norms.base import PopulationNorm as PopulationNorm
+    from normlab.norms.base import SampleNorm as SampleNorm
+    from normlab.norms.base import Source as Source
+    from normlab.norms.base import check_nbs as check_nbs
+    from normlab.norms.base import check_update as check_update
+    from normlab.norms.base import complement as complement
+    from normlab.norms.base import move_towards as move_towards
+    from normlab.norms.base import normalization as normalization
+    from normlab.norms.base import own_choices as own_choices
+    from normlab.norms.base import population_layers as population_layers
+    from normlab.norms.base import recomputing as recomputing
+    from normlab.norms.base import refuse_strangers as refuse_strangers
+    from normlab.norms.bn import BatchNorm as BatchNorm
+    from normlab.norms.conv.cwn import CenteredWeightNormConv2d as CenteredWeightNormConv2d
+    from normlab.norms.conv.wn import WeightNormConv2d as WeightNormConv2d
+    from normlab.norms.conv.ws import WeightStandardizedConv2d as WeightStandardizedConv2d
+    from normlab.norms.frozen import FrozenBatchNorm as FrozenBatchNorm
+    from normlab.norms.ghost import GhostBatchNorm as GhostBatchNorm
+    from normlab.norms.gn import GroupNorm as GroupNorm
+    from normlab.norms.instance import InstanceNorm as InstanceNorm
+    from normlab.norms.l1 import L1BatchNorm as L1BatchNorm
+    from normlab.norms.ln import LayerNorm as LayerNorm
+    from normlab.norms.ln_channels import ChannelsLayerNorm as ChannelsLayerNorm
+    from normlab.norms.ln_elementwise import ElementwiseLayerNorm as ElementwiseLayerNorm
+    from normlab.norms.lrn import LocalResponseNorm as LocalResponseNorm
+    from normlab.norms.none import NoNorm as NoNorm
+    from normlab.norms.renorm import BatchRenorm as BatchRenorm
+    from normlab.norms.separate import SeparateBatchNorm as SeparateBatchNorm
+    from normlab.norms.separate import domains as domains
+    from normlab.norms.sync import SyncBatchNorm as SyncBatchNorm
+    from normlab.norms.sync import name_layers as name_layers
+    from normlab.norms.virtual import VirtualBatchNorm as VirtualBatchNorm
+    from normlab.norms.virtual import forward_only as forward_only
+    from normlab.norms.virtual import forward_with as forward_with
 
 ENTRY_POINTS = "normlab.norms"
 
 
 def _own() -> list[str]:
     """The public modules of this package: the layers, and what they share (`base`)."""
-    stems = (path.stem for path in Path(__file__).parent.glob("*.py"))
-    return sorted(stem for stem in stems if not stem.startswith("_"))
+    return [module.rpartition(".")[2] for module in lazy.modules(__name__, __file__)]
 
 
 def names() -> list[str]:
@@ -53,10 +88,16 @@ def find(module: str) -> type[nn.Module]:
     return found
 
 
+def _modules() -> list[str]:
+    """Where the names of this package are."""
+    return [f"{__name__}.{stem}" for stem in [*_own(), *(f"conv.{stem}" for stem in conv.names())]]
+
+
 def __getattr__(name: str) -> Any:
-    if not name.startswith("_"):
-        for stem in [*_own(), *(f"conv.{stem}" for stem in conv.names())]:
-            module = import_module(f"{__name__}.{stem}")
-            if name in module.__all__:
-                return getattr(module, name)
-    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    if name == "__all__":
+        return sorted([*lazy.exported(_modules()), "ENTRY_POINTS", "find", "names"])
+    return lazy.find(__name__, _modules(), name)
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *lazy.exported(_modules())})

@@ -273,21 +273,26 @@ class _EachGroup(torch.autograd.Function):
         outs = zip(y.unbind(), mean.unbind(), rstd.unbind(), strict=True)
         for z_k, w, b, out in zip(z.unbind(), weights, biases, outs, strict=True):
             torch.native_batch_norm(z_k, w, b, None, None, True, 0.0, eps, out=out)
-        ctx.save_for_backward(z, weight, mean, rstd)
+        ctx.save_for_backward(z, weight, bias, mean, rstd)
         ctx.eps = eps
         ctx.own = weight is not None and weight.dim() == 2
         ctx.mark_non_differentiable(mean, rstd)
         return y, mean, rstd
 
     @staticmethod
-    @torch.autograd.function.once_differentiable
     def backward(ctx: Any, dy: Tensor, *_: Tensor) -> tuple[Tensor | None, ...]:
-        z, weight, mean, rstd = ctx.saved_tensors
+        z, weight, bias, mean, rstd = ctx.saved_tensors
         needed = ctx.needs_input_grad[:3]
+        if torch.is_grad_enabled():  # somebody wants a derivative of this one
+            rows = (v[:, None] if v.dim() == 2 else v for v in _affine(z[0], weight, bias))
+            y = _CenteredNorm.apply(z, *rows, z.size(2), ctx.eps)[0]
+            known = [t for t, wanted in zip((z, weight, bias), needed, strict=True) if wanted]
+            found = iter(torch.autograd.grad(y, known, dy, create_graph=True))
+            return *(next(found) if wanted else None for wanted in needed), None
         dz = torch.empty_like(z)
-        known = _each(weight, z.size(0)), mean.unbind(), rstd.unbind()
+        ours = _each(weight, z.size(0)), mean.unbind(), rstd.unbind()
         affine = []
-        each = zip(dz.unbind(), dy.unbind(), z.unbind(), *known, strict=True)
+        each = zip(dz.unbind(), dy.unbind(), z.unbind(), *ours, strict=True)
         for dz_k, dy_k, z_k, w, m, r in each:
             own, *sums = torch.ops.aten.native_batch_norm_backward(
                 dy_k, z_k, w, None, None, m, r, True, ctx.eps, needed
@@ -319,7 +324,8 @@ class _CenteredNorm(torch.autograd.Function):
     The variance is taken of the centered values, which backward reuses in place of z.
 
     With h = (z - mean) * rstd, g = dy * weight, E the mean over a group's positions and channels:
-    dz = rstd * (g - E[g] - h * E[g * h]).
+    dz = rstd * (g - E[g] - h * E[g * h]). A second derivative goes by way of the centered values,
+    an output for that reason: theirs is d - E[d].
 
     Whatever is as large as z is reduced over M only; the groups are pooled on what is left, since a
     reduction over a few neighbouring channels is several times slower.
@@ -340,23 +346,38 @@ class _CenteredNorm(torch.autograd.Function):
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-        _, weight, _, ctx.groups, _ = inputs
+        z, weight, _, ctx.groups, ctx.eps = inputs
         _, mean, rstd, centered = output
+        ctx.dtype = z.dtype
         ctx.save_for_backward(centered, rstd, weight)
-        ctx.mark_non_differentiable(mean, rstd, centered)
+        ctx.mark_non_differentiable(mean, rstd)
+        ctx.set_materialize_grads(False)
 
     @staticmethod
-    @torch.autograd.function.once_differentiable
-    def backward(ctx: Any, dy: Tensor, *_: Tensor) -> tuple[Tensor, Tensor, Tensor, None, None]:
+    def backward(
+        ctx: Any, dy: Tensor | None, _m: None, _r: None, d_centered: Tensor | None
+    ) -> tuple[Tensor | None, Tensor | None, Tensor | None, None, None]:
+        dz = dweight = dbias = None
+        if dy is not None:
+            dz, dweight, dbias = _CenteredNorm._gradients(ctx, dy)
+        if d_centered is not None:
+            rest = d_centered - _pool(d_centered.mean(1, keepdim=True), ctx.groups)
+            dz = rest.to(ctx.dtype) if dz is None else dz + rest.to(ctx.dtype)
+        return dz, dweight, dbias, None, None
+
+    @staticmethod
+    def _gradients(ctx: Any, dy: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         centered, rstd, weight = ctx.saved_tensors
         elements = centered.size(1)
+        if torch.is_grad_enabled() and not torch.compiler.is_compiling():
+            rstd = (_pool(centered.square().mean(1, keepdim=True), ctx.groups) + ctx.eps).rsqrt()
         sums = dy.sum(1, keepdim=True, dtype=centered.dtype)
         dots = (dy * centered).sum(1, keepdim=True) * rstd
         constant = _pool(sums * weight, ctx.groups) * rstd / -elements
         slope = _pool(dots * weight, ctx.groups) * rstd.square() / -elements
         dz = torch.addcmul(constant, dy, rstd * weight).addcmul_(centered, slope)
         size = weight.shape
-        return dz.to(dy.dtype), dots.sum_to_size(size), sums.sum_to_size(size), None, None
+        return dz.to(dy.dtype), dots.sum_to_size(size), sums.sum_to_size(size)
 
 
 def _pool(values: Tensor, groups: int) -> Tensor:

@@ -9,7 +9,6 @@ their defaults.
 
 import warnings
 from collections.abc import Callable
-from dataclasses import dataclass, replace
 from typing import Any, ClassVar
 
 import torch
@@ -17,7 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from normlab import kernels
-from normlab.norms._checks import check_common, check_input, check_nbs
+from normlab.norms._checks import check_common, check_decay, check_input, check_nbs
 from normlab.norms._choices import (
     Choosing,
     Source,
@@ -28,6 +27,7 @@ from normlab.norms._choices import (
 )
 from normlab.norms._grouped import float32_affine, group_norm, grouped_batch_norm, is_half, variance
 from normlab.norms._recomputation import leaving_no_trace, recomputing
+from normlab.norms._statistics import BatchStatistics, complement, follow, move_towards
 
 __all__ = [
     "BatchStatistics",
@@ -36,6 +36,7 @@ __all__ = [
     "Source",
     "check_nbs",
     "check_update",
+    "complement",
     "move_towards",
     "normalization",
     "own_choices",
@@ -43,26 +44,6 @@ __all__ = [
     "recomputing",
     "refuse_strangers",
 ]
-
-
-@dataclass(frozen=True)
-class BatchStatistics:
-    """The statistics that one forward normalized with, a row per group of samples.
-
-    mean and var (biased) are (G, C), detached, float32 (float64 for a float64 input); count is the
-    number of elements behind each; population, of `PopulationNorm.populations`, follows them.
-    """
-
-    mean: Tensor
-    var: Tensor
-    count: int
-    population: str = ""
-
-    def rounded(self) -> "BatchStatistics":  # to float32
-        return replace(self, mean=self.mean.float(), var=self.var.float())
-
-    def unbiased(self) -> Tensor:
-        return self.var * (self.count / (self.count - 1))
 
 
 class PopulationNorm(Choosing):
@@ -76,7 +57,8 @@ class PopulationNorm(Choosing):
     torch's `momentum` is round(1 - decay, 12), so that 0.9 is exactly torch's 0.1.
 
     The state_dict is that of torch.nn.BatchNorm2d: weight, bias, running_mean, running_var and
-    num_batches_tracked.
+    num_batches_tracked. Older ones, and other libraries' frozen layers', have no such number: it
+    stays what it is.
 
     Attributes that may be set at any time, for a while through `normalization`; the first two are
     arguments, too:
@@ -96,8 +78,9 @@ class PopulationNorm(Choosing):
 
     Raises ValueError for a decay outside [0, 1) and for update=True with statistics="population";
     in forward, before any state changes, for a batch that the groups do not divide, for one element
-    per group and channel, for a wrong shape, and for `update` without batch statistics. A decay
-    below 0.5 warns: it usually is torch's momentum.
+    per group and channel, for a wrong shape or dtype (half inputs go with a float32 layer, else the
+    two agree), and for `update` without batch statistics. A decay below 0.5 warns: it usually is
+    torch's momentum.
     """
 
     batch: ClassVar[str] = "per_rank"
@@ -106,6 +89,9 @@ class PopulationNorm(Choosing):
 
     pools: ClassVar[bool] = True
     """Whether statistics of parts of the data give those of all of it, as mean and variance do."""
+
+    _version = 2
+    """Of the state_dict, as of torch's batch norm: since 2, it has num_batches_tracked."""
 
     weight: nn.Parameter | None
     bias: nn.Parameter | None
@@ -125,11 +111,7 @@ class PopulationNorm(Choosing):
     ) -> None:
         super().__init__(statistics, update)
         check_common(num_features, eps)
-        if not 0 <= decay < 1:
-            raise ValueError(
-                f"decay must be in [0, 1), not {decay}"
-                + (": statistics that never move are statistics='population'" * (decay == 1))
-            )
+        check_decay(decay)
         if decay < 0.5:
             warnings.warn(
                 f"decay={decay} keeps almost only the last batch; decay is 1 - torch's momentum",
@@ -148,7 +130,7 @@ class PopulationNorm(Choosing):
     @property
     def momentum(self) -> float:
         """The weight of the newest batch, torch's `momentum`."""
-        return round(1 - self.decay, 12)
+        return complement(self.decay)
 
     def forward(self, x: Tensor) -> Tensor:
         """x (N, C), (N, C, L), (N, C, H, W) or (N, C, D, H, W) to the same shape and dtype."""
@@ -158,7 +140,7 @@ class PopulationNorm(Choosing):
         return self._forward(x)
 
     def _forward(self, x: Tensor) -> Tensor:
-        check_input(x, self.num_features, type(self).__name__)
+        check_input(x, self.num_features, type(self).__name__, self._buffers["running_mean"])
         source = self.source
         if source == "population":
             check_update(self.update, source)
@@ -199,7 +181,7 @@ class PopulationNorm(Choosing):
         With several groups: one step towards the averages of the groups' means and unbiased
         variances. With one, every layer's rule is torch's.
         """
-        _follow(mean, var, batch, round(1 - decay, 12))
+        follow(mean, var, batch, complement(decay))
 
     def _apply_population(self, x: Tensor) -> Tensor:
         """Normalize with the buffers; nothing moves."""
@@ -282,7 +264,7 @@ class PopulationNorm(Choosing):
             y, batch_mean, batch_var = kernels.batch_norm(x, weight, bias, groups=1, eps=self.eps)
             precise = BatchStatistics(batch_mean, batch_var, count, population)
             if self.updates:
-                _follow(*running, precise, self.momentum)
+                follow(*running, precise, self.momentum)
             return y, precise.rounded() if self.observers else None
         if running[0].dtype == torch.float32:
             weight, bias = float32_affine(x, weight, bias)
@@ -309,6 +291,17 @@ class PopulationNorm(Choosing):
         batch_var = variance(rstd, self.eps)
         return y, BatchStatistics(batch_mean.detach()[None], batch_var[None], count, population)
 
+    def _load_from_state_dict(
+        self, state_dict: dict[str, Any], prefix: str, local_metadata: Any, *rest: Any
+    ) -> None:
+        if local_metadata.get("version") != self._version:
+            # torch's rule, and frozen layers of other libraries count nothing either;
+            # load_state_dict gives us its own copy.
+            tracked = self.num_batches_tracked
+            tracked = torch.zeros_like(tracked, device="cpu") if tracked.is_meta else tracked
+            state_dict.setdefault(f"{prefix}num_batches_tracked", tracked)
+        super()._load_from_state_dict(state_dict, prefix, local_metadata, *rest)
+
     def __getstate__(self) -> dict[str, Any]:
         # An observer watches this object: a copy must not report to it (and it need not pickle).
         return {**super().__getstate__(), "observers": []}
@@ -329,23 +322,6 @@ def _large_means(statistics: Tensor) -> bool:
     return bool((statistics[0].square() > 100 * statistics[1]).any())
 
 
-def _follow(mean: Tensor, var: Tensor, batch: BatchStatistics, weight: float) -> None:
-    means, vars = batch.mean, batch.var
-    if not kernels.move_towards(mean, var, means, vars, count=batch.count, weight=weight):
-        move_towards(mean, var, batch.mean.mean(0), batch.unbiased().mean(0), weight)
-
-
-def move_towards(
-    mean: Tensor, var: Tensor, to_mean: Tensor, to_var: Tensor, weight: float | Tensor
-) -> None:
-    """Move `mean` and `var` in place by `weight` of the way to `to_mean` and `to_var`.
-
-    weight is a number or a tensor of one, in the precision of `mean`.
-    """
-    mean.lerp_(to_mean.to(mean.dtype), weight)
-    var.lerp_(to_var.to(var.dtype), weight)
-
-
 class SampleNorm(nn.Module):
     """The norms whose statistics are each sample's own: the base of group, layer and instance norm.
 
@@ -354,8 +330,8 @@ class SampleNorm(nn.Module):
     The statistics are float32 at least and centered before squaring in every memory layout, unlike
     torch's own group norm in channels_last on a CPU.
 
-    Raises ValueError for a wrong shape, and wherever a group has a single element, whatever the
-    number of samples (torch raises for one sample only, and returns zeros for more).
+    Raises ValueError for a wrong shape or dtype, and wherever a group has a single element,
+    whatever the number of samples (torch raises for one sample only, and returns zeros for more).
     """
 
     weight: nn.Parameter | None
@@ -374,7 +350,7 @@ class SampleNorm(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """x (N, C), (N, C, L), (N, C, H, W) or (N, C, D, H, W) to the same shape and dtype."""
-        check_input(x, self.num_features, type(self).__name__)
+        check_input(x, self.num_features, type(self).__name__, self._parameters.get("weight"))
         if x[:1].numel() == self.num_groups:
             raise ValueError(
                 f"{type(self).__name__} needs more than one element per group: "

@@ -4,7 +4,7 @@ import torch
 from torch import Tensor
 
 from normlab.norms._grouped import grouped_batch_norm
-from normlab.norms.base import BatchStatistics, PopulationNorm, Source, move_towards
+from normlab.norms.base import BatchStatistics, PopulationNorm, Source, complement, move_towards
 
 __all__ = ["BatchNorm"]
 
@@ -68,7 +68,7 @@ class BatchNorm(PopulationNorm):
     def momentum(self) -> float:
         """The weight of the newest batch; of the next one in a cumulative average."""
         if not self.cumulative:
-            return round(1 - self.decay, 12)
+            return complement(self.decay)
         return 1.0 / float(self.num_batches_tracked + 1)
 
     def _normalize(

@@ -1,6 +1,5 @@
 """Frozen batch normalization: constant statistics in training too."""
 
-from collections.abc import MutableMapping
 from typing import Any, ClassVar, Literal, get_args
 
 import torch
@@ -91,13 +90,6 @@ class FrozenBatchNorm(PopulationNorm):
             return F.batch_norm(x, *constants, False, eps=self.eps)
         y: Tensor = _Constant.apply(x, *constants, self.eps, fused)
         return y
-
-    def _load_from_state_dict(
-        self, state_dict: MutableMapping[str, Any], prefix: str, *rest: Any
-    ) -> None:
-        # Frozen layers of other libraries count nothing; load_state_dict gives us its own copy.
-        state_dict.setdefault(f"{prefix}num_batches_tracked", self.num_batches_tracked)
-        super()._load_from_state_dict(state_dict, prefix, *rest)
 
     def extra_repr(self) -> str:
         return f"{self.num_features}, eps={self.eps}, affine={self.affine}"

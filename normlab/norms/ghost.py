@@ -5,7 +5,14 @@ from typing import ClassVar, Literal, get_args
 import torch
 from torch import Tensor
 
-from normlab.norms.base import BatchStatistics, PopulationNorm, Source, check_nbs, move_towards
+from normlab.norms.base import (
+    BatchStatistics,
+    PopulationNorm,
+    Source,
+    check_nbs,
+    complement,
+    move_towards,
+)
 
 __all__ = ["GhostBatchNorm"]
 
@@ -91,7 +98,7 @@ class GhostBatchNorm(PopulationNorm):
         if self.population == "mean":
             super().ema_step(mean, var, batch, decay)
             return
-        weight = round(1 - decay, 12)
+        weight = complement(decay)
         groups = batch.mean.size(0)
         unbiased = batch.unbiased()
         if self.population == "pooled":

@@ -1,5 +1,6 @@
 """Group normalization (Wu & He 2018)."""
 
+from normlab.norms._checks import check_whole
 from normlab.norms.base import SampleNorm
 
 __all__ = ["GroupNorm"]
@@ -20,7 +21,7 @@ class GroupNorm(SampleNorm):
         affine: learn a weight and a bias per channel.
 
     Limits: one group is layer norm (`ln`), C groups are instance norm (`in`); some texts have the
-    two the wrong way round. Second derivatives exist for contiguous inputs only.
+    two the wrong way round.
 
     Errors: ValueError if both or neither of the two are given or C is not divisible: a count that
     does not fit is never replaced by one that does. In forward see SampleNorm.
@@ -46,8 +47,10 @@ class GroupNorm(SampleNorm):
             )
         given = groups if channels_per_group is None else channels_per_group
         assert given is not None
-        if given < 1 or num_features % given:
-            name = "groups" if channels_per_group is None else "channels_per_group"
+        name = "groups" if channels_per_group is None else "channels_per_group"
+        check_whole("num_features", num_features, 1)
+        check_whole(name, given, 1)
+        if num_features % given:
             raise ValueError(
                 f"GroupNorm: {num_features} channels are not divisible by {name}={given}"
             )

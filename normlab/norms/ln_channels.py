@@ -46,7 +46,7 @@ class ChannelsLayerNorm(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """x (N, C), (N, C, L), (N, C, H, W) or (N, C, D, H, W) to the same shape and dtype."""
-        check_input(x, self.num_features, type(self).__name__)
+        check_input(x, self.num_features, type(self).__name__, self._parameters.get("weight"))
         last = x.movedim(1, -1)
         y = layer_norm(last, (self.num_features,), self.weight, self.bias, self.eps).movedim(-1, 1)
         return y.contiguous() if x.is_contiguous() else y

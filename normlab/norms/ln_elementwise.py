@@ -64,7 +64,7 @@ class ElementwiseLayerNorm(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """x (N, C, *shape) to the same shape and dtype."""
-        check_input(x, self.num_features, type(self).__name__)
+        check_input(x, self.num_features, type(self).__name__, self._parameters.get("weight"))
         if x.shape[2:] != self.shape:
             raise ValueError(
                 f"ElementwiseLayerNorm has a weight for each of {(self.num_features, *self.shape)}"

@@ -1,12 +1,13 @@
 """Local response normalization (Krizhevsky, Sutskever & Hinton 2012): neighbouring channels."""
 
+import math
 from typing import Literal, get_args
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from normlab.norms._checks import check_input
+from normlab.norms._checks import check_input, check_real, check_whole
 
 __all__ = ["LocalResponseNorm"]
 
@@ -42,8 +43,8 @@ class LocalResponseNorm(nn.Module):
     identity, to the bit; alpha=0 is x / k^beta; size >= 2C, "sum", alpha=1, beta=1/2 and k near 0
     divides by the root of the sum of squares over all channels.
 
-    Errors: ValueError for size below 1, alpha below 0, k not above 0 and an unknown `squares`, and
-    in forward for a wrong shape.
+    Errors: ValueError for size below 1, alpha below 0, k not above 0, what is not finite and an
+    unknown `squares`, and in forward for a wrong shape or dtype.
 
     Source: Krizhevsky, Sutskever & Hinton 2012, section 3.3. Peers: the table above; torch's layer
     is squares="mean" with k=1.
@@ -60,14 +61,11 @@ class LocalResponseNorm(nn.Module):
         squares: Squares = "sum",
     ) -> None:
         super().__init__()
-        if num_features < 1:
-            raise ValueError(f"num_features must be at least 1, not {num_features}")
-        if size < 1:
-            raise ValueError(f"size must be at least 1, not {size}")
-        if not alpha >= 0:
-            raise ValueError(f"alpha must be at least 0, not {alpha}")
-        if not k > 0:
-            raise ValueError(f"k must be above 0, not {k}")
+        check_whole("num_features", num_features, 1)
+        check_whole("size", size, 1)
+        check_real("alpha", alpha, "at least 0 and finite", 0.0)
+        check_real("beta", beta, "finite", -math.inf)
+        check_real("k", k, "above 0 and finite", 0.0, open=True)
         if squares not in get_args(Squares):
             raise ValueError(f"squares is one of {get_args(Squares)}, not {squares!r}")
         self.num_features = num_features

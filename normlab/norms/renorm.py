@@ -46,8 +46,7 @@ class BatchRenorm(PopulationNorm):
 
     Limits: r_max=1, d_max=0, or any n up to start * forwards, is GhostBatchNorm, and BatchNorm for
     a single chunk. With both infinite the output is that of population statistics, whatever the
-    batch, and only the gradient is batch norm's. Second derivatives exist for contiguous inputs
-    only, where there are several chunks.
+    batch, and only the gradient is batch norm's. r and d are constants to second derivatives too.
 
     Args:
         num_features: channels C of the input (N, C), (N, C, L), (N, C, H, W) or (N, C, D, H, W).

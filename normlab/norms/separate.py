@@ -124,7 +124,7 @@ class SeparateBatchNorm(PopulationNorm):
         return {f"[{domain}]": row for domain, row in enumerate(rows)}
 
     def _forward(self, x: Tensor) -> Tensor:
-        check_input(x, self.num_features, type(self).__name__)
+        check_input(x, self.num_features, type(self).__name__, self._buffers["running_mean"])
         several = self.num_domains > 1
         own_population = self.running_mean.dim() == 2
         own_affine = self.weight is not None and self.weight.dim() == 2

@@ -70,12 +70,13 @@ class SyncBatchNorm(PopulationNorm):
     eager one, and fullgraph=True is refused; with one process it is part of the graph.
 
     Limits: BatchNorm with one rank, to the bit, and BatchNorm of the ranks' whole batch with
-    several, up to rounding. There are no second derivatives across ranks.
+    several, up to rounding. There are no second derivatives across ranks: RuntimeError, on the rank
+    that asks for one.
 
     Errors: ValueError for a group without this process, on all ranks if all of them together have
-    fewer than two elements per channel, and where a rank has a wrong shape or group_size with
-    update; RuntimeError, on all ranks, where they differ in the ways above, or another one has such
-    a ValueError; else see PopulationNorm.
+    fewer than two elements per channel, and where a rank has a wrong shape or dtype, or group_size
+    with update; RuntimeError, on all ranks, where they differ in the ways above, or another one has
+    such a ValueError; else see PopulationNorm.
 
     Source: Peng et al. 2018 (MegDet); Zhang et al. 2018 (EncNet). Peers: torch's layer needs a GPU
     once there is a process group; detectron2's NaiveSyncBatchNorm by default and tensorpack weigh
@@ -153,7 +154,7 @@ class SyncBatchNorm(PopulationNorm):
                 "cannot update what the ranks share: it needs update=False"
             )
         try:
-            check_input(x, self.num_features, type(self).__name__)
+            check_input(x, self.num_features, type(self).__name__, self._buffers["running_mean"])
         except ValueError as error:
             return error
         return None
@@ -283,8 +284,15 @@ class _SynchronizedNorm(torch.autograd.Function):
         return F.batch_norm(x, mean, var, weight, bias, False, eps=eps)
 
     @staticmethod
-    @torch.autograd.function.once_differentiable
     def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
+        with torch.no_grad():
+            found = _SynchronizedNorm._gradients(ctx, dy)
+        if torch.is_grad_enabled():
+            found = _Once.apply(found, dy, *ctx.saved_tensors[:2])
+        return *found, None, None, None
+
+    @staticmethod
+    def _gradients(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
         x, weight, mean, var = ctx.saved_tensors
         known = mean[None], var[None]
         if ctx.fused:
@@ -324,4 +332,23 @@ class _SynchronizedNorm(torch.autograd.Function):
             value if wanted else None
             for value, wanted in zip((dots, sums), ctx.needs_input_grad[1:3], strict=True)
         )
-        return dx, dweight, dbias, None, None, None
+        return dx, dweight, dbias
+
+
+class _Once(torch.autograd.Function):
+    """`found`, tensors or None, as what it depends on, `of`: without a derivative of its own.
+
+    torch's once_differentiable leaves constants where dy is one, which pass for derivatives of 0.
+    """
+
+    @staticmethod
+    def forward(
+        ctx: Any,  # noqa: ARG004
+        found: tuple[Tensor | None, ...],
+        *of: Tensor | None,  # noqa: ARG004
+    ) -> tuple[Tensor | None, ...]:
+        return found
+
+    @staticmethod
+    def backward(ctx: Any, *_: Tensor | None) -> tuple[None, ...]:  # noqa: ARG004
+        raise RuntimeError("SyncBatchNorm has no second derivatives across ranks")

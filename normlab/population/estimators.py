@@ -100,8 +100,8 @@ def estimate(
 
     Raises ValueError without any batch, for an unknown estimator, for a decay that does not belong,
     for a model with torch's own batch norms, which it would leave as they are, for one whose
-    parameters are sharded over ranks (FSDP), for one whose batch norms are all frozen, and what the
-    layers raise; "layerwise" also for batches that can be passed
+    parameters are sharded over ranks (FSDP), for one without a batch norm or whose batch norms are
+    all frozen, and what the layers raise; "layerwise" also for batches that can be passed
     over only once, where batches reach the layers in different orders, and for layers of several
     populations or whose statistic is no variance. Over ranks also where their estimators, layers or
     group_size differ, and for a decay; RuntimeError for what failed on another rank.
@@ -117,8 +117,6 @@ def estimate(
         raise ValueError(
             "ranks estimate different things: their estimators, group_size or layers differ"
         )
-    if not layers:
-        return {}
     run = _run if forward is None else forward
     with torch.no_grad(), own_choices(model), _evaluating(model), without_broadcasts(model):
         if estimator == "layerwise":
@@ -158,12 +156,11 @@ def _checked(
     _refuse_sharded(model)
     found = population_layers(model)
     layers = {name: layer for name, layer in found.items() if not layer.frozen}
-    if found and not layers:
-        raise ValueError(
-            f"nothing to estimate: all {len(found)} batch norms of the model are frozen "
-            "(statistics='population')"
-        )
-    if layers and estimator == "layerwise":
+    if not layers:
+        frozen = f"all {len(found)} batch norms of the model are frozen (statistics='population')"
+        none = f"{type(model).__name__} has no batch norm"
+        raise ValueError(f"nothing to estimate: {frozen if found else none}")
+    if estimator == "layerwise":
         check_layerwise(model)
         if iter(batches) is batches:
             raise ValueError(

@@ -6,10 +6,13 @@ single layers `fold` and `split`, move a norm into the layer before it and out a
 (`conventions`). Importing this package alone does not import torch.
 """
 
-from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
-if TYPE_CHECKING:
+from normlab import lazy
+
+if TYPE_CHECKING:  # what __getattr__ finds, for tools that do not run it
+    from normlab.surgery.conventions import CONVENTIONS as CONVENTIONS
+    from normlab.surgery.conventions import Convention as Convention
     from normlab.surgery.conventions import NormState as NormState
     from normlab.surgery.conventions import read as read
     from normlab.surgery.conventions import translate as translate
@@ -17,6 +20,8 @@ if TYPE_CHECKING:
     from normlab.surgery.conventions import write as write
     from normlab.surgery.conversion import convert as convert
     from normlab.surgery.conversion import revert as revert
+    from normlab.surgery.fusion import FoldedNorm as FoldedNorm
+    from normlab.surgery.fusion import Pair as Pair
     from normlab.surgery.fusion import fold as fold
     from normlab.surgery.fusion import fuse as fuse
     from normlab.surgery.fusion import fusible as fusible
@@ -24,15 +29,12 @@ if TYPE_CHECKING:
     from normlab.surgery.fusion import split as split
     from normlab.surgery.fusion import unfuse as unfuse
 
-_HOLDS = {
-    "conventions": ("NormState", "read", "translate", "with_eps", "write"),
-    "conversion": ("convert", "revert"),
-    "fusion": ("fold", "fuse", "fusible", "neighbours", "split", "unfuse"),
-}
+_MODULES = lazy.modules(__name__, __file__)
 
 
 def __getattr__(name: str) -> Any:
-    for module, names in _HOLDS.items():
-        if name in names:
-            return getattr(import_module(f"{__name__}.{module}"), name)
-    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return lazy.exported(_MODULES) if name == "__all__" else lazy.find(__name__, _MODULES, name)
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *lazy.exported(_MODULES)})

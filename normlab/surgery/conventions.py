@@ -33,6 +33,8 @@ from typing import Literal, get_args
 import torch
 from torch import Tensor
 
+from normlab.norms.base import complement
+
 __all__ = ["CONVENTIONS", "Convention", "NormState", "read", "translate", "with_eps", "write"]
 
 Framework = Literal["torch", "keras", "caffe"]
@@ -315,7 +317,7 @@ def _decay(
         return None
     constant = convention.momentum if momentum == "default" else momentum
     assert not isinstance(constant, str)
-    decay = constant if convention.share == "old" else round(1 - constant, 12)
+    decay = constant if convention.share == "old" else complement(constant)
     if not 0 <= decay < 1:
         raise ValueError(
             f"{convention.constant}={constant} leaves {decay:g} of the old statistics at an "
@@ -327,4 +329,4 @@ def _decay(
 def _momentum(convention: Convention, decay: float | None) -> float | None:
     if decay is None or convention.share == "old":
         return decay
-    return round(1 - decay, 12)
+    return complement(decay)

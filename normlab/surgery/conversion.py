@@ -9,7 +9,7 @@ from torch import nn
 
 from normlab.norms import find
 from normlab.norms._hooks import move_hooks
-from normlab.norms.base import PopulationNorm, SampleNorm, check_update
+from normlab.norms.base import PopulationNorm, SampleNorm, check_update, complement
 from normlab.norms.frozen import FrozenBatchNorm
 from normlab.norms.none import NoNorm
 from normlab.surgery._kinds import (
@@ -85,14 +85,20 @@ def convert(
         options: of `norm`, such as nbs; eps and decay are the old layer's unless given.
 
     Returns the model, or the new layer where the model is a norm itself. Raises ValueError for the
-    above, for an option that `norm` does not have or needs, for momentum 0 (torch's statistics that
-    never move) or None (cumulative) where `norm` has no such decay, for eps=0, which torch takes in
-    eval() alone (give another: eps=1e-5), for TorchScript, and for a model inside
-    DistributedDataParallel, which holds the old buffers: convert before wrapping.
+    above, for a model without a norm to convert, for a torch class as `norm`, for an option that
+    `norm` does not have or needs, for momentum 0 (torch's statistics that never move) or None
+    (cumulative) where `norm` has no such decay, for eps=0, which torch takes in eval() alone (give
+    another: eps=1e-5), for TorchScript, and for a model inside DistributedDataParallel, which holds
+    the old buffers: convert before wrapping.
     """
     # `in` cannot name a module: it is the one norm that configurations call by another name.
     cls = find("instance" if norm == "in" else norm) if isinstance(norm, str) else norm
     accepted = _options(cls)
+    if "momentum" in accepted and "decay" not in accepted:
+        raise ValueError(
+            f"{cls.__qualname__} takes momentum, not normlab's decay: convert makes normlab's "
+            "norms and classes with their signature (norm='sync' for SyncBatchNorm), revert torch's"
+        )
     for name in options:
         if name not in accepted:
             known = ", ".join(sorted(accepted)) or "none"
@@ -105,6 +111,9 @@ def convert(
             _refuse_loss(old, new[old], lossy)
         except (TypeError, ValueError) as error:
             raise ValueError(f"{name or 'the model'} ({type(old).__name__}): {error}") from error
+    if not new and unknown == "refuse":
+        where = type(model).__name__ + " where `only` is true" * (only is not None)
+        raise ValueError(f"there is no batch or group norm to convert in {where}")
     return _replace(model, new, frozen)
 
 
@@ -117,7 +126,7 @@ def revert(
     today's values: a round trip is the identity, to the bit. Other layers of normlab become
     nn.BatchNorm1d/2d/3d by `dims`, the positions' dimensions, which they do not know themselves;
     a SyncBatchNorm torch's, the group norms nn.GroupNorm, NoNorm nn.Identity. A frozen layer thaws:
-    torch's follows train() and eval().
+    torch's follows train() and eval(). A model without layers of normlab stays as it is.
 
     Args:
         model: changed in place; all of it is checked before anything is.
@@ -280,7 +289,7 @@ def _rule(old: nn.Module, origin: Origin | None, cumulative: bool) -> dict[str, 
         return {"cumulative": True}
     if momentum == 0:
         raise ValueError("momentum=0 never moves the statistics; give decay, or use norm='frozen'")
-    return {"decay": round(1 - momentum, 12)}
+    return {"decay": complement(momentum)}
 
 
 def _chosen(layer: nn.Module) -> tuple[Any, ...]:

@@ -207,9 +207,9 @@ def test_normalization_refuses(arguments, message):
 
 @pytest.mark.parametrize("features", [0, -3])
 def test_num_features_must_be_positive(features):
-    with pytest.raises(ValueError, match="num_features must be at least 1"):
+    with pytest.raises(ValueError, match="num_features must be a whole number of at least 1"):
         BatchNorm(features)
-    with pytest.raises(ValueError, match="num_features must be at least 1"):
+    with pytest.raises(ValueError, match="num_features must be a whole number of at least 1"):
         GroupNorm(features, groups=1)
 
 

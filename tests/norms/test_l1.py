@@ -64,7 +64,7 @@ def test_gradients_agree_with_numerical_ones():
 
 def test_on_normal_data_the_scale_is_the_standard_deviation():
     x = 3 * torch.randn(1_000_000, 1, generator=torch.Generator().manual_seed(0))
-    layer = L1BatchNorm(1, decay=0.5)
+    layer = L1BatchNorm(1, decay=0.5).double()
     with torch.no_grad():
         y = layer(x.double())
     assert (2 * layer.running_var - 1).sqrt().item() == pytest.approx(3, rel=3e-3)

@@ -4,7 +4,7 @@ from itertools import product
 
 import pytest
 import torch
-from torch import nn
+from torch.autograd import gradgradcheck
 
 from normlab import norms
 from normlab.norms import _grouped
@@ -63,13 +63,23 @@ def test_which_groups_are_worth_it():
         assert _grouped._worth_a_call_each(z, groups, interleaved) == expected
 
 
-def test_a_second_derivative_is_refused_not_wrong(monkeypatch):
-    monkeypatch.setattr(_grouped, "_worth_a_call_each", lambda *_: True)
-    x = lay_out(data(1, SHAPE).float(), "channels_last").requires_grad_()
-    y = nn.Sequential(made("ghost", None))(x)
-    (dx,) = torch.autograd.grad(y.square().sum(), x, create_graph=True)
-    with pytest.raises(RuntimeError, match="once_differentiable"):
-        dx.sum().backward()
+@pytest.mark.parametrize(
+    ("absent", "own"), [(None, False), (None, True), ("weight", False), ("bias", False)]
+)
+def test_second_derivatives_agree_with_numerical_ones(absent, own):
+    """Also of a loss that is linear in y. With weights of each group, too, as batch renorm has."""
+    size = (2, 3) if own else (3,)
+    known = {"weight": data(3, size) + 2, "bias": data(4, size)}
+    if absent:
+        del known[absent]
+    values = [v.requires_grad_() for v in (data(1, (2, 5, 3)), *known.values())]
+
+    def normalized(z, *affine):
+        found = dict(zip(known, affine, strict=True))
+        return _grouped._EachGroup.apply(z, found.get("weight"), found.get("bias"), 1e-2)[0]
+
+    assert gradgradcheck(normalized, values, data(2, (2, 5, 3)), fast_mode=True)
+    assert gradgradcheck(normalized, values, fast_mode=True)
 
 
 @pytest.mark.parametrize("name", ["gn", "instance"])

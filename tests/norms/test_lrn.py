@@ -81,7 +81,7 @@ def test_no_state_and_the_same_in_eval():
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ({"size": 0}, "size must be at least 1"),
+        ({"size": 0}, "size must be a whole number of at least 1"),
         ({"alpha": -1.0}, "alpha must be at least 0"),
         ({"k": 0.0}, "k must be above 0"),
         ({"squares": "torch"}, "squares is one of"),

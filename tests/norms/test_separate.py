@@ -317,3 +317,19 @@ def test_repr_says_what_is_shared():
     assert "num_domains=3, share_statistics=False, share_population=True" in repr(
         separate(3, 3, (False, True, True))
     )
+
+
+@pytest.mark.parametrize("layout", ["contiguous", "channels_last"])
+def test_weights_of_a_domain_act_on_values_that_are_not_rounded_before(layout):
+    """One rounding to half, of the output: 64 h - 64 is small where h is near 1."""
+    layer = separate(3, 2, (True, True, False))
+    torch.nn.init.constant_(layer.weight, 64.0)
+    torch.nn.init.constant_(layer.bias, -64.0)
+    x = torch.randn(8, 3, 6, 6, generator=torch.Generator().manual_seed(0)).bfloat16()
+    with domains(layer, [0, 1] * 4):
+        y = layer(lay_out(x, layout)).double()
+    z = x.double()
+    centered = z - z.mean((0, 2, 3), keepdim=True)
+    rstd = (centered.square().mean((0, 2, 3), keepdim=True) + layer.eps).rsqrt()
+    exact = 64 * centered * rstd - 64
+    assert ((y - exact).abs() <= exact.abs() * 2**-8 + 1e-4).all()

@@ -145,6 +145,19 @@ def test_second_derivatives(taken):
     assert taken
 
 
+def test_a_gradient_that_is_given_stays_as_it_is():
+    """Where a graph of the backward pass is made, others may hold it: a copy is cut off."""
+    x, dy = (torch.randn(4, 2, requires_grad=True) for _ in range(2))
+    y = _forward_only.constant_from(x, 3)
+    given = dy.detach().clone()
+    (dx,) = torch.autograd.grad(y, x, dy, create_graph=True)
+    assert torch.equal(dy, given)
+    assert torch.equal(dx[:3], given[:3])
+    assert (dx[3:] == 0).all()
+    (ddy,) = torch.autograd.grad(dx.sum(), dy)
+    assert torch.equal(ddy, (torch.arange(4) < 3).float()[:, None].expand(4, 2))
+
+
 def test_what_follows_may_work_in_place(taken):
     found = []
     for inplace in (False, True):

@@ -318,6 +318,28 @@ def test_an_eps_of_0_needs_another():
     model = nn.Sequential(nn.BatchNorm2d(3, eps=0.0))
     with pytest.raises(ValueError, match="eps must be positive during training"):
         model(torch.randn(2, 3, 2, 2))
-    with pytest.raises(ValueError, match=r"^0 \(BatchNorm2d\): eps must be above 0, not 0.0"):
+    with pytest.raises(ValueError, match=r"^0 \(BatchNorm2d\): eps must be above 0 .*, not 0.0"):
         convert(model, "bn")
     assert convert(model, "bn", eps=1e-5)[0].eps == 1e-5
+
+
+@pytest.mark.parametrize("norm", [nn.BatchNorm2d, nn.SyncBatchNorm, nn.InstanceNorm2d])
+def test_torchs_classes_are_no_successors(norm):
+    """They know no decay: their momentum would be 0.1 again, whatever the old layer's was."""
+    model = nn.Sequential(nn.BatchNorm2d(4, momentum=0.01))
+    with pytest.raises(ValueError, match=rf"{norm.__name__} takes momentum, not .*norm='sync'"):
+        convert(model, norm)
+    assert model[0].momentum == 0.01
+    assert round(convert(model, "sync")[0].momentum, 12) == 0.01
+
+
+@pytest.mark.parametrize("model", [nn.Linear(2, 2), nn.Sequential(nn.LayerNorm(3)), nn.ReLU()])
+def test_a_model_without_a_norm_is_refused(model):
+    with pytest.raises(ValueError, match=f"no batch or group norm .*in {type(model).__name__}$"):
+        convert(model, "ghost", nbs=4)
+    assert revert(model) is model
+
+
+def test_a_choice_of_none_is_refused():
+    with pytest.raises(ValueError, match="in Sequential where `only` is true"):
+        convert(nn.Sequential(nn.BatchNorm2d(3)), "bn", only=lambda name, _: name == "1")
