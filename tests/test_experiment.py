@@ -197,7 +197,9 @@ def test_a_monotone_claim_ends_where_it_says():
 def test_the_kinds_of_figure_are_those_that_can_be_drawn():
     from normlab.report import figures
 
-    assert sorted(path.stem for path in experiment.FIGURES.glob("[!_]*.py")) == figures.names()
+    assert (
+        sorted(path.stem for path in experiment.figure.FIGURES.glob("[!_]*.py")) == figures.names()
+    )
 
 
 def test_the_page_on_experiments_shows_one_that_loads(tmp_path, monkeypatch):

@@ -8,6 +8,7 @@ what may change in a run that goes on. No torch in here.
 from normlab.config.composition import (
     chosen_arms,
     compose,
+    compose_each,
     explained,
     jobs,
     near,
@@ -40,6 +41,7 @@ __all__ = [
     "check_taken",
     "chosen_arms",
     "compose",
+    "compose_each",
     "continued",
     "explained",
     "is_task",

@@ -1,8 +1,9 @@
 """From ``conf/``, experiment files and overrides to one plain, validated dictionary."""
 
+import copy
 import difflib
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import cache
 from pathlib import Path
@@ -41,6 +42,36 @@ def compose(overrides: Sequence[str] = ()) -> dict[str, Any]:
         register(overrides)
         with hydra.initialize_config_dir(str(plugins.package_dir("conf")), version_base="1.3"):
             return resolve(hydra.compose(CONFIG_NAME, list(overrides)))
+
+
+def compose_each(jobs: Iterable[Sequence[str]]) -> list[dict[str, Any]]:
+    """The resolved config of each job, as `compose` would compose it, several times as fast.
+
+    Each job is overrides of the plain form key=value. What jobs have in common, the options that
+    they choose of the groups, is composed once; their values are then set as Hydra does, after
+    composition. Raises ConfigError.
+    """
+    import hydra
+
+    chosen: dict[tuple[str, ...], DictConfig] = {}
+    composed = []
+    with explained():
+        register(())
+        with hydra.initialize_config_dir(str(plugins.package_dir("conf")), version_base="1.3"):
+            for job in jobs:
+                parsed = _parsed(job)
+                groups = tuple(
+                    word for word, one in zip(job, parsed, strict=True)
+                    if one.key_or_group in GROUPS
+                )  # fmt: skip
+                if groups not in chosen:
+                    chosen[groups] = hydra.compose(CONFIG_NAME, list(groups))
+                cfg = copy.deepcopy(chosen[groups])
+                for one in parsed:
+                    if one.key_or_group not in GROUPS:
+                        OmegaConf.update(cfg, one.key_or_group, one.value(), merge=True)
+                composed.append(resolve(cfg))
+    return composed
 
 
 def resolve(cfg: DictConfig) -> dict[str, Any]:

@@ -16,15 +16,17 @@ from typing import Any
 from omegaconf import OmegaConf
 from yaml import YAMLError
 
-from normlab import plugins, protocols
-from normlab.experiment import claim
+from normlab import plugins
+from normlab.experiment import claim, entry, figure
 from normlab.experiment.cells import AXIS, Arm, Cell, Scale, read_arms, read_scale, spelled
 from normlab.experiment.checks import items, mapping, named, number, refuse, text
-from normlab.experiment.claim import Claim, Contrast
+from normlab.experiment.claim import EPOCH, FIRST, LAST, Claim, Contrast, Fact
+from normlab.experiment.entry import OVER, PERCENT, Protocol
 
 __all__ = [
-    "AXIS", "Arm", "Cell", "Claim", "Contrast", "Experiment", "Protocol", "Published", "Scale",
-    "arms", "files", "load", "names", "overlay", "spelled",
+    "AXIS", "COLUMN", "EPOCH", "FIRST", "LAST", "OVER", "PERCENT", "Arm", "Cell", "Claim",
+    "Contrast", "Experiment", "Fact", "Protocol", "Published", "Scale", "arms", "files", "load",
+    "names", "overlay", "spelled",
 ]  # fmt: skip
 
 GROUPS = ("model", "norm", "conv", "data", "recipe", "task")
@@ -35,23 +37,16 @@ _KEYS = (
     "claims",
 )  # fmt: skip
 
-FIGURES = Path(__file__).parent.parent / "report" / "figures"
-"""The kinds of figure, a module each: looked up by name, since importing one takes a second."""
-
-
-@dataclass(frozen=True)
-class Protocol:
-    """One evaluation of every run: its spec (see ``normlab.protocols``) and its column's label."""
-
-    eval: str
-    label: str
+COLUMN = "column"
+"""What `baseline` may name besides axes: a protocol, whose number at the same place is the base."""
 
 
 @dataclass(frozen=True)
 class Published:
-    """Numbers of a source: error in % by protocol, then by the value of the axis ``x``.
+    """Numbers of a source in their protocol's unit: by protocol, then by the value of axis ``x``.
 
-    ``at``: what else a cell must be for the numbers to speak of it.
+    ``at``: what else a cell must be for the numbers to speak of it; an epoch, where the table has
+    several.
     """
 
     label: str
@@ -75,8 +70,12 @@ class Experiment:
     figure: dict[str, Any]
     published: list[Published]
     claims: dict[str, Claim]
+    facts: dict[str, Fact]
+    """Identities and closed forms: listed apart, and no claims."""
+    differs: str
+    """In one line, how this differs from the paper's protocol; "" if nobody has said."""
     judging: dict[str, Any] = field(repr=False)
-    """What the file says of claims, protocols and fixed overrides, for ``claims_digest``."""
+    """What the file says of claims, facts, protocols and fixed overrides, for ``claims_digest``."""
 
     def claims_digest(self, scale: str) -> str:
         """8 hex digits over all that judges at a scale: claims, protocols and the scale's grid.
@@ -108,8 +107,17 @@ class Experiment:
         return {name: {**self.set, **grid.set, **arm.set} for name, arm in grid.arms.items()}
 
     def evals(self) -> list[str]:
-        """The evaluation specs that every run of this experiment needs."""
-        return [protocol.eval for protocol in self.protocols.values()]
+        """The evaluation specs that every run of this experiment needs, each draw of each once."""
+        wanted = (p.specs for p in self.protocols.values() if p.column != "value")
+        return list(dict.fromkeys(spec for specs in wanted for spec in specs))
+
+    def probes(self) -> list[str]:
+        """The probes that every run of this experiment needs (a task's own numbers need none)."""
+        return list(dict.fromkeys(p.probe for p in self.protocols.values() if p.probe))
+
+    def base(self, protocol: str) -> str:
+        """The column whose number at the baseline a column is compared with: mostly its own."""
+        return str(self.baseline.get(COLUMN, protocol))
 
     def command(
         self, scale: str, point: Iterable[tuple[str, Any]] = (), seeds: Sequence[int] = ()
@@ -157,85 +165,85 @@ def load(name: str) -> Experiment:
         mark = getattr(error, "problem_mark", None)
         reason = getattr(error, "problem", None) or str(error).splitlines()[0]
         refuse(where, reason + (f", line {mark.line + 1}" if mark else ""))
-    raw = mapping(where, loaded, _KEYS, ("arms",))
+    raw = mapping(where, loaded, _KEYS, ("arms", "facts", "differs"))
     named_arms = read_arms(f"{where}, arms", raw.get("arms", {}))
     scales = {
         scale: read_scale(f"{where}, scales.{scale}", value, named_arms)
         for scale, value in mapping(f"{where}, scales", raw["scales"]).items()
     }
-    evals = {
-        key: _protocol(f"{where}, protocols.{key}", value)
+    tasks = _tasks(mapping(f"{where}, set", raw["set"]), scales)
+    columns = {
+        key: entry.read(f"{where}, protocols.{key}", value, tasks)
         for key, value in mapping(f"{where}, protocols", raw["protocols"]).items()
     }
+    units = {key: column.difference_unit for key, column in columns.items()}
     axes: dict[str, list[Any]] = {}
     for grid in scales.values():
         for axis, values in grid.places.items():
             axes.setdefault(axis, []).extend(values)
-    _baseline(f"{where}, baseline", raw["baseline"], scales)
-    mapping(f"{where}, table", raw["table"], {"columns"})
-    named(f"{where}, table.columns", raw["table"]["columns"], evals)
-    _figure(f"{where}, figure", raw["figure"], scales, evals)
+    _baseline(f"{where}, baseline", raw["baseline"], scales, columns)
+    mapping(f"{where}, table", raw["table"], ("columns",), ("epochs",))
+    named(f"{where}, table.columns", raw["table"]["columns"], columns)
+    for at in items(f"{where}, table.epochs", raw["table"].get("epochs", [])):
+        claim.epoch(f"{where}, table.epochs", at)
+    told = [EPOCH] if raw["table"].get("epochs") else []
+    figure.read(f"{where}, figure", raw["figure"], scales, columns, told)
     return Experiment(
         name=name,
         title=text(f"{where}, title", raw["title"]),
         source=text(f"{where}, source", raw["source"]),
-        set=mapping(f"{where}, set", raw["set"]),
+        set=raw["set"],
         scales=scales,
-        protocols=evals,
+        protocols=columns,
         baseline=raw["baseline"],
         table=raw["table"],
         figure=raw["figure"],
         published=[
-            _published(f"{where}, published[{i}]", value, evals)
+            _published(f"{where}, published[{i}]", value, columns)
             for i, value in enumerate(items(f"{where}, published", raw["published"]))
         ],
         claims={
-            key: claim.read(f"{where}, claims.{key}", key, value, evals, axes)
+            key: claim.read(f"{where}, claims.{key}", key, value, units, axes)
             for key, value in mapping(f"{where}, claims", raw["claims"]).items()
         },
-        judging={key: raw[key] for key in ("claims", "protocols", "set")},
+        facts={
+            key: claim.read_fact(f"{where}, facts.{key}", key, value, units, axes)
+            for key, value in mapping(f"{where}, facts", raw.get("facts", {})).items()
+        },
+        differs=text(f"{where}, differs", raw.get("differs", "")),
+        judging=_judging(raw),
     )
 
 
-def _protocol(where: str, value: Any) -> Protocol:
-    raw = mapping(where, value, ("eval", "label"))
-    try:
-        protocols.Protocol.parse(text(f"{where}.eval", raw["eval"]))
-    except ValueError as error:
-        refuse(where, str(error))
-    return Protocol(raw["eval"], text(f"{where}.label", raw["label"]))
+def _judging(raw: dict[str, Any]) -> dict[str, Any]:
+    """What judges, of a whole file: a follow-up is named after the runs, and judges nothing."""
+    claims = {
+        name: {key: value for key, value in of.items() if key != "followup"}
+        for name, of in raw["claims"].items()
+    }
+    judging = {"claims": claims, "protocols": raw["protocols"], "set": raw["set"]}
+    return judging | ({"facts": raw["facts"]} if raw.get("facts") else {})
 
 
-def _baseline(where: str, value: Any, scales: dict[str, Scale]) -> None:
+def _tasks(fixed: dict[str, Any], scales: dict[str, Scale]) -> set[str]:
+    """The tasks that the runs of an experiment are, as far as they are named."""
+    sets = [fixed, *(grid.set for grid in scales.values())]
+    sets += [arm.set for grid in scales.values() for arm in grid.arms.values()]
+    named_ones = {str(one["task"]) for one in sets if "task" in one}
+    return named_ones.union(*(map(str, grid.axes.get("task", ())) for grid in scales.values()))
+
+
+def _baseline(
+    where: str, value: Any, scales: dict[str, Scale], columns: dict[str, Protocol]
+) -> None:
     for axis, at in mapping(where, value).items():
+        if axis == COLUMN:
+            named(where, [at], columns)
+            continue
         for scale, grid in scales.items():
             if at not in (values := grid.places.get(axis, [])):
                 runs = ",".join(map(str, values)) or "nothing"
                 refuse(where, f"scale {scale} does not run {axis}={at} (it runs {axis}={runs})")
-
-
-def _figure(where: str, value: Any, scales: dict[str, Scale], known: Collection[str]) -> None:
-    raw = mapping(where, value, ("kind", "x", "xlabel", "series"), optional=None)
-    kinds = sorted(path.stem for path in FIGURES.glob("[!_]*.py"))
-    if raw["kind"] not in kinds:
-        refuse(f"{where}.kind", f"no figure kind '{raw['kind']}' (kinds: {', '.join(kinds)})")
-    for axis in _listed(raw["x"]):
-        for scale, grid in scales.items():
-            if axis not in (*grid.places, "epoch"):
-                refuse(f"{where}.x", f"'{axis}' is no axis of scale {scale}")
-    somewhere = {axis for grid in scales.values() for axis in grid.places}
-    for key in ("by", "only"):  # arms of one scale may be told apart by what others lack
-        for axis in _listed(raw.get(key, [])):
-            if axis not in somewhere:
-                refuse(f"{where}.{key}", f"'{axis}' is an axis of no scale")
-    for label in raw["xlabel"] if isinstance(raw["xlabel"], list) else [raw["xlabel"]]:
-        text(f"{where}.xlabel", label)
-    named(f"{where}.series", raw["series"], known)
-
-
-def _listed(value: Any) -> list[str]:
-    """An axis, a list of them or a mapping from them, as a list."""
-    return [value] if isinstance(value, str) else list(value)
 
 
 def _published(where: str, value: Any, known: Collection[str]) -> Published:
@@ -269,6 +277,7 @@ def overlay(name: str, scale: str) -> dict[str, Any]:
     node |= {
         "experiment": name,
         "evals": experiment.evals(),
+        **({"probes": probes} if (probes := experiment.probes()) else {}),
         "hydra": {"mode": "MULTIRUN", "sweeper": {"params": params}},
     }
     return {"defaults": ["_self_", *defaults], **node}

@@ -11,11 +11,11 @@ from pathlib import Path
 from normlab import experiment as experiments
 from normlab import runs as run_directories
 from normlab.experiment import Experiment
-from normlab.report import figures, provenance, tables, terminal
+from normlab.report import figures, provenance, summary, tables, terminal
 from normlab.report.gather import Row, by_run, csv_text, merge, read, rows_of, unite
 from normlab.report.grid import Grid, compose, results, sort_key
 from normlab.report.page import ExperimentReport, ScaleReport, page
-from normlab.report.verdicts import judge_all
+from normlab.report.verdicts import check, judge_all
 from normlab.runs import COLUMNS
 
 __all__ = ["main"]
@@ -26,7 +26,8 @@ def main(names: Sequence[str], *, runs: str, results: str, refresh: bool) -> int
 
     Experiments share runs. Those of `names` take in what is theirs of the local runs and of every
     other experiment's committed ones, as a sweep skips what any of them holds; the others are
-    written anew from their own committed runs alone.
+    written anew from their own committed runs alone. A README beside `results` with the marks of
+    ``normlab.report.summary`` gets its table of verdicts.
 
     runs: directory of run directories; may be absent. refresh: a local run replaces the committed
     one of the same id and torch version. Returns 0, also with nothing run.
@@ -57,14 +58,26 @@ def main(names: Sequence[str], *, runs: str, results: str, refresh: bool) -> int
         for scale in report.scales.values()
         for verdict in scale.verdicts
     ]
+    facts = [
+        (report.experiment.name, outcome)
+        for report in reports
+        for scale in report.scales.values()
+        for outcome in scale.facts
+    ]
     # What was run comes first: a demo's page does not open with what nobody asked for.
     shown_first = sorted(
         reports, key=lambda report: not any(one.results.rows for one in report.scales.values())
     )
+    table = tables.verdicts_csv(verdicts)
+    lines = summary.read(table)
     shared = [
-        write(root / "verdicts.csv", tables.verdicts_csv(verdicts)),
-        write(root / "index.html", page(shown_first)),
+        write(root / "verdicts.csv", table),
+        write(root / "index.html", page(shown_first, lines)),
     ]
+    if facts:
+        shared.append(write(root / "facts.csv", tables.facts_csv(facts)))
+    if summary.update(readme := root.parent / "README.md", lines, root.name):
+        shared.append(readme)
     shown = [report for report in reports if not names or report.experiment.name in names]
     for report in shown:
         print(terminal.experiment(report, written[report.experiment.name]))
@@ -73,13 +86,15 @@ def main(names: Sequence[str], *, runs: str, results: str, refresh: bool) -> int
 
 
 def judged(reports: list[ExperimentReport]) -> list[ExperimentReport]:
-    """The reports with their verdicts, which at each scale depend on all experiments together."""
+    """The reports with verdicts, which at each scale depend on all experiments, and with facts."""
     scales = [dict(report.scales) for report in reports]
     for name in dict.fromkeys(name for here in scales for name in here):
         here = [own for own in scales if name in own]
         found = judge_all([own[name].results for own in here])
         for own, verdicts in zip(here, found, strict=True):
-            own[name] = replace(own[name], verdicts=verdicts)
+            results = own[name].results
+            facts = [check(fact, results) for fact in results.experiment.facts.values()]
+            own[name] = replace(own[name], verdicts=verdicts, facts=facts)
     return [replace(report, scales=own) for report, own in zip(reports, scales, strict=True)]
 
 

@@ -2,15 +2,14 @@
 
 import math
 import statistics
-from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass
+from collections.abc import Callable, Collection, Iterable, Mapping
+from dataclasses import dataclass, field
 from typing import Any
 
 from normlab import config
-from normlab.experiment import Contrast, Experiment
-from normlab.protocols import Protocol
+from normlab.experiment import COLUMN, EPOCH, FIRST, LAST, OVER, Contrast, Experiment, Protocol
 from normlab.report.gather import Row, by_run
-from normlab.report.statistics import Sample, contrast
+from normlab.report.statistics import Sample, contrast, paired
 from normlab.runs import FINISHED
 
 LAST_EPOCHS = {"gpu": 5, "paper": 5}
@@ -18,7 +17,10 @@ LAST_EPOCHS = {"gpu": 5, "paper": 5}
 everywhere else it is the last epoch's. Never the best over epochs, and never of fewer epochs."""
 
 Point = tuple[tuple[str, Any], ...]
-"""A place on the grid: (axis, value) for every axis but the seed; arms by where they stand."""
+"""A place on the grid: (axis, value) for every axis but the seed; arms by where they stand.
+
+A row of a table may stand at an epoch besides: the last pair is (EPOCH, an epoch, FIRST or LAST).
+"""
 
 
 @dataclass(frozen=True, order=True)
@@ -35,11 +37,16 @@ class Environment:
 
 @dataclass(frozen=True)
 class Grid:
-    """Cell keys and seeds of an experiment at a scale; `problem`: why the cells are not known."""
+    """Cell keys and seeds of an experiment at a scale; `problem`: why the cells are not known.
+
+    `epochs`: after which the runs at a point are to be evaluated; none for a task, whose clock is
+    its own.
+    """
 
     points: dict[str, Point]
     seeds: tuple[int, ...]
     problem: str = ""
+    epochs: dict[Point, frozenset[int]] = field(default_factory=dict)
 
     def __contains__(self, row: Row) -> bool:
         return row["cell"] in self.points and _integer(row["seed"]) in self.seeds
@@ -52,13 +59,25 @@ def compose(experiment: Experiment, scale: str) -> Grid:
     """
     seeds = tuple(experiment.scales[scale].axes.get("seed", ()))
     points: dict[str, Point] = {}
+    epochs: dict[Point, frozenset[int]] = {}
+    cells = first_cells(experiment, scale)
     try:
-        for point, overrides in first_cells(experiment, scale).items():
-            points[config.cell_key(config.compose(overrides))] = point
+        for point, composed in zip(cells, config.compose_each(cells.values()), strict=True):
+            points[config.cell_key(composed)] = point
+            epochs[point] = asked_epochs(composed)
     except Exception as error:  # whatever Hydra, the schema or the batch plan object to
         reason = (str(error).splitlines() or [type(error).__name__])[0]
         return Grid({}, seeds, f"its cells cannot be composed: {reason}")
-    return Grid(points, seeds)
+    return Grid(points, seeds, epochs=epochs)
+
+
+def asked_epochs(composed: Mapping[str, Any]) -> frozenset[int]:
+    """After which epochs a run is evaluated, by its config; none for a task."""
+    last = composed.get("epochs", 0)
+    if composed.get("task", {}).get("name", "classifier") != "classifier" or not last:
+        return frozenset()
+    along = range(max(1, last - composed["eval_last"] + 1), last + 1)
+    return frozenset((*along, *composed.get("eval_at", ())))
 
 
 def first_cells(experiment: Experiment, scale: str) -> dict[Point, list[str]]:
@@ -72,7 +91,10 @@ def first_cells(experiment: Experiment, scale: str) -> dict[Point, list[str]]:
 
 @dataclass(frozen=True)
 class Results:
-    """One experiment at one scale: numbers by point and protocol, then by seed (errors in %)."""
+    """One experiment at one scale: numbers by point and protocol, then by seed.
+
+    Each is in its protocol's unit; at `gpu` and `paper` as ``LAST_EPOCHS`` says.
+    """
 
     experiment: Experiment
     scale: str
@@ -92,10 +114,11 @@ class Results:
     surplus: int
     """Finished runs whose cell and seed another run of the same environment fills already."""
     by_epoch: Mapping[tuple[Point, str], Mapping[int, Mapping[int, float]]]
-    """Errors along the way: by point and protocol, then by epoch, then by seed.
+    """Numbers along the way: by point and protocol, then by epoch, then by seed.
 
-    Of the seeds that count (those in `values`), and only epochs that all of them have: a mean over
-    other seeds at each epoch is no curve. A diverged run has chance error from where it ended.
+    Of the seeds that count (those in `values`), of epochs that the experiment asks for, and only
+    those that all seeds have: a mean over other seeds at each epoch is no curve. A diverged run has
+    chance error, and the loss of a guess, from where it ended.
     """
 
     @property
@@ -103,49 +126,85 @@ class Results:
         return list(first_cells(self.experiment, self.scale))
 
     @property
+    def shown(self) -> list[Point]:
+        """Rows of the table: the grid's points, at each epoch that the table names if any."""
+        epochs = self.experiment.table.get("epochs", [])
+        if not epochs:
+            return self.points
+        return [(*point, (EPOCH, epoch)) for point in self.points for epoch in epochs]
+
+    @property
     def drawn(self) -> list[Point]:
-        """The points that the figure shows: all, or those that stand where its `only` says."""
+        """The rows that the figure shows: all, or those that stand where its `only` says."""
         only = self.experiment.figure.get("only", {}).items()
-        return [point for point in self.points if only <= dict(point).items()]
+        return [point for point in self.shown if only <= dict(point).items()]
 
     @property
     def complete(self) -> bool:
         return not any(self.missing.values()) and not self.lacking
 
+    def numbers(self, point: Point, protocol: str) -> Mapping[int, float]:
+        """By seed, at a point that may name an epoch; empty where there are none."""
+        epoch = dict(point).get(EPOCH, LAST)
+        place = without_epoch(point)
+        if epoch == LAST:
+            return self.values.get((place, protocol), {})
+        along = self.by_epoch.get((place, protocol), {})
+        if epoch == FIRST:
+            epoch = min(self.grid.epochs.get(place) or along, default=0)
+        return along.get(epoch, {})
+
+    def along(self, point: Point, protocol: str) -> Mapping[int, Mapping[int, float]]:
+        """The curve of a point: by epoch, then by seed."""
+        return self.by_epoch.get((without_epoch(point), protocol), {})
+
     def sample(self, point: Point, protocol: str) -> Sample:
-        return Sample.of(self.values.get((point, protocol), {}).values())
+        return Sample.of(self.numbers(point, protocol).values())
 
     def baseline(self, point: Point) -> Point | None:
         """The point that `point` is compared with: the baseline's values, its own elsewhere.
 
-        None for a point that has none of the baseline's axes.
+        None for a point that has none of the baseline's axes, where it names some.
         """
-        if not self.experiment.baseline.keys() & dict(point).keys():
+        base = self.experiment.baseline
+        axes = base.keys() - {COLUMN}
+        if not base or (axes and not axes & dict(point).keys()):
             return None
-        return tuple((a, self.experiment.baseline.get(a, value)) for a, value in point)
+        return tuple((axis, base.get(axis, value)) for axis, value in point)
 
     def change(self, point: Point, protocol: str) -> Sample:
-        """The difference to the baseline in percentage points, taken within a seed."""
-        here = self.values.get((point, protocol), {})
+        """The difference to the baseline, taken within a seed; none between different units."""
+        columns, base_column = self.experiment.protocols, self.experiment.base(protocol)
         base = self.baseline(point)
-        there = self.values.get((base, protocol), {}) if base is not None else {}
-        return contrast([(1.0, here), (-1.0, there)])
+        if base is None or columns[base_column].unit != columns[protocol].unit:
+            return Sample.of([])
+        terms = [(1.0, self.numbers(point, protocol)), (-1.0, self.numbers(base, base_column))]
+        return contrast(terms)
 
-    def contrast(self, wanted: Contrast) -> Sample:
-        """A claim's contrast. Raises ValueError when a term names no single point of the grid.
+    def contrast(self, wanted: Contrast) -> dict[int, float]:
+        """A claim's or a fact's contrast by seed.
+
+        Raises ValueError when a term names no single point of the grid.
 
         A term names the point that stands exactly there, or else the only one that does so on the
         axes it mentions.
         """
         terms = []
-        for factor, protocol, cell in wanted.terms:
+        for factor, protocol, named in wanted.terms:
+            cell = {axis: value for axis, value in named.items() if axis != EPOCH}
+            epoch = [(EPOCH, named[EPOCH])] if EPOCH in named else []
             matches = [p for p in self.points if cell == dict(p)] or [
                 p for p in self.points if cell.items() <= dict(p).items()
             ]
             if len(matches) != 1:
                 raise ValueError(f"{cell} names {len(matches)} cells of this scale's grid, not one")
-            terms.append((factor, self.values.get((matches[0], protocol), {})))
-        return contrast(terms)
+            terms.append((factor, self.numbers((*matches[0], *epoch), protocol)))
+        return paired(terms)
+
+
+def without_epoch(point: Point) -> Point:
+    """The point of the grid behind a row of the table."""
+    return tuple((axis, value) for axis, value in point if axis != EPOCH)
 
 
 def results(experiment: Experiment, scale: str, grid: Grid, rows: Iterable[Row]) -> Results:
@@ -162,13 +221,11 @@ def results(experiment: Experiment, scale: str, grid: Grid, rows: Iterable[Row])
     runs = groups[judged] if judged else []
     runs.sort(key=lambda run: (run[0]["started"], run[0]["id"]))  # the first to fill a cell counts
 
-    # As runs record them, whatever the order of options in the experiment's file.
-    specs = {key: str(Protocol.parse(p.eval)) for key, p in experiment.protocols.items()}
     values: dict[tuple[Point, str], dict[int, float]] = {}
     taken: dict[tuple[str, int], Row] = {}
     curves: dict[tuple[Point, str], dict[int, dict[int, float]]] = {}  # by seed, then by epoch
-    ends: dict[Point, dict[int, tuple[int, float]]] = {}
-    lacking: dict[Point, list[int]] = {}
+    ends: dict[tuple[Point, str], dict[int, tuple[int, float]]] = {}
+    lacking: dict[Point, dict[int, None]] = {}
     surplus = 0
     for run in runs:
         row, seed = run[0], _integer(run[0]["seed"])
@@ -178,17 +235,20 @@ def results(experiment: Experiment, scale: str, grid: Grid, rows: Iterable[Row])
             surplus += 1
             continue
         taken[row["cell"], seed] = row
-        numbers = {key: run_number(run, spec, scale) for key, spec in specs.items()}
-        point = grid.points[row["cell"]]
-        if any(math.isnan(number) for number in numbers.values()):
-            lacking.setdefault(point, []).append(seed)
-        for key, number in numbers.items():
-            if not math.isnan(number):
-                values.setdefault((point, key), {})[seed] = number
-                curves.setdefault((point, key), {})[seed] = epoch_errors(run, specs[key])
-        if row["status"] == "diverged":
-            last = max(_integer(one["epoch"]) for one in run)
-            ends.setdefault(point, {})[seed] = last, float(row["chance"] or math.nan)
+        point, diverged = grid.points[row["cell"]], row["status"] == "diverged"
+        asked = grid.epochs.get(point, frozenset())
+        for key, column in experiment.protocols.items():
+            curve = curve_of(run, column, asked)
+            number = run_number(row, curve, column, scale)
+            if not diverged and (math.isnan(number) or asked - curve.keys()):
+                lacking.setdefault(point, {})[seed] = None
+            if math.isnan(number):
+                continue
+            values.setdefault((point, key), {})[seed] = number
+            curves.setdefault((point, key), {})[seed] = curve
+            if diverged:
+                last = max(_integer(one["epoch"]) for one in run)
+                ends.setdefault((point, key), {})[seed] = last, guessing(row, column)
 
     keys = {point: key for key, point in grid.points.items()}
     return Results(
@@ -216,20 +276,21 @@ def results(experiment: Experiment, scale: str, grid: Grid, rows: Iterable[Row])
 
 def by_epoch(
     curves: Mapping[tuple[Point, str], Mapping[int, Mapping[int, float]]],
-    ends: Mapping[Point, Mapping[int, tuple[int, float]]],
+    ends: Mapping[tuple[Point, str], Mapping[int, tuple[int, float]]],
 ) -> dict[tuple[Point, str], dict[int, dict[int, float]]]:
     """Curves turned around: by epoch, then by seed, over epochs that every seed has.
 
-    curves: by point and protocol, then by seed, then by epoch. ends: of the diverged runs, by point
-    and seed, the last epoch that was evaluated (-1: none) and chance error, which holds from there
-    on at all epochs that the others evaluated (of the arm, or of any if the whole arm diverged).
+    curves: by point and protocol, then by seed, then by epoch. ends: of the diverged runs, by the
+    same and seed, the last epoch that was evaluated (-1: none) and the number of a guess, which
+    holds from there on at all epochs that the others evaluated (of the arm, or of any if the whole
+    arm diverged).
     """
     everywhere: dict[str, set[int]] = {}
     for (_, protocol), seeds in curves.items():
         everywhere.setdefault(protocol, set()).update(*seeds.values())
     found: dict[tuple[Point, str], dict[int, dict[int, float]]] = {}
     for (point, protocol), seeds in curves.items():
-        diverged = ends.get(point, {})
+        diverged = ends.get((point, protocol), {})
         known = everywhere[protocol] if seeds.keys() <= diverged.keys() else set[int]().union(
             *seeds.values()
         )  # fmt: skip
@@ -245,28 +306,47 @@ def by_epoch(
     return found
 
 
-def run_number(run: list[Row], protocol: str, scale: str) -> float:
-    """The one number a run counts with under a protocol, error in %.
+def run_number(row: Row, curve: Mapping[int, float], column: Protocol, scale: str) -> float:
+    """The one number a run counts with in a column, in the column's unit.
 
-    nan if it was not evaluated, or after fewer epochs than the scale asks for: a median of other
-    epochs would be another number.
+    row: any of the run's. curve: its numbers by epoch, ascending. nan if it was not measured, or
+    after fewer epochs than the scale asks for: a median of other epochs would be another number.
 
     A diverged run scores what guessing scores: leaving it out would flatter the arm that diverges.
+    What has no such score, a probe's number or a spread, it does not have.
     """
-    if run[0]["status"] == "diverged":
-        return float(run[0]["chance"] or math.nan)
-    errors = list(epoch_errors(run, protocol).values())
-    last = LAST_EPOCHS.get(scale, 1)
-    return statistics.median(errors[-last:]) if len(errors) >= last else math.nan
+    numbers = list(curve.values())
+    if row["status"] == "diverged":
+        guess = guessing(row, column)
+        return OVER[column.over]([*numbers, guess]) if column.over and guess == guess else guess
+    if column.over:
+        return OVER[column.over](numbers) if numbers else math.nan
+    last = 1 if column.task else LAST_EPOCHS.get(scale, 1)
+    return statistics.median(numbers[-last:]) if len(numbers) >= last else math.nan
 
 
-def epoch_errors(run: list[Row], protocol: str) -> dict[int, float]:
-    """Error in % by epoch, ascending. Several draws are averaged: the unit is the run."""
-    epochs: dict[int, list[float]] = {}
+def guessing(row: Row, column: Protocol) -> float:
+    """What a uniform guess scores: chance error in %, or a loss of -ln(1 - chance); else nan."""
+    chance = float(row["chance"] or math.nan)
+    if column.spread or column.column == "value":
+        return math.nan
+    return chance if column.column == "error" else -math.log1p(-chance / 100)
+
+
+def curve_of(run: list[Row], column: Protocol, asked: Collection[int] = ()) -> dict[int, float]:
+    """A column's number by epoch, ascending, at epochs that have every draw; only those `asked`
+    for, if any are. The unit is the run: its draws are averaged, or their spread is taken."""
+    found: dict[int, dict[str, list[float]]] = {}
     for row in run:
-        if row["protocol"] == protocol and row["error"]:
-            epochs.setdefault(_integer(row["epoch"]), []).append(float(row["error"]))
-    return {epoch: statistics.fmean(sorted(epochs[epoch])) for epoch in sorted(epochs)}
+        if row["protocol"] in column.specs and row[column.column]:
+            of_epoch = found.setdefault(_integer(row["epoch"]), {})
+            of_epoch.setdefault(row["protocol"], []).append(float(row[column.column]))
+    curve = {}
+    for epoch in sorted(found):
+        if len(found[epoch]) == len(column.specs) and (not asked or epoch in asked):
+            draws = sorted(statistics.fmean(sorted(values)) for values in found[epoch].values())
+            curve[epoch] = statistics.stdev(draws) if column.spread else statistics.fmean(draws)
+    return curve
 
 
 def sort_key(grids: Mapping[str, Grid]) -> Callable[[Row], tuple[Any, ...]]:

@@ -6,11 +6,11 @@ from dataclasses import dataclass, field
 from html import escape
 
 from normlab.experiment import Experiment
-from normlab.report import provenance, tables
+from normlab.report import provenance, summary, tables
 from normlab.report.gather import Again
 from normlab.report.grid import Grid, Results
-from normlab.report.tables import number
-from normlab.report.verdicts import NOT_RUN, VERDICTS, Verdict
+from normlab.report.tables import number, with_unit
+from normlab.report.verdicts import HOLDS, NOT_RUN, Outcome, Verdict
 
 
 @dataclass(frozen=True)
@@ -23,6 +23,7 @@ class ScaleReport:
     figure: str
     """The figure as SVG, or "" when there is no run."""
     verdicts: list[Verdict] = field(default_factory=list)
+    facts: list[Outcome] = field(default_factory=list)
 
 
 @dataclass(frozen=True)
@@ -66,6 +67,7 @@ th, td {
 td { white-space: nowrap; }
 td:first-child, th:first-child, td.text, th.text { text-align: left; }
 td.text { white-space: normal; min-width: 14rem; }
+td.short { min-width: 9rem; }
 p, li { max-width: 56rem; }
 figure { margin: 1rem 0; max-width: 62rem; }
 figure svg { width: 100%; height: auto; background: #fff; border-radius: .4rem; }
@@ -82,40 +84,86 @@ summary { cursor: pointer; }
 """
 
 
-def page(reports: Sequence[ExperimentReport]) -> str:
-    """The whole page. Every value that is not written here is escaped."""
+def page(reports: Sequence[ExperimentReport], lines: list[summary.Line]) -> str:
+    """The whole page; `lines`: of ``verdicts.csv``. Every value not written here is escaped."""
     parts = [
         "<!doctype html>",
         '<html lang="en"><head><meta charset="utf-8">',
         '<meta name="viewport" content="width=device-width, initial-scale=1">',
         f"<title>normlab results</title><style>{STYLE}</style></head><body>",
         "<h1>normlab results</h1>",
+        *_summary(reports, lines),
         '<p class="soft">Made by <code>normlab report</code>. Errors in %, differences in '
-        "percentage points, intervals over seeds. A claim is declared before its runs; "
-        "docs/claims.md says how it is judged. All runs stand in "
+        "percentage points where no unit is given, intervals over seeds. A claim is declared "
+        "before its runs; docs/claims.md says how it is judged. All runs stand in "
         "<code>&lt;experiment&gt;/runs.csv</code>, all verdicts in <code>verdicts.csv</code>.</p>",
-        *_summary(reports),
     ]
     for report in reports:
         parts += _experiment(report)
     return "\n".join([*parts, "</body></html>"]) + "\n"
 
 
-def _summary(reports: Sequence[ExperimentReport]) -> list[str]:
-    """How many claims are resolved, by experiment and scale. Agreement is not the score."""
-    rows = []
-    for report in reports:
-        for scale, one in report.scales.items():
-            found = [verdict.verdict for verdict in one.verdicts]
-            if set(found) <= {NOT_RUN}:
-                continue
-            name = escape(report.experiment.name)
-            link = f'<a href="#{name}-{escape(scale)}">{name}, {escape(scale)}</a>'
-            counts = "".join(f"<td>{found.count(verdict)}</td>" for verdict in VERDICTS)
-            rows.append(f"<tr><td>{link}</td>{counts}</tr>")
-    if not rows:
-        return ["<p>Nothing has been run yet.</p>"]
-    return _table("Claims by verdict", ["", *VERDICTS], rows)
+def _summary(reports: Sequence[ExperimentReport], lines: list[summary.Line]) -> list[str]:
+    """How many claims were tested and resolved, and the verdict on every one."""
+    parts = [f"<p>{escape(summary.sentence(lines))}{escape(_facts_in_short(reports))}</p>"]
+    if not summary.scales(lines):
+        return [*parts, "<p>Nothing has been run yet.</p>"]
+    rows = [row for report in reports for row in _claims_of(report)]
+    head = ["claim", "scale", "ours", "paper", "verdict", "label"]
+    parts += _table("Every claim; of a shape, the contrast that decides", head, rows)
+    counted = map(_row, summary.counted(lines))
+    return parts + _table("How many, by scale", ["scale", *summary.COUNTED], counted)
+
+
+def _facts_in_short(reports: Sequence[ExperimentReport]) -> str:
+    """For example " Exact facts, which are no claims: 3 of 4 hold."; "" where none was checked."""
+    found = [one for report in reports for scale in report.scales.values() for one in scale.facts]
+    checked = [one for one in found if one.outcome != NOT_RUN]
+    if not checked:
+        return ""
+    held = sum(one.outcome == HOLDS for one in checked)
+    return f" Exact facts, which are no claims: {held} of {len(checked)} hold."
+
+
+def _claims_of(report: ExperimentReport) -> Iterable[str]:
+    """A row for each claim and scale that tested it; one row for a claim that none did."""
+    name = report.experiment.name
+    for claim in report.experiment.claims.values():
+        found = [
+            verdict
+            for one in report.scales.values()
+            for verdict in one.verdicts
+            if verdict.claim.name == claim.name
+        ]
+        tested = [one for one in found if one.verdict != NOT_RUN] or found[:1]
+        for i, one in enumerate(tested):
+            span = f' rowspan="{len(tested)}"' if len(tested) > 1 else ""
+            link = f'<a href="#{escape(name)}">{escape(name)}</a>: {escape(claim.sentence)}'
+            run = one.verdict != NOT_RUN
+            anchor = f"#{escape(name)}-{escape(one.scale)}"
+            cells = [
+                f'<td class="text"{span}>{link}</td>' if i == 0 else "",
+                f'<td><a href="{anchor}">{escape(one.scale)}</a></td>' if run else "<td></td>",
+                _cell(_effect(one)),
+                f'<td class="text short"{span}>{escape(claim.paper)}</td>' if i == 0 else "",
+                f"<td>{_said(one)}</td>",
+                _cell(one.label),
+            ]
+            yield f"<tr>{''.join(cells)}</tr>"
+
+
+def _effect(one: Verdict) -> str:
+    """Effect, interval and unit."""
+    effect = number(one.effect, sign=True, unit=one.claim.unit)
+    bounds = tables.interval(one.low, one.high, one.level, one.claim.unit)
+    return with_unit(effect if bounds == tables.MISSING else f"{effect} {bounds}", one.claim.unit)
+
+
+def _said(one: Verdict) -> str:
+    """The verdict, and where a contradicted claim is followed up, as HTML."""
+    style = escape(one.verdict.replace(" ", "-"))
+    said = f'<span class="verdict {style}">{escape(one.verdict)}</span>'
+    return said + (f"<br>follow-up: {escape(one.followup)}" if one.followup else "")
 
 
 def _experiment(report: ExperimentReport) -> list[str]:
@@ -124,6 +172,8 @@ def _experiment(report: ExperimentReport) -> list[str]:
         f'<h2 id="{escape(experiment.name)}">{escape(experiment.title)}</h2>',
         f"<p>{escape(experiment.source)}</p>",
     ]
+    if experiment.differs:
+        parts.append(f"<p>Differs from the paper: {escape(experiment.differs)}</p>")
     if report.again:
         parts.append(f'<p class="mark">{escape(str(report.again))}.</p>')
     if report.orphans:
@@ -150,7 +200,7 @@ def _scale(experiment: Experiment, scale: str, one: ScaleReport) -> list[str]:
         caption = f"{experiment.title}: {provenance.subtitle(results)}"
         svg = inline_svg(one.figure, f"{experiment.name}-{scale}-", caption)
         parts += ["<figure>", svg, "</figure>"]
-    parts += _verdicts(one.verdicts)
+    parts += _verdicts(one.verdicts) + _facts(one.facts)
     for table in tables.texts(results):
         parts += _table(table.caption, table.header, map(_row, table.rows))
     quoted = "; ".join(tables.sources(experiment))
@@ -167,15 +217,15 @@ def _scale(experiment: Experiment, scale: str, one: ScaleReport) -> list[str]:
 def _verdicts(verdicts: Iterable[Verdict]) -> list[str]:
     rows = []
     for one in verdicts:
-        style = escape(one.verdict.replace(" ", "-"))
+        unit = one.claim.unit
         exploratory = ["exploratory"] if not one.claim.primary else []
         cells = [
             _cell(one.claim.sentence, "text"),
-            f'<td><span class="verdict {style}">{escape(one.verdict)}</span></td>',
+            f"<td>{_said(one)}</td>",
             _cell(one.claim.kind),
-            _cell(number(one.effect, sign=True)),
-            _cell(tables.interval(one.low, one.high, one.level)),
-            _cell(f"{one.claim.margin:g}"),
+            _cell(number(one.effect, sign=True, unit=unit)),
+            _cell(tables.interval(one.low, one.high, one.level, unit)),
+            _cell(with_unit(f"{one.claim.margin:g}", unit)),
             _cell(str(one.n)),
             _cell(tables.p_value(one.p_holm)),
             _cell(one.claim.paper),
@@ -193,15 +243,29 @@ def _verdicts(verdicts: Iterable[Verdict]) -> list[str]:
             [
                 each.label,
                 str(each.sample.n),
-                number(each.sample.mean, sign=True),
-                tables.interval(*each.sample.interval(), 95),
+                number(each.sample.mean, sign=True, unit=one.claim.unit),
+                tables.interval(*each.sample.interval(), 95, one.claim.unit),
                 each.verdict,
             ]
             for each in one.contrasts
         ]
-        head = ["contrast", "n", "effect", "interval", f"beyond {one.claim.margin:g}?"]
+        beyond = f"beyond {with_unit(f'{one.claim.margin:g}', one.claim.unit)}?"
+        head = ["contrast", "n", "effect", "interval", beyond]
         parts += _table(one.claim.sentence, head, map(_row, lines))
     return [*parts, "</details>"]
+
+
+def _facts(outcomes: Iterable[Outcome]) -> list[str]:
+    rows = [
+        [
+            one.fact.sentence, one.outcome, str(one.n),
+            with_unit(number(one.worst, unit=""), one.fact.unit),
+            with_unit(f"{one.fact.tolerance:g}", one.fact.unit), one.fact.paper, one.note,
+        ]
+        for one in outcomes
+    ]  # fmt: skip
+    head = ["fact", "", "n", "largest deviation", "tolerance", "paper", "note"]
+    return _table("Exact facts, which are no claims", head, map(_row, rows)) if rows else []
 
 
 def _cell(text: str, style: str = "") -> str:

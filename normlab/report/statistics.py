@@ -1,8 +1,8 @@
 """Intervals and tests over seeds: the arithmetic behind every verdict, and nothing else.
 
-A sample holds one number per seed (percentage points). Intervals are Student's t intervals. The
-tests are the one-sided t tests that the intervals invert, so that an interval and its p-value can
-never disagree.
+A sample holds one number per seed, in the unit of its column. Intervals are Student's t intervals.
+The tests are the one-sided t tests that the intervals invert, so that an interval and its p-value
+can never disagree.
 """
 
 import math
@@ -57,15 +57,21 @@ class Sample:
         return Sample(self.n, -self.mean, self.sd).p_above(-bound)
 
 
-def contrast(terms: Sequence[tuple[float, Mapping[int, float]]]) -> Sample:
+def paired(terms: Sequence[tuple[float, Mapping[int, float]]]) -> dict[int, float]:
     """The sum of factor times value, taken within a seed: only seeds that every term has count.
 
-    terms: (factor, {seed: value}).
+    terms: (factor, {seed: value}). Returns {seed: sum}.
     """
     shared = set.intersection(*(set(values) for _, values in terms)) if terms else set()
-    return Sample.of(
-        math.fsum(factor * values[seed] for factor, values in terms) for seed in shared
-    )
+    return {
+        seed: math.fsum(factor * values[seed] for factor, values in terms)
+        for seed in sorted(shared)
+    }
+
+
+def contrast(terms: Sequence[tuple[float, Mapping[int, float]]]) -> Sample:
+    """The sample of the sums that ``paired`` takes."""
+    return Sample.of(paired(terms).values())
 
 
 def holm(p_values: Sequence[float]) -> list[float]:

@@ -1,16 +1,15 @@
 """The table of one experiment at one scale, ours beside the paper's, as CSV, Markdown and LaTeX."""
 
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from normlab.experiment import Experiment, Published
-from normlab.protocols import Protocol
+from normlab.experiment import COLUMN, PERCENT, Experiment, Published
 from normlab.report.gather import csv_text
 from normlab.report.grid import Point, Results
 from normlab.report.statistics import Sample
-from normlab.report.verdicts import Verdict
+from normlab.report.verdicts import Outcome, Verdict
 
 MISSING = "–"
 
@@ -19,21 +18,35 @@ VALIDATION = (
     "for choices"
 )
 
+POINTS = "points"
+"""The unit of differences between percents, which needs no mention in a table of verdicts."""
+
 TABLE_COLUMNS = [
-    "protocol", "n", "error", "half_width", "change", "change_half_width",
-    "paper_error", "paper_change", "paper_source",
+    "protocol", "unit", "n", "value", "half_width", "change", "change_half_width",
+    "paper_value", "paper_change", "paper_source",
 ]  # fmt: skip
 VERDICT_COLUMNS = [
-    "experiment", "claim", "kind", "scale", "n", "effect", "low", "high", "level", "delta",
-    "p_holm", "paper", "verdict", "label", "note",
+    "experiment", "claim", "kind", "scale", "n", "effect", "low", "high", "level", "delta", "unit",
+    "p_holm", "paper", "verdict", "label", "followup", "note",
 ]  # fmt: skip
+FACT_COLUMNS = [
+    "experiment",
+    "fact",
+    "scale",
+    "n",
+    "worst",
+    "tolerance",
+    "unit",
+    "paper",
+    "outcome",
+]
 
 
 @dataclass(frozen=True)
 class Paper:
-    """A published number (error in %) and its difference to the same source's baseline."""
+    """A published number, in its column's unit, and its difference to the source's baseline."""
 
-    error: float
+    value: float
     change: float
     source: str
 
@@ -44,7 +57,8 @@ class Entry:
 
     point: Point
     protocol: str
-    error: Sample
+    unit: str
+    value: Sample
     change: Sample
     papers: tuple[Paper, ...]
 
@@ -57,13 +71,14 @@ def entries(results: Results) -> list[list[Entry]]:
             Entry(
                 point,
                 protocol,
+                results.experiment.protocols[protocol].unit,
                 results.sample(point, protocol),
                 results.change(point, protocol),
                 tuple(published(results.experiment, point, protocol)),
             )
             for protocol in columns
         ]
-        for point in results.points
+        for point in results.shown
     ]
 
 
@@ -73,33 +88,42 @@ def published(experiment: Experiment, point: Point, protocol: str) -> Iterable[P
     for source in experiment.published:
         values = source.values.get(protocol, {})
         if source.at.items() <= at.items() and source.x in at and at[source.x] in values:
-            error = values[at[source.x]]
-            yield Paper(error, error - paper_baseline(experiment, source, protocol), source.label)
+            value, base = values[at[source.x]], paper_baseline(experiment, source, protocol, at)
+            yield Paper(value, value - base, source.label)
 
 
-def paper_baseline(experiment: Experiment, source: Published, protocol: str) -> float:
-    """A source's own number at the experiment's baseline; nan if it has none."""
-    return source.values.get(protocol, {}).get(experiment.baseline.get(source.x), math.nan)
+def paper_baseline(
+    experiment: Experiment, source: Published, protocol: str, at: Mapping[str, Any]
+) -> float:
+    """A source's own number at the experiment's baseline, seen from a place; nan if it has none."""
+    base = experiment.base(protocol)
+    axes = experiment.baseline.keys() - {COLUMN}
+    x = experiment.baseline.get(source.x, math.nan if axes else at.get(source.x, math.nan))
+    return source.values.get(base, {}).get(x, math.nan)
 
 
 def table_csv(results: Results) -> str:
-    """One line per point, protocol and source: means and 95 % half-widths, in % and points."""
+    """One line per point, protocol and source: means and 95 % half-widths, in `unit`.
+
+    Differences of percents are in points, others in the same unit.
+    """
     axes = places(results)
     lines: list[dict[str, Any]] = []
     for entry in (entry for row in entries(results) for entry in row):
         ours = {
             **dict(entry.point),
             "protocol": entry.protocol,
-            "n": entry.error.n,
-            "error": rounded(entry.error.mean),
-            "half_width": rounded(entry.error.half()),
-            "change": rounded(entry.change.mean),
-            "change_half_width": rounded(entry.change.half()),
+            "unit": entry.unit,
+            "n": entry.value.n,
+            "value": rounded(entry.value.mean, entry.unit),
+            "half_width": rounded(entry.value.half(), entry.unit),
+            "change": rounded(entry.change.mean, entry.unit),
+            "change_half_width": rounded(entry.change.half(), entry.unit),
         }
         for paper in entry.papers or (None,):
             theirs = paper and {
-                "paper_error": paper.error,
-                "paper_change": rounded(paper.change),
+                "paper_value": paper.value,
+                "paper_change": rounded(paper.change, entry.unit),
                 "paper_source": paper.source,
             }
             lines.append(ours | (theirs or {}))
@@ -108,26 +132,39 @@ def table_csv(results: Results) -> str:
 
 def places(results: Results) -> list[str]:
     """What tells the grid's points apart, in order; not every point has all of them."""
-    return list(dict.fromkeys(axis for point in results.points for axis, _ in point))
+    return list(dict.fromkeys(axis for point in results.shown for axis, _ in point))
 
 
-def number(value: float, *, sign: bool = False, digits: int = 2) -> str:
-    """A number as people read it, with a real minus sign; the missing mark for nan."""
+def number(value: float, *, sign: bool = False, unit: str = PERCENT, digits: int = 2) -> str:
+    """A number as people read it, with a real minus sign; the missing mark for nan.
+
+    Percents and points have `digits` decimals, other units three significant digits.
+    """
     if math.isnan(value):
         return MISSING
-    value = round(value, digits) + 0.0  # no "-0.00"
-    return f"{value:{'+' if sign else ''}.{digits}f}".replace("-", "−")
+    plus = "+" if sign else ""
+    if unit in (PERCENT, POINTS):
+        value = round(value, digits) + 0.0  # no "-0.00"
+        return f"{value:{plus}.{digits}f}".replace("-", "−")
+    return f"{value + 0.0:{plus}.3g}".replace("-", "−")
 
 
-def estimate(sample: Sample, *, sign: bool = False) -> str:
+def estimate(sample: Sample, *, sign: bool = False, unit: str = PERCENT) -> str:
     """Mean ± half-width of the 95 % interval; the mean alone for one seed."""
-    mean = number(sample.mean, sign=sign)
-    return mean if sample.n < 2 else f"{mean} ± {number(sample.half())}"
+    mean = number(sample.mean, sign=sign, unit=unit)
+    return mean if sample.n < 2 else f"{mean} ± {number(sample.half(), unit=unit)}"
 
 
-def interval(low: float, high: float, level: int) -> str:
+def interval(low: float, high: float, level: int, unit: str = PERCENT) -> str:
     """An interval with its confidence, for example "[0.12, 0.80] 95 %"."""
-    return MISSING if math.isnan(low) else f"[{number(low)}, {number(high)}] {level} %"
+    if math.isnan(low):
+        return MISSING
+    return f"[{number(low, unit=unit)}, {number(high, unit=unit)}] {level} %"
+
+
+def with_unit(value: str, unit: str) -> str:
+    """A number with its unit: points, which most are, go without saying."""
+    return value if unit == POINTS or value == MISSING else f"{value} {unit}"
 
 
 def p_value(p: float) -> str:
@@ -147,7 +184,7 @@ class Text:
 
 
 def texts(results: Results) -> list[Text]:
-    """Two tables for the eye: errors, and each side's differences to its own baseline."""
+    """Two tables for the eye: the numbers, and each side's differences to its own baseline."""
     experiment, rows = results.experiment, entries(results)
     axes = places(results)
     cited = {
@@ -156,36 +193,43 @@ def texts(results: Results) -> list[Text]:
     }
     header = [*map(axis_name, axes), "n"]
     for protocol, sources in cited.items():
-        header += [experiment.protocols[protocol].label, *(["paper"] if sources else [])]
+        column = experiment.protocols[protocol]
+        named = column.label if column.unit == PERCENT else f"{column.label} ({column.unit})"
+        header += [named, *(["paper"] if sources else [])]
     errors, changes = [], []
     for row in rows:
-        counts = sorted({entry.error.n for entry in row})
+        counts = sorted({entry.value.n for entry in row})
         at = dict(row[0].point)
         head = [str(at.get(axis, "")) for axis in axes]
         head.append("-".join(map(str, counts[:: max(1, len(counts) - 1)])))
         one, two = list(head), list(head)
         for entry in row:
-            one.append(estimate(entry.error))
+            one.append(estimate(entry.value, unit=entry.unit))
             here = results.baseline(entry.point) == entry.point
-            two.append("0" if here and entry.error.n else estimate(entry.change, sign=True))
+            here &= experiment.base(entry.protocol) == entry.protocol
+            change = estimate(entry.change, sign=True, unit=entry.unit)
+            two.append("0" if here and entry.value.n else change)
             if cited[entry.protocol]:
-                one.append(" / ".join(f"{p.error:g}" for p in entry.papers) or MISSING)
+                one.append(" / ".join(f"{p.value:g}" for p in entry.papers) or MISSING)
                 theirs = [
-                    "0" if here and paper.change == 0 else number(paper.change, sign=True, digits=1)
+                    "0"
+                    if here and paper.change == 0
+                    else number(paper.change, sign=True, unit=entry.unit, digits=1)
                     for paper in entry.papers
                 ]
                 two.append(" / ".join(theirs) or MISSING)
         errors.append(one)
         changes.append(two)
-    return [
-        Text("Error in %, mean ± half-width of the 95 % interval over seeds", header, errors),
-        Text(
-            f"Difference to the same side's own {baseline_name(experiment)} in percentage points, "
-            "paired over seeds",
-            header,
-            changes,
-        ),
-    ]
+    units = {experiment.protocols[protocol].unit for protocol in experiment.table["columns"]}
+    plain = units == {PERCENT}
+    numbers, differences = ("Error in %, m", "percentage points") if plain else (
+        "In % unless a column says otherwise, m", "points (%) or the column's unit"
+    )  # fmt: skip
+    shown = [Text(f"{numbers}ean ± half-width of the 95 % interval over seeds", header, errors)]
+    if experiment.baseline:
+        caption = f"Difference to the same side's own {baseline_name(experiment)} in {differences}"
+        shown.append(Text(f"{caption}, paired over seeds", header, changes))
+    return shown
 
 
 def axis_name(axis: str) -> str:
@@ -194,7 +238,10 @@ def axis_name(axis: str) -> str:
 
 def baseline_name(experiment: Experiment) -> str:
     """The baseline as a reader says it, for example "NBS 32"."""
-    return ", ".join(f"{axis_name(axis)} {value}" for axis, value in experiment.baseline.items())
+    return ", ".join(
+        experiment.protocols[value].label if axis == COLUMN else f"{axis_name(axis)} {value}"
+        for axis, value in experiment.baseline.items()
+    )
 
 
 def sources(experiment: Experiment) -> list[str]:
@@ -204,7 +251,7 @@ def sources(experiment: Experiment) -> list[str]:
         for source in experiment.published
     ))  # fmt: skip
     quoted = {protocol for source in experiment.published for protocol in source.values}
-    if any(Protocol.parse(experiment.protocols[p].eval).split == "test" for p in quoted):
+    if any(experiment.protocols[protocol].split == "test" for protocol in quoted):
         said.append(VALIDATION)
     return said
 
@@ -218,6 +265,7 @@ def markdown(results: Results, facts: Sequence[str]) -> str:
         "",
         *(f"- {fact}" for fact in facts),
         *(f"- Paper: {source}" for source in sources(experiment)),
+        *([f"- Differs from the paper: {experiment.differs}"] if experiment.differs else []),
     ]
     for table in texts(results):
         lines += ["", f"{table.caption}:", "", *grid_lines(table.header, table.rows)]
@@ -256,6 +304,7 @@ def latex(results: Results, facts: Sequence[str]) -> str:
     lines = [f"% normlab report {experiment.name}", *(f"% {fact}" for fact in facts)]
     for table in texts(results):
         caption = f"{experiment.title}, scale {results.scale}. {table.caption}."
+        caption += f" Differs from the paper: {experiment.differs}." * bool(experiment.differs)
         lines += [
             "",
             r"\begin{table}",
@@ -277,7 +326,7 @@ def verdicts_csv(verdicts: Iterable[tuple[str, Verdict]]) -> str:
     """Every verdict of every experiment: (experiment name, verdict) -> one line each.
 
     `low` and `high` bound the interval of confidence `level` %; `effect`, `delta` and both bounds
-    in percentage points; `p_holm` only for primary claims that have runs.
+    in `unit`; `p_holm` only for primary claims that have runs; `followup` only where contradicted.
     """
     return csv_text(
         (
@@ -287,15 +336,17 @@ def verdicts_csv(verdicts: Iterable[tuple[str, Verdict]]) -> str:
                 "kind": one.claim.kind,
                 "scale": one.scale,
                 "n": one.n,
-                "effect": rounded(one.effect),
-                "low": rounded(one.low),
-                "high": rounded(one.high),
+                "effect": rounded(one.effect, one.claim.unit),
+                "low": rounded(one.low, one.claim.unit),
+                "high": rounded(one.high, one.claim.unit),
                 "level": one.level,
                 "delta": one.claim.margin,
+                "unit": one.claim.unit,
                 "p_holm": float(f"{one.p_holm:.4g}"),
                 "paper": one.claim.paper,
                 "verdict": one.verdict,
                 "label": one.label,
+                "followup": one.followup,
                 "note": "; ".join(one.notes),
             }
             for name, one in verdicts
@@ -304,6 +355,32 @@ def verdicts_csv(verdicts: Iterable[tuple[str, Verdict]]) -> str:
     )
 
 
-def rounded(value: float) -> float:
-    """Rounded for the CSV: the last bits of scipy's quantiles differ between its versions."""
-    return value if math.isnan(value) else round(value, 4) + 0.0
+def facts_csv(outcomes: Iterable[tuple[str, Outcome]]) -> str:
+    """Every fact of every experiment: (experiment name, outcome) -> one line each."""
+    return csv_text(
+        (
+            {
+                "experiment": name,
+                "fact": one.fact.name,
+                "scale": one.scale,
+                "n": one.n,
+                "worst": float(f"{one.worst:.3g}"),
+                "tolerance": one.fact.tolerance,
+                "unit": one.fact.unit,
+                "paper": one.fact.paper,
+                "outcome": one.outcome,
+            }
+            for name, one in outcomes
+        ),
+        FACT_COLUMNS,
+    )
+
+
+def rounded(value: float, unit: str = PERCENT) -> float:
+    """Rounded for the CSV: the last bits of scipy's quantiles differ between its versions.
+
+    Percents and points to four decimals, other units to six significant digits.
+    """
+    if math.isnan(value):
+        return value
+    return round(value, 4) + 0.0 if unit in (PERCENT, POINTS) else float(f"{value:.6g}")

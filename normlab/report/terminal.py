@@ -5,7 +5,8 @@ from pathlib import Path
 
 from normlab.report import provenance
 from normlab.report.page import ExperimentReport, ScaleReport
-from normlab.report.tables import interval, number, p_value
+from normlab.report.tables import interval, number, p_value, with_unit
+from normlab.report.verdicts import HOLDS, NOT_RUN
 
 
 def experiment(report: ExperimentReport, written: list[Path]) -> str:
@@ -35,9 +36,9 @@ def _scale(report: ExperimentReport, name: str, scale: ScaleReport) -> list[str]
         rows.append([
             one.claim.name + ("" if one.label == "primary" else " (exploratory)"),
             one.verdict,
-            number(one.effect, sign=True),
-            interval(one.low, one.high, one.level),
-            f"{one.claim.margin:g}",
+            number(one.effect, sign=True, unit=one.claim.unit),
+            interval(one.low, one.high, one.level, one.claim.unit),
+            with_unit(f"{one.claim.margin:g}", one.claim.unit),
             str(one.n),
             p_value(one.p_holm),
         ])  # fmt: skip
@@ -48,6 +49,14 @@ def _scale(report: ExperimentReport, name: str, scale: ScaleReport) -> list[str]
             for i, (cell, width) in enumerate(zip(row, widths, strict=True))
         ]
         lines.append("    " + "  ".join(cells).rstrip())
+    lines += [
+        f"    follow-up of {one.claim.name}: {one.followup}"
+        for one in scale.verdicts
+        if one.followup
+    ]
+    if checked := [one for one in scale.facts if one.outcome != NOT_RUN]:
+        held = sum(one.outcome == HOLDS for one in checked)
+        lines.append(f"    exact facts: {held} of {len(checked)} hold")
     lines += [f"    note: {mark}" for mark in scale.marks]
     if not found.complete:
         total = len(found.points) * len(found.grid.seeds)

@@ -1,10 +1,10 @@
-"""The verdict on every claim of an experiment at one scale; docs/claims.md says it in words."""
+"""The verdict on every claim and fact of an experiment at one scale, as docs/claims.md says."""
 
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 
-from normlab.experiment import Claim
+from normlab.experiment import Claim, Fact
 from normlab.report.grid import Results
 from normlab.report.statistics import Sample, holm
 
@@ -16,11 +16,15 @@ SEEDS_OF_A_PRIMARY = 10
 REPRODUCED, CONTRADICTED, NEGLIGIBLE = "reproduced", "contradicted", "negligible"
 NOT_RESOLVED, NOT_RUN = "not resolved", "not run"
 VERDICTS = (REPRODUCED, CONTRADICTED, NEGLIGIBLE, NOT_RESOLVED, NOT_RUN)
+RESOLVED = (REPRODUCED, CONTRADICTED, NEGLIGIBLE)
+
+HOLDS, FAILS = "holds", "fails"
+"""Outcomes of a fact, besides NOT_RUN."""
 
 
 @dataclass(frozen=True)
 class Judged:
-    """One contrast of a claim: percentage points within a seed, its own verdict and p-values."""
+    """One contrast of a claim: in its unit within a seed, its own verdict and p-values."""
 
     label: str
     sample: Sample
@@ -48,6 +52,11 @@ class Verdict:
     p_holm: float
     notes: tuple[str, ...]
     contrasts: tuple[Judged, ...]
+
+    @property
+    def followup(self) -> str:
+        """Where it is followed up, if it was contradicted and the file names the place."""
+        return self.claim.followup if self.verdict == CONTRADICTED else ""
 
 
 def judge_direction(sample: Sample, margin: float) -> tuple[str, float, float]:
@@ -103,7 +112,7 @@ def judge(claim: Claim, results: Results) -> Verdict:
     try:
         axes = results.experiment.scales[results.scale].places
         wanted = claim.contrasts(axes)
-        samples = [results.contrast(one) for one in wanted]
+        samples = [Sample.of(results.contrast(one).values()) for one in wanted]
     except ValueError as error:
         return _empty(claim, results.scale, (str(error),), ())
     contrasts = tuple(
@@ -156,6 +165,35 @@ def judge(claim: Claim, results: Results) -> Verdict:
     )
 
 
+@dataclass(frozen=True)
+class Outcome:
+    """A fact at one scale: whether it holds in every seed, and how far off the worst one is."""
+
+    fact: Fact
+    scale: str
+    outcome: str
+    n: int
+    """Seeds of the contrast that has fewest."""
+    worst: float
+    """The largest absolute contrast over seeds and contrasts, in the fact's unit."""
+    note: str = ""
+
+
+def check(fact: Fact, results: Results) -> Outcome:
+    """Whether an identity holds: every contrast within the tolerance, in every seed."""
+    try:
+        wanted = fact.contrasts(results.experiment.scales[results.scale].places)
+        found = [results.contrast(one) for one in wanted]
+    except ValueError as error:
+        return Outcome(fact, results.scale, NOT_RUN, 0, math.nan, str(error))
+    fewest = min(map(len, found))
+    if not fewest:
+        return Outcome(fact, results.scale, NOT_RUN, 0, math.nan)
+    worst = max(abs(value) for values in found for value in values.values())
+    outcome = HOLDS if worst <= fact.tolerance else FAILS
+    return Outcome(fact, results.scale, outcome, fewest, worst)
+
+
 def judge_all(every: Sequence[Results]) -> list[list[Verdict]]:
     """Every claim of the experiments at one scale, Holm's correction over all their primary ones.
 
@@ -182,7 +220,7 @@ def corrected(one: Verdict, p_holm: float) -> Verdict:
     """The verdict after Holm's correction."""
     if one.verdict == NOT_RUN:
         return one
-    if one.verdict in (REPRODUCED, CONTRADICTED, NEGLIGIBLE) and p_holm > LEVEL:
+    if one.verdict in RESOLVED and p_holm > LEVEL:
         note = f"{one.verdict} alone, but does not survive Holm's correction"
         one = replace(one, verdict=NOT_RESOLVED, notes=(note, *one.notes))
     return replace(one, p_holm=p_holm)

@@ -8,9 +8,15 @@ from compositions import composed
 from normlab import config, experiment
 from normlab.experiment import Contrast
 from normlab.report import grid, provenance
-from normlab.report.grid import run_number
+from normlab.report.gather import Row
+from normlab.report.grid import curve_of, run_number
 
 SOURCE_TODAY = "5ea50de1"
+PRECISE = experiment.Protocol("", ("test:precise",), "error", "%")
+
+
+def number(run: list[Row], scale: str, column: experiment.Protocol = PRECISE) -> float:
+    return run_number(run[0], curve_of(run, column), column, scale)
 
 
 def point(nbs: int) -> grid.Point:
@@ -19,18 +25,18 @@ def point(nbs: int) -> grid.Point:
 
 def test_the_last_epoch_counts_at_desk(make_run):
     run = make_run("desk", 2, 100, {"test_precise": [50.0, 39.0, 40.0]})
-    assert run_number(run, "test:precise", "desk") == 40.0
+    assert number(run, "desk") == 40.0
 
 
 def test_the_median_of_the_last_five_counts_at_gpu(make_run):
     run = make_run("gpu", 2, 100, {"test_precise": [1.0, 9.0, 5.0, 7.0, 6.0, 30.0]})
-    assert run_number(run, "test:precise", "gpu") == 7.0
+    assert number(run, "gpu") == 7.0
 
 
 @pytest.mark.parametrize("scale", ["gpu", "paper"])
 def test_fewer_than_five_epochs_are_no_median_of_five(make_run, scale):
     run = make_run("gpu", 2, 100, {"test_precise": [9.0, 5.0, 7.0, 6.0]})
-    assert math.isnan(run_number(run, "test:precise", scale))
+    assert math.isnan(number(run, scale))
 
 
 def test_a_run_of_too_few_evaluated_epochs_lacks_them(make_run, results_of):
@@ -64,13 +70,13 @@ def test_a_run_of_two_sources_differs_from_todays(make_run, results_of):
 
 def test_rows_in_any_order_give_the_same_number(make_run):
     run = make_run("gpu", 2, 100, {"test_precise": [1.0, 9.0, 5.0, 7.0, 6.0, 30.0]})
-    assert run_number(run[::-1], "test:precise", "gpu") == 7.0
+    assert number(run[::-1], "gpu") == 7.0
 
 
 def test_draws_of_one_epoch_are_averaged(make_run):
     run = make_run("desk", 2, 100, {"test_precise": 40.0})
     again = [row | {"order": "1", "error": "41.0"} for row in run]
-    assert run_number(run + again, "test:precise", "desk") == 40.5
+    assert number(run + again, "desk") == 40.5
 
 
 def test_a_diverged_run_scores_chance(make_run, results_of):
@@ -170,10 +176,10 @@ def test_changes_are_paired(make_run, results_of):
 
 
 def test_a_grid_that_cannot_be_composed_says_why(small, monkeypatch):
-    def refuse(_: list[str]) -> dict[str, object]:
+    def refuse(_: object) -> list[dict[str, object]]:
         raise ValueError("nbs=2: no such thing\nsecond line")
 
-    monkeypatch.setattr(grid.config, "compose", refuse)
+    monkeypatch.setattr(grid.config, "compose_each", refuse)
     found = grid.compose(small, "desk")
     assert found.points == {}
     assert found.problem == "its cells cannot be composed: nbs=2: no such thing"
@@ -212,7 +218,7 @@ def test_the_seed_is_no_part_of_a_cell():
 
 def test_chance_without_a_record_is_nan(make_run):
     run = make_run("desk", 2, 100, {}, status="diverged", chance="")
-    assert math.isnan(run_number(run, "test:precise", "desk"))
+    assert math.isnan(number(run, "desk"))
 
 
 @pytest.mark.usefixtures("composed_once")
@@ -223,8 +229,8 @@ def test_a_term_names_the_cell_that_stands_exactly_there_or_the_only_one():
     def read(**cell: str):
         return found.contrast(Contrast("", [(1.0, "test", cell)]))
 
-    assert read(norm="BN", lr="shared").n == 0  # and not the one on another network
-    assert read(network="ResNet-8", norm="Fixup").n == 0
+    assert read(norm="BN", lr="shared") == {}  # and not the one on another network
+    assert read(network="ResNet-8", norm="Fixup") == {}
     with pytest.raises(ValueError, match="names 3 cells"):
         read(norm="BN")
 

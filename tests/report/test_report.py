@@ -9,7 +9,7 @@ import csv
 import os
 import re
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 
 import pytest
@@ -96,14 +96,15 @@ def test_nothing_run_is_a_report_too(tmp_path: Path, capsys):
 def test_a_scale_that_cannot_be_composed_is_said_and_the_others_reported(
     recorded: Path, monkeypatch, capsys
 ):
-    compose: Callable[[list[str]], dict[str, object]] = grid.config.compose
+    compose: Callable[[list[list[str]]], list[dict[str, object]]] = grid.config.compose_each
 
-    def refuse(overrides: list[str]) -> dict[str, object]:
-        if "scale=demo" in overrides:
+    def refuse(jobs: Iterable[list[str]]) -> list[dict[str, object]]:
+        given = list(jobs)
+        if any("scale=demo" in overrides for overrides in given):
             raise ValueError("conf/scale/demo.yaml is broken")
-        return compose(overrides)
+        return compose(given)
 
-    monkeypatch.setattr(grid.config, "compose", refuse)
+    monkeypatch.setattr(grid.config, "compose_each", refuse)
     before = gather.read(recorded / "small" / "runs.csv")
     assert write_report(recorded) == 0
     out = capsys.readouterr().out
@@ -286,7 +287,7 @@ def test_the_real_experiment_recognises_its_own_runs(tmp_path: Path):
     folder.mkdir(parents=True)
     run = dict.fromkeys(COLUMNS, "") | {
         "id": "tiny", "cell": key, "scale": "demo", "seed": "100", "status": "done",
-        "torch": "2.11", "protocol": "test:precise", "epoch": "3", "error": "40.0",
+        "torch": "2.11", "protocol": "test:precise", "epoch": "15", "error": "40.0",
         "claims": f"nbs:{loaded.claims_digest('demo')}",
     }  # fmt: skip
     (folder / "runs.csv").write_text(gather.csv_text([run], COLUMNS))

@@ -20,9 +20,9 @@ def test_the_paper_stands_beside_with_its_own_difference(make_runs, results_of):
         for line in lines(results_of(make_runs("desk")))
         if (line["nbs"], line["protocol"]) == ("2", "test_precise")
     ]
-    assert (line["n"], line["paper_error"], line["paper_change"]) == ("10", "32.5", "9.1")
+    assert (line["n"], line["paper_value"], line["paper_change"]) == ("10", "32.5", "9.1")
     assert line["paper_source"] == "A paper, Fig 1 (ImageNet)"
-    assert float(line["error"]) == pytest.approx(46.0, abs=1)
+    assert float(line["value"]) == pytest.approx(46.0, abs=1)
     assert float(line["change"]) == pytest.approx(46.0 - 41.4, abs=0.5)
 
 
@@ -30,7 +30,7 @@ def test_no_paper_is_an_empty_cell(make_runs, results_of):
     line = next(
         line for line in lines(results_of(make_runs("desk"))) if line["protocol"] == "test_batch"
     )
-    assert (line["paper_error"], line["paper_source"]) == ("", "")
+    assert (line["paper_value"], line["paper_source"]) == ("", "")
 
 
 def test_a_second_source_gets_a_line_of_its_own(small, make_runs, results_of):
@@ -38,7 +38,7 @@ def test_a_second_source_gets_a_line_of_its_own(small, make_runs, results_of):
     small.published.append(second)
     results = results_of(make_runs("desk"))
     found = [
-        (line["paper_error"], line["paper_change"])
+        (line["paper_value"], line["paper_change"])
         for line in lines(results)
         if (line["nbs"], line["protocol"]) == ("2", "test_precise")
     ]

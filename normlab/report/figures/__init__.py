@@ -6,13 +6,16 @@
 
 import io
 import math
+from collections.abc import Mapping, Sequence
 from importlib import import_module
 from pkgutil import iter_modules
+from textwrap import fill
 from typing import Any
 
 import matplotlib as mpl
 from matplotlib.figure import Figure
 
+from normlab.experiment import Experiment, Protocol
 from normlab.report.grid import Results
 
 STYLE: dict[Any, Any] = {
@@ -38,6 +41,50 @@ COLOURS = ["#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9"]
 """Okabe and Ito's palette, told apart by the colour-blind; markers differ as well."""
 
 MARKERS = ["o", "s", "^", "D", "v", "P"]
+
+NORMS = {
+    "BN": "#0072B2", "GN": "#D55E00", "LN": "#009E73", "IN": "#CC79A7", "BR": "#E69F00",
+    "L1": "#56B4E9", "WS": "#882255", "frozen": "#44AA99", "Fixup": "#888888", "none": "#222222",
+}  # fmt: skip
+"""A norm has its colour in every figure; names as they stand on the axis `norm`."""
+
+DASHES: list[Any] = ["-", (0, (5, 1, 1, 1)), (0, (1, 1))]
+"""Lines of one colour, told apart; the papers' are dashed in another way."""
+
+
+def looks(lines: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
+    """Colour, marker and dashes of each line of a figure, by where it stands; the first in front.
+
+    A line on the axis `norm` has that norm's colour, others the next of ``COLOURS``.
+    """
+    found: list[dict[str, Any]] = []
+    for i, which in enumerate(lines):
+        colour = NORMS.get(str(which.get("norm")), COLOURS[i % len(COLOURS)])
+        before = sum(look["color"] == colour for look in found)
+        found.append({
+            "color": colour,
+            "marker": MARKERS[i % len(MARKERS)],
+            "linestyle": DASHES[before % len(DASHES)],
+            "zorder": 4 - i / 10,
+        })  # fmt: skip
+    return found
+
+
+def title(figure: Figure, experiment: Experiment, subtitle: str) -> None:
+    """Over all panels: what is shown, at which scale, and over how many seeds."""
+    words = fill(f"{experiment.title}: {subtitle}", 118)
+    figure.suptitle(words, fontsize=8.5, x=0.01, ha="left")
+
+
+def axis_label(column: Protocol) -> str:
+    """What an axis with a column's numbers says: the quantity and its unit."""
+    measured = "" if column.column == "value" else f"{column.column} "
+    return f"{measured}({column.unit})" if measured else column.unit
+
+
+def change_label(column: Protocol) -> str:
+    """What an axis with differences says."""
+    return f"change ({column.difference_unit.replace('points', 'percentage points')})"
 
 
 def names() -> list[str]:

@@ -1,6 +1,6 @@
-"""Curves over one axis: our errors on the left, changes to the baseline on the right.
+"""Curves over one axis: our numbers on the left, changes to the baseline on the right.
 
-The papers' errors and ours are of different tasks, so only the changes share axes; the papers'
+The papers' numbers and ours are of different tasks, so only the changes share axes; the papers'
 stand behind ours. Options in the experiment's file: x (axis), xlabel, log2, series (protocols), and
 by (axes that tell several lines of one protocol apart; a line without a place on x is level).
 """
@@ -14,7 +14,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 
-from normlab.report.figures import COLOURS, MARKERS, nice_powers
+from normlab.report.figures import axis_label, change_label, looks, nice_powers, title
 from normlab.report.grid import Point, Results
 from normlab.report.statistics import Sample
 from normlab.report.tables import axis_name, baseline_name, paper_baseline
@@ -31,15 +31,15 @@ def draw(results: Results, subtitle: str) -> Figure:
     x: str = options["x"]
     figure = Figure(figsize=(7.2, 3.7), layout="constrained")
     left, right = figure.subplots(1, 2)
-    figure.suptitle(f"{experiment.title}: {subtitle}", fontsize=8.5, x=0.01, ha="left")
+    title(figure, experiment, subtitle)
 
     handles: list[Line2D] = []
     cited: list[str] = []
     paper_xs: list[float] = []
     right.axhline(0, color="#999999", linewidth=0.7, zorder=1)
     drawn = [(p, line) for p in options["series"] for line in lines(results, options.get("by", []))]
-    for i, (protocol, (which, points)) in enumerate(drawn):
-        look = look_of(i)
+    told = looks([which for _, (which, _) in drawn])
+    for look, (protocol, (which, points)) in zip(told, drawn, strict=True):
         name = " ".join([protocol, *map(str, which.values())])
         for label, at in papers(right, results, x, protocol, which, name, look):
             paper_xs += at
@@ -51,16 +51,20 @@ def draw(results: Results, subtitle: str) -> Figure:
         else:
             for point in points:
                 level(left, results.sample(point, protocol), name, look)
-        marker = {"marker": look["marker"], "markersize": 4} if over else LEVEL
+        marker = {"marker": look["marker"], "markersize": 4, "linestyle": look["linestyle"]}
         said = said_of(which)
         if not said or len(options["series"]) > 1:
             said.append(experiment.protocols[protocol].label)
-        handles.append(Line2D([], [], color=look["color"], label=", ".join(said), **marker))
+        handles.append(
+            Line2D(
+                [], [], color=look["color"], label=", ".join(said), **(marker if over else LEVEL)
+            )
+        )
 
-    what = experiment.protocols[options["series"][0]].label
-    left.set_ylabel("error (%)")
-    right.set_ylabel("change (percentage points)")
-    left.set_title(f"Ours: {what}" if options.get("by") else "Ours", loc="left")
+    column = experiment.protocols[options["series"][0]]
+    left.set_ylabel(axis_label(column))
+    right.set_ylabel(change_label(column))
+    left.set_title(f"Ours: {column.label}" if options.get("by") else "Ours", loc="left")
     right.set_title(f"Change from own {baseline_name(experiment)}", loc="left")
     ours_xs = [float(dict(point)[x]) for point in results.drawn if x in dict(point)]
     dress(left, options["xlabel"], ours_xs, log2=bool(options.get("log2")))
@@ -78,16 +82,19 @@ def lines(results: Results, by: list[str]) -> list[tuple[dict[str, Any], list[Po
     return list(found.values())
 
 
+def single(results: Results) -> list[tuple[dict[str, Any], Point]]:
+    """As `lines`, where each is of one cell. Raises ValueError where `by` leaves several."""
+    found = lines(results, results.experiment.figure.get("by", []))
+    for which, points in found:
+        if len(points) > 1:
+            raise ValueError(f"figure.by: {len(points)} cells are one line, {which}")
+    return [(which, points[0]) for which, points in found]
+
+
 def said_of(which: dict[str, Any]) -> list[str]:
     """What a line is, in words: a bare word would not say which further axis it is of."""
     words = [f"{axis_name(axis)} {value}" for axis, value in which.items()]
     return [str(value) for value in which.values()][:1] + words[1:]
-
-
-def look_of(i: int) -> dict[str, Any]:
-    """Colour and marker of the i-th line; the first stands in front."""
-    look = {"color": COLOURS[i % len(COLOURS)], "marker": MARKERS[i % len(MARKERS)]}
-    return {**look, "zorder": 4 - i / 10}
 
 
 def papers(
@@ -103,18 +110,23 @@ def papers(
     drawn = []
     which = {**results.experiment.figure.get("only", {}), **which}  # where all lines stand
     for source in results.experiment.published:
-        base = paper_baseline(results.experiment, source, protocol)
         numbers, at = source.values.get(protocol, {}), dict(source.at)
+        bases = {
+            value: paper_baseline(results.experiment, source, protocol, {source.x: value})
+            for value in numbers
+        }
         if source.x == x:
-            points = sorted(numbers.items())
+            points = [(value, number - bases[value]) for value, number in sorted(numbers.items())]
         elif x in at and which.get(source.x) in numbers:  # told over what the lines differ in
-            points = [(at.pop(x), numbers[which[source.x]])]
+            value = which[source.x]
+            points = [(at.pop(x), numbers[value] - bases[value])]
         else:
             continue
-        if math.isnan(base) or not at.items() <= which.items():
+        points = [(place, change) for place, change in points if not math.isnan(change)]
+        if not points or not at.items() <= which.items():
             continue
         axes.plot(
-            [at for at, _ in points], [error - base for _, error in points], color=look["color"],
+            [at for at, _ in points], [change for _, change in points], color=look["color"],
             marker=look["marker"], markersize=3, markerfacecolor="white", zorder=2,
             label=f"paper {name}", **PAPER,
         )  # fmt: skip

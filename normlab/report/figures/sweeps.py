@@ -7,7 +7,7 @@ each), log2, series (protocols).
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 
-from normlab.report.figures import curves
+from normlab.report.figures import change_label, curves, looks, title
 from normlab.report.grid import Results
 from normlab.report.tables import axis_name
 
@@ -17,14 +17,14 @@ def draw(results: Results, subtitle: str) -> Figure:
     experiment, options = results.experiment, results.experiment.figure
     figure = Figure(figsize=(7.2, 3.7), layout="constrained")
     panels = figure.subplots(1, len(options["x"]), sharey=True, squeeze=False)[0]
-    figure.suptitle(f"{experiment.title}: {subtitle}", fontsize=8.5, x=0.01, ha="left")
+    title(figure, experiment, subtitle)
+    told = looks([{}] * len(options["series"]))
     cited: list[str] = []
     for panel, x, xlabel in zip(panels, options["x"], options["xlabel"], strict=True):
         points = [point for point in results.drawn if x in dict(point)]
         xs = [float(dict(point)[x]) for point in points]
         panel.axhline(0, color="#999999", linewidth=0.7, zorder=1)
-        for i, protocol in enumerate(options["series"]):
-            look = curves.look_of(i)
+        for look, protocol in zip(told, options["series"], strict=True):
             for label, at in curves.papers(panel, results, x, protocol, {}, protocol, look):
                 xs += at
                 cited += [] if label in cited else [label]
@@ -33,13 +33,13 @@ def draw(results: Results, subtitle: str) -> Figure:
         base = experiment.baseline.get(x, "the baseline")
         panel.set_title(f"Change from own {axis_name(x)} {base}", loc="left")
         curves.dress(panel, xlabel, xs, log2=bool(options.get("log2")))
-    panels[0].set_ylabel("change (percentage points)")
+    panels[0].set_ylabel(change_label(experiment.protocols[options["series"][0]]))
     handles = [
         Line2D(
             [], [], color=look["color"], marker=look["marker"], markersize=4,
             label=experiment.protocols[protocol].label,
         )
-        for protocol, look in zip(options["series"], map(curves.look_of, range(9)), strict=False)
+        for protocol, look in zip(options["series"], told, strict=True)
     ]  # fmt: skip
     curves.legend(figure, handles, cited)
     return figure

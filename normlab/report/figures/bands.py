@@ -1,0 +1,69 @@
+"""Percentiles over the epochs of training: a panel for each arm, on one scale.
+
+Options in the experiment's file: series (columns of one unit, from the lowest percentile to the
+highest), by (axes that tell the panels apart), and x: epoch. The space between the first column
+and the last is shaded, that between the second and the last but one darker. Means over seeds.
+"""
+
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from matplotlib.patches import Patch
+from matplotlib.ticker import MaxNLocator
+
+from normlab.report.figures import axis_label, curves, looks, title
+from normlab.report.grid import Point, Results
+from normlab.report.statistics import Sample
+
+COLUMNS = 4
+"""Panels side by side."""
+
+
+def draw(results: Results, subtitle: str) -> Figure:
+    """Panels that share both axes, so that arms can be compared by eye.
+
+    Raises ValueError where `by` leaves several cells to a panel.
+    """
+    experiment, options = results.experiment, results.experiment.figure
+    arms = curves.single(results)
+    across = min(COLUMNS, max(1, len(arms)))
+    down = -(-len(arms) // across)
+    figure = Figure(figsize=(7.2, 1.0 + 2.5 * down), layout="constrained")
+    panels = figure.subplots(down, across, sharex=True, sharey=True, squeeze=False)
+    title(figure, experiment, subtitle)
+    for panel in panels.flat[len(arms) :]:
+        panel.set_visible(False)
+    for panel, look, (which, point) in zip(
+        panels.flat, looks([which for which, _ in arms]), arms, strict=False
+    ):
+        bands(panel, results, point, look["color"])
+        panel.set_title(", ".join(curves.said_of(which)), loc="left")
+        panel.xaxis.set_major_locator(MaxNLocator(integer=True))
+        curves.dress(panel, options["xlabel"], [], log2=False)
+    for panel in panels[:, 0]:
+        panel.set_ylabel(axis_label(experiment.protocols[options["series"][0]]))
+    labels = [experiment.protocols[protocol].label for protocol in options["series"]]
+    pairs = list(zip(labels, labels[::-1], strict=True))[: len(labels) // 2]
+    handles = [
+        Patch(color="#555555", alpha=SHADE * (i + 1), label=f"{low} to {high}")
+        for i, (low, high) in enumerate(pairs)
+    ]
+    figure.legend(handles=handles, loc="outside lower left", ncols=3, title="means over seeds")
+    return figure
+
+
+SHADE = 0.22
+"""How much darker each inner band is."""
+
+
+def bands(axes: Axes, results: Results, point: Point, colour: str) -> None:
+    """The bands of one arm, with a line at every percentile."""
+    means = []
+    for protocol in results.experiment.figure["series"]:
+        along = results.along(point, protocol)
+        means.append({epoch: Sample.of(of.values()).mean for epoch, of in along.items()})
+    epochs = sorted(set.intersection(*map(set, means)))
+    lines = [[mean[epoch] for epoch in epochs] for mean in means]
+    for low, high in list(zip(lines, lines[::-1], strict=True))[: len(lines) // 2]:
+        axes.fill_between(epochs, low, high, color=colour, alpha=SHADE, linewidth=0)
+    for line in lines:
+        axes.plot(epochs, line, color=colour, linewidth=1.0, marker=".", markersize=3)
