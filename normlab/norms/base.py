@@ -301,7 +301,7 @@ class PopulationNorm(Choosing):
             # A running average that forgets at once holds the batch's mean and unbiased variance.
             last = x.new_zeros((2, self.num_features), dtype=running[0].dtype)
             y = F.batch_norm(x, last[0], last[1], weight, bias, True, 1.0, self.eps)
-            last[1].mul_((count - 1) / count)
+            last = torch.stack((last[0], last[1] * ((count - 1) / count)))  # y's backward has it
             if _large_means(last) and x.dtype == torch.float32 and x.device.type == "cpu":
                 y, batch_mean, batch_var = grouped_batch_norm(
                     x, 1, interleaved=False, weight=weight, bias=bias, eps=self.eps
