@@ -54,7 +54,7 @@ def test_filters_get_the_length_and_the_function_stays(network, scale):
 
 
 def test_forms_train_what_their_names_say(network):
-    count = {form: 0 for form in fusion.FORMS}
+    count = dict.fromkeys(fusion.FORMS, 0)
     for form in fusion.FORMS:
         made = fusion.formed(network, form)
         count[form] = sum(p.numel() for p in made.parameters() if p.requires_grad)
