@@ -39,12 +39,14 @@ def fit(
     change: Change = _as_they_are,
     rate: Callable[[float], float] | None = None,
     again: bool = False,
+    before: Callable[[int], None] | None = None,
 ) -> float:
     """Train in place, in train(), by SGD with momentum 0.9; the mean loss of the last epoch.
 
     change: what is done to every batch of images. rate: what `lr` is multiplied with where a share
     in [0, 1) of the training has passed; None: a cosine to 0. again: every epoch has the first
-    one's batches, in its order. Raises ValueError for fewer training images than a batch has.
+    one's batches, in its order. before: called with the number of each epoch before it. Raises
+    ValueError for fewer training images than a batch has.
     """
     model.train()
     trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
@@ -53,6 +55,8 @@ def fit(
     last = 0.0
     for epoch in range(1, epochs + 1):
         last = 0.0
+        if before:
+            before(epoch)
         batches = data.train_batches(
             batch_size=batch_size, seed=seed, epoch=1 if again else epoch, device=device
         )
