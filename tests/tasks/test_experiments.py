@@ -7,6 +7,7 @@ import pytest
 from normlab import config, experiment, perform
 
 TINY = {
+    "costs": ["task.width=4", "task.depth=2", "task.size=4", "task.samples=8", "task.rounds=1"],
     "rl_staleness": ["task.rounds=3", "task.walkers=8", "task.steps=2", "task.width=4"],
     "bn_properties": ["epochs=1", "data.subset=100", "batch_size=50", "task.width=2"],
     "gan_update": ["data.subset=200", "batch_size=50", "task.steps=2", "task.width=4"],
