@@ -27,8 +27,9 @@ from normlab.bench import (
 )
 from normlab.bench.images import dataset
 from normlab.bench.layers import LayerRow
-from normlab.bench.measure import Process, Row, Spread, limit_row, rate_row, take_turns
+from normlab.bench.measure import Process, Row, Spread, limit_row, rate_row
 from normlab.norms import conv
+from normlab.turns import take_turns
 
 
 def test_spread_is_the_median_and_the_quartiles() -> None:

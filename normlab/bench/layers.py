@@ -25,8 +25,9 @@ from tqdm import tqdm
 
 from normlab import allocator, config, kernels
 from normlab.bench import peers
-from normlab.bench.measure import Spread, take_turns
+from normlab.bench.measure import Spread
 from normlab.norms import domains
+from normlab.turns import take_turns
 
 Shape = tuple[int, ...]
 Options = dict[str, Any]

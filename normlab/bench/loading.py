@@ -8,7 +8,8 @@ from torch.utils.data import Dataset as TorchDataset
 from torchvision import transforms
 
 from normlab.bench.images import dataset, pixels
-from normlab.bench.measure import Row, rate_row, take_turns
+from normlab.bench.measure import Row, rate_row
+from normlab.turns import take_turns
 
 BATCH = 128
 

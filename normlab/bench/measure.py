@@ -5,7 +5,6 @@ the clock is the CPU time of a process with one thread, which other programs dis
 """
 
 import json
-import math
 import subprocess
 import sys
 import time
@@ -16,12 +15,6 @@ from multiprocessing.connection import wait
 from statistics import median, quantiles
 from types import TracebackType
 from typing import Any, Self
-
-Measured = dict[str, list[float]]
-"""Contestant -> seconds, one per round."""
-
-FEWEST = 3
-"""Rounds of which a median is taken at least, where time is short."""
 
 LEAVING = 60.0
 """Seconds that a process has to end by itself: a busy machine takes many to leave Python."""
@@ -100,32 +93,6 @@ def limit_row(name: str, seconds: list[float], *, limit: float, clock: str) -> R
         bar=1.0,
         rounds=len(seconds),
     )
-
-
-def take_turns(
-    contestants: dict[str, Callable[[], object]],
-    rounds: int,
-    *,
-    clock: Callable[[], float] = time.process_time,
-    seconds: float = math.inf,
-) -> Measured:
-    """Seconds of each contestant in each round, after one round that does not count.
-
-    The order is reversed in every other round, so that none always follows the same one. No further
-    round begins when `seconds` have passed, but there are three (or `rounds`, if that is less).
-    """
-    taken: Measured = {name: [] for name in contestants}
-    end = time.perf_counter() + seconds
-    for number in range(rounds + 1):
-        if number > FEWEST and time.perf_counter() > end:
-            break
-        names = list(contestants)
-        for name in names if number % 2 else reversed(names):
-            started = clock()
-            contestants[name]()
-            if number:
-                taken[name].append(clock() - started)
-    return taken
 
 
 class Process:

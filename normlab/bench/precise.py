@@ -7,9 +7,10 @@ from torch import Tensor, nn
 
 from normlab import norms
 from normlab.bench.images import CLASSES, SHAPE, dataset
-from normlab.bench.measure import Row, rate_row, take_turns
+from normlab.bench.measure import Row, rate_row
 from normlab.models.cifar_resnet import build
 from normlab.population import estimate
+from normlab.turns import take_turns
 
 BATCH = 100
 

@@ -16,8 +16,9 @@ import torch
 
 from normlab import allocator
 from normlab.bench import ranks, training
-from normlab.bench.measure import Spread, Together, take_turns
+from normlab.bench.measure import Spread, Together
 from normlab.train import Trainer
+from normlab.turns import take_turns
 
 NORMS = ("bn", "sync")
 """What the ranks train with. The one rank has `bn`, which is what `sync` computes on both."""

@@ -24,9 +24,10 @@ from torch import distributed, nn
 
 from normlab import allocator, kernels, norms
 from normlab.bench import layers, peers
-from normlab.bench.measure import Spread, Together, take_turns
+from normlab.bench.measure import Spread, Together
 from normlab.models.base import NormConstructor
 from normlab.models.cifar_resnet import build
+from normlab.turns import take_turns
 
 RANKS = 2
 

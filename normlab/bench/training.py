@@ -16,11 +16,12 @@ from torch.nn import functional as F
 
 from normlab import allocator, batchplan, dist, norms
 from normlab.bench.images import CLASSES, SHAPE, dataset
-from normlab.bench.measure import Measured, Process, Row, rate_row, serve
+from normlab.bench.measure import Process, Row, rate_row, serve
 from normlab.checkpoint import Stop
 from normlab.models.base import NormConstructor
 from normlab.models.cifar_resnet import build
 from normlab.train import Settings, Trainer
+from normlab.turns import Measured
 
 BATCH = 128
 LR = 0.1

@@ -276,3 +276,15 @@ def test_no_batch_size_is_special_in_evaluation(variant):
         torch.testing.assert_close(parts, together, rtol=1e-6, atol=1e-6)
     order = torch.randperm(11, generator=torch.Generator().manual_seed(0))
     torch.testing.assert_close(layer(x[order]), together[order], rtol=1e-6, atol=1e-6)
+
+
+@pytest.mark.parametrize("variant", CHOOSING)
+def test_a_layer_that_is_watched_and_does_not_update_learns_all_the_same(variant):
+    gradients = []
+    for observers in ([], [lambda _: None]):
+        layer, x = make(variant), data(3).requires_grad_()
+        layer.observers.extend(observers)
+        with normalization(layer, update=False):
+            layer(x).square().sum().backward()
+        gradients.append(x.grad)
+    assert torch.allclose(*gradients, rtol=1e-5, atol=1e-5)
