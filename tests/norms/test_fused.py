@@ -1,24 +1,23 @@
-"""What the layers promise, once more through the fused kernels.
+"""What the layers promise, once more through the fused kernels, which are the default.
 
-The tests are those of the files named here, where the pure path is tested; left out are files that
-hold that path to torch's bits or to its choice of operators.
+The tests are those of the files named here, where the pure path is tested. They are what the
+kernels compute, in every layout and precision; what is built on it is in test_fused_long.py.
 """
-
-from importlib import import_module
 
 import pytest
 
 from normlab import kernels
 
-FILES = (
-    "contract", "contract_precision", "ghost", "gn", "instance", "offsets_of_large_batches",
-    "renorm", "renorm_recomputation", "virtual",
-)  # fmt: skip
+from .fused import again
+
+FILES = ("ghost", "gn", "instance", "offsets_of_large_batches", "renorm", "virtual")
+OF_EVERY_LAYER = "test_layouts_change_rounding_only"
 
 for _file in FILES:
-    for _name, _value in vars(import_module(f".test_{_file}", __package__)).items():
-        if _name.startswith("test_"):  # under a name of its own: files use the same ones
-            globals()[f"test_{_file}_{_name.removeprefix('test_')}"] = _value
+    globals().update({f"test_{k}": v for k, v in again(f"norms.test_{_file}")})
+globals().update(
+    {f"test_{k}": v for k, v in again("norms.test_contract", lambda name: name == OF_EVERY_LAYER)}
+)
 
 pytestmark = pytest.mark.skipif(not kernels.available(), reason=kernels.unavailable())
 
