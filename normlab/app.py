@@ -24,6 +24,8 @@ if TYPE_CHECKING:
 
 NOTES = "outcomes.jsonl"
 DRY = "--dry-run"
+TOLD = 8
+"""Numbers of a run in its line of a sweep; `normlab train` alone shows all."""
 
 _WITH_VALUE = {
     "-c", "--cfg", "-p", "--package", "-cp", "--config-path", "-cn", "--config-name", "-cd",
@@ -171,7 +173,8 @@ def in_words(error: Exception) -> str:
 def _line(outcome: "Outcome") -> str:
     numbers = [f"{spec} {error:.2f}" for spec, error in outcome.summary.items()]
     numbers += [f"{name} {value:.4g}" for name, value in outcome.values.items()]
-    told = "  ".join(numbers) or outcome.command
+    more = f"  and {len(numbers) - TOLD} more" if len(numbers) > TOLD else ""
+    told = "  ".join(numbers[:TOLD]) + more or outcome.command
     return f"{outcome.id}  {'skipped' if outcome.skipped else outcome.status}  {told}".rstrip()
 
 

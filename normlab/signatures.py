@@ -28,12 +28,14 @@ def options(
 ) -> dict[str, Any]:
     """The group's own keys, checked against the signature of what they are given to.
 
-    reserved: parameters that are not the config's to give. Raises ValueError in one line for an
-    unknown option and for a value of the wrong type.
+    reserved: parameters that are not the config's to give. An option that is null and that the
+    target does not have is absent: so an experiment takes back what a scale says. Raises ValueError
+    in one line for an unknown option and for a value of the wrong type.
     """
     taken = parameters(target)
     allowed = {name: taken[name].annotation for name in taken.keys() - set(reserved)}
     given = {key: value for key, value in group.items() if key not in _LABELS}
+    given = {key: value for key, value in given.items() if key in allowed or value is not None}
     for key, value in given.items():
         if key not in allowed:
             raise ValueError(

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 from compositions import composed
 
-from normlab import __version__, app, cli, config, experiment, launch, outcome, show
+from normlab import __version__, app, cli, config, experiment, launch, outcome, probes, show
 from normlab.plugins import package_dir
 from normlab.runs import table
 
@@ -67,9 +67,14 @@ def test_version(capfd: pytest.CaptureFixture[str]) -> None:
 def test_show_lists_what_there_is(what: str, capfd: pytest.CaptureFixture[str]) -> None:
     code, out, _ = run("show", what, capture=capfd)
     assert code == 0
-    groups = {many: many[:-1] for many in ("norms", "convs", "models", "recipes", "scales")}
-    for name in config.options(groups.get(what, "experiment")) if what != "runs" else ["id"]:
-        assert what in ("protocols", "data") or name in out
+    groups = {
+        many: many[:-1] for many in ("norms", "convs", "models", "recipes", "scales", "tasks")
+    }
+    named = {"runs": ["id"], "probes": probes.names(), "protocols": ["precise_mean"]}
+    for name in named.get(what) or config.options(
+        "data" if what == "data" else groups.get(what, "experiment")
+    ):
+        assert name in out
     assert all(len(line) <= 110 for line in out.splitlines())
 
 
@@ -128,7 +133,7 @@ def test_cfg_prints_the_config_and_writes_nothing(
 
 def test_help_of_train_is_ours(capfd: pytest.CaptureFixture[str]) -> None:
     _, out, _ = run("train", "--help", capture=capfd)
-    for group in ("norm: bn, ", "scale: demo", "experiment: gn_batch"):
+    for group in ("norm: bn, ", "scale: demo", f"experiment: {experiment.names()[0]}"):
         assert group in out
     assert "Powered by Hydra" not in out
 

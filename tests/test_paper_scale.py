@@ -50,13 +50,13 @@ def _assert_protocol(name: str, composed: dict, plan: BatchPlan) -> None:
     assert (composed["model"]["depth"], composed["model"]["zero_init_last"]) == (50, True)
 
 
-@pytest.mark.parametrize("name", experiment.names())
+@pytest.mark.parametrize("name", BATCHES)
 def test_each_experiment_has_the_papers_protocol(name: str) -> None:
     _assert_protocol(name, *_cell(name, experiment.load(name).cells("paper")[0].axes))
 
 
 @pytest.mark.slow  # every cell
-@pytest.mark.parametrize("name", experiment.names())
+@pytest.mark.parametrize("name", BATCHES)
 def test_each_cell_has_the_papers_protocol_and_a_plan(name: str) -> None:
     seen = set()
     for cell in experiment.load(name).cells("paper"):

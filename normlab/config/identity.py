@@ -32,6 +32,7 @@ LATER: dict[str, Any] = {
     "buffers": "average",
     "debug_sync": False,
     "kernels": False,
+    "model.zero_init_last": None,
     "model.channels": 64,
     "model.stages": 5,
     "eval_at": [],

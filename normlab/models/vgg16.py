@@ -12,13 +12,17 @@ class VGG(nn.Module):
     `conv_bias`."""
 
     def __init__(
-        self, features: nn.Module, channels: int, pooled: int, hidden: int, num_classes: int
+        self, features: nn.Module, channels: int, pooled: int, hidden: int | None, num_classes: int
     ) -> None:
         super().__init__()
         self.features = features
         self.avgpool = nn.AdaptiveAvgPool2d(pooled)
+        flat = channels * pooled * pooled
+        if hidden is None:
+            self.classifier = nn.Sequential(nn.Linear(flat, num_classes))
+            return
         self.classifier = nn.Sequential(
-            nn.Linear(channels * pooled * pooled, hidden),
+            nn.Linear(flat, hidden),
             nn.ReLU(inplace=True),
             nn.Dropout(),
             nn.Linear(hidden, hidden),
@@ -39,7 +43,7 @@ def build(
     shape: tuple[int, int, int],
     channels: int = 64,
     stages: int = 5,
-    hidden: int = 4096,
+    hidden: int | None = 4096,
     conv_bias: bool = False,
 ) -> nn.Module:
     """torchvision's `vgg16_bn` with another norm, for images of at least 2^stages pixels a side.
@@ -47,7 +51,9 @@ def build(
     channels   of the first of its five stages; the others have 2, 4, 8 and 8 times as many
     stages     how many of them the network has, each ending in a pooling that halves the image:
                2, 4, 7, 10 or 13 convolutions
-    hidden     width of the two hidden linear layers (4096 for ImageNet; 512 is plenty for CIFAR)
+    hidden     width of the two hidden linear layers (4096 for ImageNet; 512 is plenty for CIFAR);
+               None: there are none, and no dropout: narrow ones do not train, as their weights
+               begin with torchvision's standard deviation of 0.01 whatever their width
     conv_bias  biases in the convolutions: torchvision's has them, but a norm subtracts them again;
                set it with norm=none
     The last feature map is pooled to at most 7x7, torchvision's size, but never enlarged: one 32x32
@@ -64,7 +70,7 @@ def build(
         raise ValueError(
             f"model=vgg16 takes images of at least {shrink}x{shrink}, not {height}x{width}"
         )
-    if hidden < 1:
+    if hidden is not None and hidden < 1:
         raise ValueError(f"model.hidden={hidden}: it must be at least 1")
     layers: list[nn.Module] = []
     poolings = 0

@@ -37,6 +37,9 @@ def test_narrow_and_short_it_takes_digits() -> None:
     assert widths == [16, 16, 32, 32, 64, 64, 64]
     assert net.features(torch.randn(2, 1, 8, 8)).shape == (2, 64, 1, 1)
     assert net(torch.randn(2, 1, 8, 8)).shape == (2, 10)
+    short = build(norm, num_classes=10, shape=(1, 8, 8), channels=16, stages=3, hidden=None)
+    assert [type(layer) for layer in short.classifier] == [nn.Linear]
+    assert short(torch.randn(2, 1, 8, 8)).shape == (2, 10)
 
 
 @pytest.mark.parametrize(

@@ -1,0 +1,129 @@
+"""Every experiment at every scale takes two steps on tiny data: no configuration rots unrun.
+
+A cell runs as it is composed, evaluations and probes included, but for its size: 16 images of noise
+a step in place of the data set, the batches it forms in proportion, one process, a shallow network.
+One cell of each experiment and scale runs always; all of them are slow.
+"""
+
+import copy
+from dataclasses import replace
+from itertools import islice
+from math import lcm
+
+import pytest
+from compositions import composed
+
+from normlab import agenda, build, config, experiment, perform, worker
+from normlab.checkpoint import Stop
+from normlab.orders import Order
+from normlab.protocols import Protocol
+from normlab.runs import RunDir
+
+BATCH = 16
+"""Images a step, or more where a pattern needs them."""
+
+LAYERS = {"torchvision_resnet": 18, "cifar_resnet": 8}
+"""The depth of a network whose own is a matter of size."""
+
+SIZES = {"torchvision_resnet": 64}
+"""Pixels a side, for 32 where the images of the scale have more: with a channel a group, the last
+feature maps must not be a pixel."""
+
+
+def cells(name, scale):
+    """Overrides of each cell, of the first seed alone."""
+    made = experiment.load(name).cells(scale)
+    first = made[0].axes.get("seed")
+    return [tuple(cell.overrides) for cell in made if cell.axes.get("seed") == first]
+
+
+GRIDS = [(name, scale) for name in experiment.names() for scale in experiment.load(name).scales]
+
+
+class FirstTwo:
+    """A data set of which training sees two batches of an epoch."""
+
+    def __init__(self, data):
+        self._data = data
+
+    def __getattr__(self, name):
+        return getattr(self._data, name)
+
+    def train_batches(self, **how):
+        return islice(self._data.train_batches(**how), 2)
+
+
+def shrunk(full):
+    """A composed config at the size of a test."""
+    small = copy.deepcopy(full)
+    order = Order.parse(small["order"])
+    batch = lcm(BATCH, order.group) if order.patterned else BATCH
+    factor = max(1, small["batch_size"] // batch)
+    small["batch_size"] //= factor
+    for key, least in (("nbs", 2), ("micro_batch", 1)):
+        if small[key] is not None:
+            small[key] = max(least, small[key] // factor)
+    small |= {"world_size": 1, "sync_group_size": None, "device": "cpu", "threads": 1}
+    if small["sync_layers"] is not None:
+        small["sync_layers"] = "*1"  # some, whatever the network is
+    small |= {"epochs": 1, "eval_last": 1, "eval_at": [0] if 0 in small["eval_at"] else []}
+    module = small["model"].get("module", small["model"]["name"])
+    if module in LAYERS:
+        small["model"]["depth"] = LAYERS[module]
+    if small["model"].get("hidden"):
+        small["model"]["hidden"] = 64
+    side = min(SIZES.get(module, 32), small["data"].get("size", 8))
+    channels = 1 if small["data"]["name"] == "digits" else 3
+    images = 4 * max(small["batch_size"], small["nbs"] or 1)
+    classes = max(4, order.labels) if order.patterned else 4
+    small["data"] = {"name": "synthetic", "n": images, "classes": classes, "size": side,
+                     "channels": channels}  # fmt: skip
+    small["evals"] = list(dict.fromkeys(_within(spec, images) for spec in small["evals"]))
+    return small
+
+
+def _within(spec, images):
+    """An evaluation, of at most as many images as there are."""
+    protocol = Protocol.parse(spec)
+    most = images if protocol.statistics.startswith("precise") else images // 4
+    samples = min(protocol.samples, images) if protocol.samples else None
+    batch = min(protocol.batch, samples or most) if protocol.batch else None
+    return str(replace(protocol, samples=samples, batch=batch))
+
+
+def run(overrides, path):
+    full = composed(*overrides)
+    config.check(full)
+    if config.is_task(full):
+        task = perform.construct(full | {"device": "cpu"})
+        assert len([*islice(task.perform(), 2)]) > 0
+        return
+    small = shrunk(full)
+    config.check(small)
+    job = worker.construct(small)
+    before = [p.detach().clone() for p in job.model.parameters()]
+    directory = RunDir(path)
+    path.mkdir()
+    status = worker.work(replace(job, data=FirstTwo(job.data), steps=2), directory, Stop())
+    assert (status["status"], status["step"]) == ("done", 2)
+    assert agenda.missing(small, directory) == []
+    after = zip(before, job.model.parameters(), strict=True)
+    assert any(not old.equal(new) for old, new in after)
+    assert build.plan(small).batch == build.plan(full).batch
+
+
+@pytest.mark.parametrize(("name", "scale"), GRIDS, ids=lambda value: value)
+def test_a_cell_of_each_scale_takes_two_steps(name, scale, tmp_path):
+    run(cells(name, scale)[0], tmp_path / "run")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("name", "scale"), GRIDS, ids=lambda value: value)
+def test_every_cell_takes_two_steps(name, scale, tmp_path):
+    for number, overrides in enumerate(cells(name, scale)):
+        run(overrides, tmp_path / str(number))
+
+
+@pytest.mark.parametrize("name", experiment.names())
+def test_an_experiment_has_its_four_scales(name):
+    assert list(experiment.load(name).scales) == ["demo", "desk", "gpu", "paper"]
