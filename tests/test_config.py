@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 import yaml
 
-from normlab import config
+from normlab import config, experiment
 from normlab.config import (
     Config,
     ConfigError,
@@ -280,3 +280,21 @@ def test_a_key_introduced_later_counts_only_where_it_is_not_its_default(
     assert cell_key(with_grace(5)) == cell_key(compose(BASE))
     assert known(with_grace(6)) != known_as()
     assert known_as() == known(compose(BASE))  # and a config from before the key is found again
+
+
+@pytest.mark.parametrize("name", ["ema_decay", "norms"])
+def test_cells_composed_together_are_those_composed_alone(name):
+    """Arms of several groups, lists, nulls and dotted keys; about two seconds."""
+    cells = [cell.overrides for cell in experiment.load(name).cells("demo")]
+    jobs = list({tuple(word for word in cell if "seed=" not in word) for cell in cells})[:6]
+    assert config.compose_each(jobs) == [config.compose(job) for job in jobs]
+
+
+@pytest.mark.parametrize(
+    ("override", "says"),
+    [("epoch=3", "no key 'epoch'; did you mean 'epochs'"), ("norm.grops=2", "no key 'norm.grops'"),
+     ("epochs=many", "epochs takes an integer")],
+)  # fmt: skip
+def test_cells_composed_together_are_refused_as_alone(override, says):
+    with pytest.raises(config.ConfigError, match=says):
+        config.compose_each([["scale=demo", "norm=gn", override]])

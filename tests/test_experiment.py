@@ -69,7 +69,7 @@ def test_the_overlay_is_the_grid():
     node = experiment.overlay("nbs", "demo")
     assert {"override /norm": "ghost"} in node["defaults"]
     assert node["hydra"]["sweeper"]["params"]["nbs"].startswith("2,4,8")
-    assert node["evals"] == experiment.load("nbs").evals()
+    assert node["evals"] == experiment.load("nbs").evals("demo")
     assert node["experiment"] == "nbs"
 
 

@@ -63,14 +63,14 @@ def test_what_an_experiment_asks_of_its_runs(tmp_path, monkeypatch):
     """Each draw is an evaluation of its own, and each is asked for once, whatever reads it."""
     mixed = load(tmp_path, monkeypatch)
     drawn = "test:precise/samples:10"
-    assert mixed.evals() == [
+    assert mixed.evals("demo") == [
         "test:ema", "test:precise/batch:8/samples:64", drawn, f"{drawn}/order:1",
         f"{drawn}/order:2",
     ]  # fmt: skip
-    assert mixed.probes() == ["ema_trace", "features"]
+    assert mixed.probes("demo") == ["ema_trace", "features"]
     monkeypatch.setattr(experiment, "load", lambda _: mixed)
     node = experiment.overlay("mixed", "demo")
-    assert (node["evals"], node["probes"]) == (mixed.evals(), mixed.probes())
+    assert (node["evals"], node["probes"]) == (mixed.evals("demo"), mixed.probes("demo"))
 
 
 def test_without_probes_nothing_is_said_of_them():
@@ -87,11 +87,24 @@ def test_units(tmp_path, monkeypatch):
     assert mixed.facts["same"].unit == "points"
 
 
+def test_a_column_may_be_of_some_scales(tmp_path, monkeypatch):
+    raw = OmegaConf.create(MIXED)
+    raw.scales.desk = raw.scales.demo
+    raw.protocols.loss.scales = ["desk"]
+    raw.protocols.top.scales = ["desk"]
+    mixed = load(tmp_path, monkeypatch, raw)
+    assert "test:precise/batch:8/samples:64" in set(mixed.evals("desk")) - set(mixed.evals("demo"))
+    assert (mixed.probes("demo"), mixed.probes("desk")) == (
+        ["ema_trace"],
+        ["ema_trace", "features"],
+    )
+
+
 def test_a_tasks_number_needs_no_probe(tmp_path, monkeypatch):
     raw = OmegaConf.create(MIXED)
     raw.set.task = "features"
     mixed = load(tmp_path, monkeypatch, raw)
-    assert mixed.probes() == ["ema_trace"]
+    assert mixed.probes("demo") == ["ema_trace"]
     assert mixed.protocols["top"].task
     assert not mixed.protocols["z"].task
 
@@ -111,6 +124,7 @@ def test_an_epoch_of_a_term_is_no_axis(tmp_path, monkeypatch):
         ("rise", [5.0, 3.0], 0.0),
         ("max", [5.0, 3.0, 7.0], 7.0),
         ("max", [5.0], 5.0),
+        ("mean", [5.0, 3.0, 4.0], 4.0),
         ("jumps", [5.0], math.nan),
         ("rise", [5.0], math.nan),
     ],
@@ -131,10 +145,14 @@ BROKEN = [
     ({f"{P}.drawn.eval": "test:precise/order:3"}, f"{P}.drawn.eval: .*leave order out"),
     ({f"{P}.test.spread": True}, f"{P}.test.spread: .* is over draws"),
     ({f"{P}.drawn.spread": "yes"}, f"{P}.drawn.spread: must be true or false"),
-    ({f"{P}.jumps.over": "min"}, f"{P}.jumps.over: 'min' is none of jumps, max, rise"),
+    ({f"{P}.jumps.over": "min"}, f"{P}.jumps.over: 'min' is none of jumps, max, mean, rise"),
     ({f"{P}.z.probe": "ema_trace"}, f"{P}.z.probe: 'ema_trace' is not <probe>.<quantity>"),
-    ({f"{P}.z.draws": 3}, f"{P}.z: unknown keys .*draws.* .allowed: label, probe, over, unit"),
+    (
+        {f"{P}.z.draws": 3},
+        f"{P}.z: unknown keys .*draws.* .allowed: label, probe, over, scales, unit",
+    ),
     ({f"{P}.z.unit": 3}, f"{P}.z.unit: must be text"),
+    ({f"{P}.z.scales": ["desk"]}, f"{P}.z.scales: 'desk' is none of demo"),
     ({"baseline.column": "tset"}, "baseline: unknown protocols .*tset"),
     ({"table.epochs": ["early"]}, "table.epochs: epoch must be .* first or last, is 'early'"),
     ({"table": {"columns": ["test"]}}, "figure.by: 'epoch' is an axis of no scale"),

@@ -21,11 +21,17 @@ CLASSES, TRAIN, VAL = 3, 58, 6
 """Of a class's training images 50 are held apart: 8 are left."""
 
 BATCHES = {  # SGD batches over 8 GPUs, by experiment
+    "batch_stats_inference": {1024},
+    "ema_decay": {8192},
+    "ema_vs_precise": {256, 8192},
     "gn_batch": {16, 32, 64, 128, 256, 1024},
     "gn_groups": {256},
     "nbs": {1024},
     "nbs_forms": {1024},
+    "nbs_noise": {1024},
     "norms": {256},
+    "precise_batch": {1024},
+    "precise_samples": {8192},
     "renorm": {16, 32, 64, 128, 256},
 }
 

@@ -9,6 +9,8 @@ from pathlib import Path
 
 import pytest
 
+from normlab.report import summary
+
 README = Path(__file__).resolve().parent.parent / "README.md"
 
 
@@ -52,21 +54,40 @@ def test_the_readme_shows_some() -> None:
     assert len(shown("plan", "show")) >= 3
 
 
-def numbers_of_the_desk() -> list[str]:
-    """The README's table of verdicts, from the record."""
-    record = README.parent / "results" / "verdicts.csv"
-    with record.open(newline="") as file:
-        rows = [row for row in csv.DictReader(file) if row["scale"] == "desk"]
-    return [
-        f"| `{row['claim']}` | {row['paper']} | {float(row['effect']):+.2f} "
-        f"[{float(row['low']):.2f}, {float(row['high']):.2f}] | {row['verdict']} |"
-        for row in rows
-        if row["experiment"] == "nbs" and row["label"] == "primary"
-    ]
+def block() -> str:
+    """What the report has written into the README."""
+    _, _, rest = README.read_text().partition("<!-- normlab report: verdicts -->\n")
+    inside, end, _ = rest.partition("<!-- normlab report: end -->")
+    assert end
+    return inside
+
+
+def record() -> list[dict[str, str]]:
+    with (README.parent / "results" / "verdicts.csv").open(newline="") as file:
+        return list(csv.DictReader(file))
+
+
+def test_the_readme_has_the_reports_table() -> None:
+    """Whoever has written a report: `normlab report` makes it again."""
+    assert block() == summary.readme(record(), "results") + "\n"
 
 
 def test_the_readmes_numbers_are_those_of_the_record() -> None:
-    expected = numbers_of_the_desk()
-    assert len(expected) == 7
-    for line in expected:
-        assert line in README.read_text().splitlines(), line
+    """Counted and spelled here once more, by another way."""
+    verdicts: dict[str, set[str]] = {}
+    for row in record():
+        verdicts.setdefault(f"{row['experiment']}.{row['claim']}", set()).add(row["verdict"])
+    resolved = sum(not of <= {"not resolved", "not run"} for of in verdicts.values())
+    assert block().startswith(f"{len(verdicts)} claims; ")
+    assert f" {resolved} of {len(verdicts)} (" in block().splitlines()[0]
+    nbs = [
+        row for row in record()
+        if (row["experiment"], row["scale"], row["label"]) == ("nbs", "desk", "primary")
+    ]  # fmt: skip
+    assert len(nbs) == 7
+    lines = [[cell.strip() for cell in line.split("|")[1:-1]] for line in block().splitlines()]
+    for row in nbs:
+        effect, low, high = (float(row[key]) for key in ("effect", "low", "high"))
+        ours = f"{effect:+.2f} [{low:.2f}, {high:.2f}]".replace("-", "−")
+        claim = f"`nbs`: `{row['claim']}`"
+        assert [claim, "desk", ours, row["paper"], row["verdict"]] in lines

@@ -44,16 +44,18 @@ def compose(overrides: Sequence[str] = ()) -> dict[str, Any]:
             return resolve(hydra.compose(CONFIG_NAME, list(overrides)))
 
 
-def compose_each(jobs: Iterable[Sequence[str]]) -> list[dict[str, Any]]:
-    """The resolved config of each job, as `compose` would compose it, several times as fast.
+def compose_each(
+    jobs: Iterable[Sequence[str]], known: dict[tuple[str, ...], dict[str, Any]] | None = None
+) -> list[dict[str, Any]]:
+    """The resolved config of each job, as `compose` would compose it, many times as fast.
 
     Each job is overrides of the plain form key=value. What jobs have in common, the options that
     they choose of the groups, is composed once; their values are then set as Hydra does, after
-    composition. Raises ConfigError.
+    composition. `known` keeps what is composed from call to call. Raises ConfigError.
     """
     import hydra
 
-    chosen: dict[tuple[str, ...], DictConfig] = {}
+    known = {} if known is None else known
     composed = []
     with explained():
         register(())
@@ -64,14 +66,31 @@ def compose_each(jobs: Iterable[Sequence[str]]) -> list[dict[str, Any]]:
                     word for word, one in zip(job, parsed, strict=True)
                     if one.key_or_group in GROUPS
                 )  # fmt: skip
-                if groups not in chosen:
-                    chosen[groups] = hydra.compose(CONFIG_NAME, list(groups))
-                cfg = copy.deepcopy(chosen[groups])
+                if groups not in known:
+                    chosen = hydra.compose(CONFIG_NAME, list(groups))
+                    known[groups] = _plain(OmegaConf.to_container(chosen, resolve=True))
+                values = copy.deepcopy(known[groups])
                 for one in parsed:
                     if one.key_or_group not in GROUPS:
-                        OmegaConf.update(cfg, one.key_or_group, one.value(), merge=True)
-                composed.append(resolve(cfg))
+                        _set(values, one.key_or_group, one.value())
+                composed.append(_typed(values))
     return composed
+
+
+def _set(values: dict[str, Any], key: str, value: Any) -> None:
+    """What an override says of a key that there is; a mapping is laid over what stands there."""
+    *parents, last = key.split(".")
+    inner: Any = values
+    for parent in parents:
+        inner = inner.get(parent) if isinstance(inner, dict) else None
+    if not isinstance(inner, dict) or last not in inner:
+        known = inner if isinstance(inner, dict) else values
+        raise ConfigError(f"no key '{key}'{near(last, list(known))}")
+    if isinstance(value, dict) and isinstance(inner[last], dict):
+        for name, one in value.items():
+            _set(inner[last], name, one)
+    else:
+        inner[last] = value
 
 
 def resolve(cfg: DictConfig) -> dict[str, Any]:
@@ -81,11 +100,18 @@ def resolve(cfg: DictConfig) -> dict[str, Any]:
     unknown and missing keys and for values of the wrong type.
     """
     with explained():
-        given = OmegaConf.to_container(cfg, resolve=True)
-        typed = OmegaConf.merge(OmegaConf.structured(Config), given)
-        plain = OmegaConf.to_container(typed, resolve=True, throw_on_missing=True)
-        assert isinstance(plain, dict)
-        return {str(key): value for key, value in plain.items()}
+        return _typed(OmegaConf.to_container(cfg, resolve=True))
+
+
+def _typed(given: Any) -> dict[str, Any]:
+    """Plain data with the schema's keys, each of its type."""
+    typed = OmegaConf.merge(OmegaConf.structured(Config), given)
+    return _plain(OmegaConf.to_container(typed, resolve=True, throw_on_missing=True))
+
+
+def _plain(container: Any) -> dict[str, Any]:
+    assert isinstance(container, dict)
+    return {str(key): value for key, value in container.items()}
 
 
 def jobs(overrides: Sequence[str]) -> list[list[str]]:

@@ -38,7 +38,8 @@ _KEYS = (
 )  # fmt: skip
 
 COLUMN = "column"
-"""What `baseline` may name besides axes: a protocol, whose number at the same place is the base."""
+"""What `baseline` may name besides axes: protocols, one for each unit, whose numbers at the same
+place are the base."""
 
 
 @dataclass(frozen=True)
@@ -106,18 +107,29 @@ class Experiment:
         grid = self.scale(scale)
         return {name: {**self.set, **grid.set, **arm.set} for name, arm in grid.arms.items()}
 
-    def evals(self) -> list[str]:
-        """The evaluation specs that every run of this experiment needs, each draw of each once."""
-        wanted = (p.specs for p in self.protocols.values() if p.column != "value")
+    def columns(self, scale: str) -> dict[str, Protocol]:
+        """The protocols that a scale has, which are nearly always all."""
+        return {key: one for key, one in self.protocols.items() if one.measured_at(scale)}
+
+    def evals(self, scale: str) -> list[str]:
+        """The evaluation specs that every run of a scale needs, each draw of each once."""
+        wanted = (one.specs for one in self.columns(scale).values() if one.column != "value")
         return list(dict.fromkeys(spec for specs in wanted for spec in specs))
 
-    def probes(self) -> list[str]:
-        """The probes that every run of this experiment needs (a task's own numbers need none)."""
-        return list(dict.fromkeys(p.probe for p in self.protocols.values() if p.probe))
+    def probes(self, scale: str) -> list[str]:
+        """The probes that every run of a scale needs (a task's own numbers need none)."""
+        return list(dict.fromkeys(one.probe for one in self.columns(scale).values() if one.probe))
 
-    def base(self, protocol: str) -> str:
-        """The column whose number at the baseline a column is compared with: mostly its own."""
-        return str(self.baseline.get(COLUMN, protocol))
+    def base(self, protocol: str) -> str | None:
+        """The column whose number at the baseline a column is compared with: mostly its own.
+
+        Where the baseline names columns, the one of the same unit; None if none is.
+        """
+        if COLUMN not in self.baseline:
+            return protocol
+        unit = self.protocols[protocol].unit
+        named_ones = _listed(self.baseline[COLUMN])
+        return next((key for key in named_ones if self.protocols[key].unit == unit), None)
 
     def command(
         self, scale: str, point: Iterable[tuple[str, Any]] = (), seeds: Sequence[int] = ()
@@ -173,7 +185,7 @@ def load(name: str) -> Experiment:
     }
     tasks = _tasks(mapping(f"{where}, set", raw["set"]), scales)
     columns = {
-        key: entry.read(f"{where}, protocols.{key}", value, tasks)
+        key: entry.read(f"{where}, protocols.{key}", value, tasks, scales)
         for key, value in mapping(f"{where}, protocols", raw["protocols"]).items()
     }
     units = {key: column.difference_unit for key, column in columns.items()}
@@ -215,6 +227,10 @@ def load(name: str) -> Experiment:
     )
 
 
+def _listed(value: Any) -> list[Any]:
+    return value if isinstance(value, list) else [value]
+
+
 def _judging(raw: dict[str, Any]) -> dict[str, Any]:
     """What judges, of a whole file: a follow-up is named after the runs, and judges nothing."""
     claims = {
@@ -238,7 +254,7 @@ def _baseline(
 ) -> None:
     for axis, at in mapping(where, value).items():
         if axis == COLUMN:
-            named(where, [at], columns)
+            named(where, _listed(at), columns)
             continue
         for scale, grid in scales.items():
             if at not in (values := grid.places.get(axis, [])):
@@ -276,8 +292,8 @@ def overlay(name: str, scale: str) -> dict[str, Any]:
     params = {key: ",".join(map(spelled, values)) for key, values in grid.axes.items()}
     node |= {
         "experiment": name,
-        "evals": experiment.evals(),
-        **({"probes": probes} if (probes := experiment.probes()) else {}),
+        "evals": experiment.evals(scale),
+        **({"probes": probes} if (probes := experiment.probes(scale)) else {}),
         "hydra": {"mode": "MULTIRUN", "sweeper": {"params": params}},
     }
     return {"defaults": ["_self_", *defaults], **node}

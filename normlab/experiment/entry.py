@@ -7,12 +7,12 @@ number that a probe or a task has measured. All become one number a run and epoc
 import math
 import statistics
 from collections.abc import Callable, Collection, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import pairwise
 from typing import Any
 
 from normlab import protocols
-from normlab.experiment.checks import mapping, refuse, text
+from normlab.experiment.checks import items, mapping, refuse, text
 
 PERCENT = "%"
 
@@ -30,7 +30,9 @@ def rise(curve: Sequence[float]) -> float:
     return curve[-1] - min(curve) if curve[1:] else math.nan
 
 
-OVER: dict[str, Callable[[Sequence[float]], float]] = {"jumps": jumps, "max": max, "rise": rise}
+OVER: dict[str, Callable[[Sequence[float]], float]] = {
+    "jumps": jumps, "max": max, "mean": statistics.fmean, "rise": rise,
+}  # fmt: skip
 """Ways to make one number of those over the epochs, in ascending order."""
 
 
@@ -52,6 +54,12 @@ class Protocol:
     spread: bool = False
     over: str = ""
     task: bool = False
+    scales: tuple[str, ...] = ()
+    """Where it is measured; () for everywhere."""
+
+    def measured_at(self, scale: str) -> bool:
+        """Whether a scale has it: what takes 1,000 images does not exist where there are fewer."""
+        return not self.scales or scale in self.scales
 
     @property
     def probe(self) -> str:
@@ -69,8 +77,8 @@ class Protocol:
         return "points" if self.unit == PERCENT else self.unit
 
 
-def read(where: str, value: Any, tasks: Collection[str]) -> Protocol:
-    """An entry of ``protocols:``; `tasks`: those that the experiment runs.
+def read(where: str, value: Any, tasks: Collection[str], scales: Collection[str]) -> Protocol:
+    """An entry of ``protocols:``; `tasks`: those that the experiment runs; `scales`: those it has.
 
     Raises ValueError that begins with `where` and the key.
     """
@@ -81,10 +89,14 @@ def read(where: str, value: Any, tasks: Collection[str]) -> Protocol:
     over = raw.get("over", "")
     if over not in ("", *OVER):
         refuse(f"{where}.over", f"'{over}' is none of {', '.join(OVER)}")
+    at = tuple(items(f"{where}.scales", raw.get("scales", [])))
+    if unknown := [scale for scale in at if scale not in scales]:
+        refuse(f"{where}.scales", f"'{unknown[0]}' is none of {', '.join(scales)}")
     if "probe" in raw:
-        mapping(where, raw, ("label", "probe"), ("over", "unit"))
-        return _probed(where, raw, label, over, tasks)
-    mapping(where, raw, ("label", "eval"), ("measure", "draws", "spread", "over", "unit"))
+        mapping(where, raw, ("label", "probe"), ("over", "scales", "unit"))
+        return replace(_probed(where, raw, label, over, tasks), scales=at)
+    optional = ("measure", "draws", "spread", "over", "scales", "unit")
+    mapping(where, raw, ("label", "eval"), optional)
     measure = raw.get("measure", "error")
     if measure not in MEASURES:
         refuse(f"{where}.measure", f"'{measure}' is none of {', '.join(MEASURES)}")
@@ -94,10 +106,10 @@ def read(where: str, value: Any, tasks: Collection[str]) -> Protocol:
     if not isinstance(spread, bool) or (spread and "draws" not in raw):
         refuse(f"{where}.spread", "must be true or false, and is over draws")
     specs = _specs(where, text(f"{where}.eval", raw["eval"]), raw.get("draws"))
-    return Protocol(label, specs, measure, MEASURES[measure], spread, over)
+    return Protocol(label, specs, measure, MEASURES[measure], spread, over, scales=at)
 
 
-_KEYS = ("eval", "probe", "measure", "draws", "spread", "over", "unit")
+_KEYS = ("eval", "probe", "measure", "draws", "spread", "over", "scales", "unit")
 
 
 def _specs(where: str, spec: str, draws: Any) -> tuple[str, ...]:

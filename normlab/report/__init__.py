@@ -13,7 +13,7 @@ from normlab import runs as run_directories
 from normlab.experiment import Experiment
 from normlab.report import figures, provenance, summary, tables, terminal
 from normlab.report.gather import Row, by_run, csv_text, merge, read, rows_of, unite
-from normlab.report.grid import Grid, compose, results, sort_key
+from normlab.report.grid import Composed, Grid, compose, results, sort_key
 from normlab.report.page import ExperimentReport, ScaleReport, page
 from normlab.report.verdicts import check, judge_all
 from normlab.runs import COLUMNS
@@ -41,13 +41,14 @@ def main(names: Sequence[str], *, runs: str, results: str, refresh: bool) -> int
     records = {path.parent.name: read(path) for path in sorted(root.glob("*/runs.csv"))}
     reports: list[ExperimentReport] = []
     written: dict[str, list[Path]] = {}
+    known: Composed = {}
     for name in experiments.names():
         own, others, taken = records.get(name, []), [], []
         if not names or name in names:
             others = [rows for other, rows in records.items() if other != name]
             taken = local
         report, paths = report_experiment(
-            experiments.load(name), own, others, taken, root, refresh=refresh
+            experiments.load(name), own, others, taken, root, refresh=refresh, known=known
         )
         reports.append(report)
         written[name] = paths
@@ -106,16 +107,17 @@ def report_experiment(
     root: Path,
     *,
     refresh: bool,
+    known: Composed | None = None,
 ) -> tuple[ExperimentReport, list[Path]]:
     """One experiment's report, not yet judged, and the files written under ``root/<name>/``.
 
-    own, others: its record and those of other experiments.
+    own, others: its record and those of other experiments. known: see ``grid.compose``.
     """
     folder = root / experiment.name
     # Composing a grid takes a tenth of a second a cell: only scales with runs are worth it.
     labels = {row["scale"] for rows in (own, local, *others) for row in rows}
     grids = {
-        scale: compose(experiment, scale) if scale in labels else Grid({}, ())
+        scale: compose(experiment, scale, known) if scale in labels else Grid({}, ())
         for scale in experiment.scales
     }
 

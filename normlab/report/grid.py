@@ -23,6 +23,10 @@ A row of a table may stand at an epoch besides: the last pair is (EPOCH, an epoc
 """
 
 
+Composed = dict[tuple[str, ...], dict[str, Any]]
+"""Configs by the options of the groups that they choose."""
+
+
 @dataclass(frozen=True, order=True)
 class Environment:
     """What may not be pooled: numbers from two of these never meet in one cell."""
@@ -52,8 +56,10 @@ class Grid:
         return row["cell"] in self.points and _integer(row["seed"]) in self.seeds
 
 
-def compose(experiment: Experiment, scale: str) -> Grid:
+def compose(experiment: Experiment, scale: str, known: Composed | None = None) -> Grid:
     """The grid of an experiment at a scale. Each cell is composed once, whatever its seeds.
+
+    `known` keeps what cells have in common from grid to grid (see ``config.compose_each``).
 
     A grid that cannot be composed has no points and says why: a report must outlive a broken scale.
     """
@@ -62,7 +68,7 @@ def compose(experiment: Experiment, scale: str) -> Grid:
     epochs: dict[Point, frozenset[int]] = {}
     cells = first_cells(experiment, scale)
     try:
-        for point, composed in zip(cells, config.compose_each(cells.values()), strict=True):
+        for point, composed in zip(cells, config.compose_each(cells.values(), known), strict=True):
             points[config.cell_key(composed)] = point
             epochs[point] = asked_epochs(composed)
     except Exception as error:  # whatever Hydra, the schema or the batch plan object to
@@ -174,9 +180,8 @@ class Results:
 
     def change(self, point: Point, protocol: str) -> Sample:
         """The difference to the baseline, taken within a seed; none between different units."""
-        columns, base_column = self.experiment.protocols, self.experiment.base(protocol)
-        base = self.baseline(point)
-        if base is None or columns[base_column].unit != columns[protocol].unit:
+        base, base_column = self.baseline(point), self.experiment.base(protocol)
+        if base is None or base_column is None:
             return Sample.of([])
         terms = [(1.0, self.numbers(point, protocol)), (-1.0, self.numbers(base, base_column))]
         return contrast(terms)
@@ -236,8 +241,10 @@ def results(experiment: Experiment, scale: str, grid: Grid, rows: Iterable[Row])
             continue
         taken[row["cell"], seed] = row
         point, diverged = grid.points[row["cell"]], row["status"] == "diverged"
-        asked = grid.epochs.get(point, frozenset())
-        for key, column in experiment.protocols.items():
+        for key, column in experiment.columns(scale).items():
+            asked = grid.epochs.get(point, frozenset())
+            if "train:augmented" in column.specs:
+                asked -= {0}  # no training forward precedes the first epoch
             curve = curve_of(run, column, asked)
             number = run_number(row, curve, column, scale)
             if not diverged and (math.isnan(number) or asked - curve.keys()):

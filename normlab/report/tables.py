@@ -96,7 +96,7 @@ def paper_baseline(
     experiment: Experiment, source: Published, protocol: str, at: Mapping[str, Any]
 ) -> float:
     """A source's own number at the experiment's baseline, seen from a place; nan if it has none."""
-    base = experiment.base(protocol)
+    base = experiment.base(protocol) or ""
     axes = experiment.baseline.keys() - {COLUMN}
     x = experiment.baseline.get(source.x, math.nan if axes else at.get(source.x, math.nan))
     return source.values.get(base, {}).get(x, math.nan)
@@ -238,10 +238,11 @@ def axis_name(axis: str) -> str:
 
 def baseline_name(experiment: Experiment) -> str:
     """The baseline as a reader says it, for example "NBS 32"."""
-    return ", ".join(
-        experiment.protocols[value].label if axis == COLUMN else f"{axis_name(axis)} {value}"
-        for axis, value in experiment.baseline.items()
-    )
+    named = experiment.baseline.get(COLUMN, [])
+    columns = [named] if isinstance(named, str) else named
+    said = [experiment.protocols[key].label for key in columns[:1]]
+    axes = {axis: value for axis, value in experiment.baseline.items() if axis != COLUMN}
+    return ", ".join([*said, *(f"{axis_name(axis)} {value}" for axis, value in axes.items())])
 
 
 def sources(experiment: Experiment) -> list[str]:

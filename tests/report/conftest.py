@@ -36,7 +36,9 @@ def small(monkeypatch: pytest.MonkeyPatch) -> Iterator[Experiment]:
     monkeypatch.setattr(experiments, "files", lambda: {"small": HERE / "fixture" / "small.yaml"})
     monkeypatch.setattr(Experiment, "claims_digest", lambda *_: "c1a15ed0")
     monkeypatch.setattr(run_directories, "source_digest", lambda: SOURCE_TODAY)
-    monkeypatch.setattr(grid.config, "compose_each", lambda jobs: [{"overrides": j} for j in jobs])
+    monkeypatch.setattr(
+        grid.config, "compose_each", lambda jobs, _: [{"overrides": j} for j in jobs]
+    )
     monkeypatch.setattr(grid.config, "cell_key", lambda config: cell_key(config["overrides"]))
     experiments.load.cache_clear()
     yield experiments.load("small")
@@ -46,7 +48,7 @@ def small(monkeypatch: pytest.MonkeyPatch) -> Iterator[Experiment]:
 @pytest.fixture
 def composed_once(monkeypatch: pytest.MonkeyPatch) -> None:
     """Cells of real experiments, composed by the first test that asks for them."""
-    monkeypatch.setattr(grid.config, "compose_each", lambda jobs: [composed(*j) for j in jobs])
+    monkeypatch.setattr(grid.config, "compose_each", lambda jobs, _: [composed(*j) for j in jobs])
 
 
 MakeRun = Callable[..., list[Row]]

@@ -176,7 +176,7 @@ def test_changes_are_paired(make_run, results_of):
 
 
 def test_a_grid_that_cannot_be_composed_says_why(small, monkeypatch):
-    def refuse(_: object) -> list[dict[str, object]]:
+    def refuse(*_: object) -> list[dict[str, object]]:
         raise ValueError("nbs=2: no such thing\nsecond line")
 
     monkeypatch.setattr(grid.config, "compose_each", refuse)

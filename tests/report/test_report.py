@@ -96,13 +96,13 @@ def test_nothing_run_is_a_report_too(tmp_path: Path, capsys):
 def test_a_scale_that_cannot_be_composed_is_said_and_the_others_reported(
     recorded: Path, monkeypatch, capsys
 ):
-    compose: Callable[[list[list[str]]], list[dict[str, object]]] = grid.config.compose_each
+    compose: Callable[..., list[dict[str, object]]] = grid.config.compose_each
 
-    def refuse(jobs: Iterable[list[str]]) -> list[dict[str, object]]:
+    def refuse(jobs: Iterable[list[str]], _: object) -> list[dict[str, object]]:
         given = list(jobs)
         if any("scale=demo" in overrides for overrides in given):
             raise ValueError("conf/scale/demo.yaml is broken")
-        return compose(given)
+        return compose(given, None)
 
     monkeypatch.setattr(grid.config, "compose_each", refuse)
     before = gather.read(recorded / "small" / "runs.csv")
