@@ -31,7 +31,7 @@ BATCHES = {  # SGD batches over 8 GPUs, by experiment
     "nbs_noise": {1024},
     "norms": {256},
     "precise_batch": {1024},
-    "precise_samples": {256, 8192},
+    "precise_samples": {8192},
     "renorm": {16, 32, 64, 128, 256},
 }
 

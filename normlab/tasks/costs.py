@@ -92,14 +92,18 @@ def run(
         raise ValueError(f"task.batches={batches}: an estimate takes an eighth of them")
     torch.manual_seed(seed)
     x = torch.randn(samples, width, size, size)
-    found = exchanged(x, width, depth, ranks, rounds)
-    x = x.to(device)
     make = partial(head, width=width, depth=depth, device=device)
+    yield from _rows(exchanged(x, width, depth, ranks))
+    yield from _rows(synchronized(x, width, depth, ranks, rounds))
+    x = x.to(device)
     ways = passes(make, x)
-    found |= kept(ways) | timed(ways, rounds, device)
-    found |= inference(make(BatchNorm), x, batches, rounds)
-    for quantity, value in found.items():
-        yield Row(0, quantity, value)
+    yield from _rows(kept(ways))
+    yield from _rows(timed(ways, rounds, device))
+    yield from _rows(inference(make(BatchNorm), x, batches, rounds))
+
+
+def _rows(found: dict[str, float]) -> Iterator[Row]:
+    return (Row(0, quantity, value) for quantity, value in found.items())
 
 
 def head(norm: Norm, *, width: int, depth: int, device: torch.device) -> nn.Sequential:
@@ -111,27 +115,26 @@ def head(norm: Norm, *, width: int, depth: int, device: torch.device) -> nn.Sequ
     return nn.Sequential(*layers).to(device)
 
 
-def exchanged(x: Tensor, width: int, depth: int, ranks: int, rounds: int) -> dict[str, float]:
-    """Collectives and bytes of a step: synchronized norms, and samples shuffled around the head;
-    and of the former, on the CPU, memory, and the time of a rank's own part."""
-    cpu = torch.device("cpu")
+CPU = torch.device("cpu")
+
+
+def exchanged(x: Tensor, width: int, depth: int, ranks: int) -> dict[str, float]:
+    """Collectives and bytes of a step: synchronized norms, and samples shuffled around the head."""
     with mirrored(ranks) as traffic:
         found = {}
-        synchronized = head(SyncBatchNorm, width=width, depth=depth, device=cpu)
-        plain = head(BatchNorm, width=width, depth=depth, device=cpu)
+        together = head(SyncBatchNorm, width=width, depth=depth, device=CPU)
+        plain = head(BatchNorm, width=width, depth=depth, device=CPU)
 
         def shuffled(x: Tensor) -> Tensor:
             there, how = dist.shuffle(x, seed=0)
             return dist.unshuffle(plain(there), how)
 
-        for way, through in (("sync", synchronized), ("shuffle", shuffled), ("bn", plain)):
+        for way, through in (("sync", together), ("shuffle", shuffled), ("bn", plain)):
             before = traffic.collectives, traffic.volume
             y: Tensor = through(x.clone().requires_grad_())
             y.sum().backward()
             found[f"collectives_{way}"] = float(traffic.collectives - before[0])
             found[f"bytes_{way}"] = float(traffic.volume - before[1])
-        ways: Ways = {"bn": [partial(plain, x)], "sync": [partial(synchronized, x)]}
-        found |= kept(ways) | timed(ways, rounds, cpu)
     rows = x.numel() * x.element_size()
     return found | {
         "collectives_sync_closed": 2.0 * depth,
@@ -139,6 +142,16 @@ def exchanged(x: Tensor, width: int, depth: int, ranks: int, rounds: int) -> dic
         "collectives_shuffle_closed": 7.0,
         "bytes_shuffle_closed": 2.0 * 8 * ROWS + 2 * rows + 8 * len(x) * ranks + 2 * rows * ranks,
     }
+
+
+def synchronized(x: Tensor, width: int, depth: int, ranks: int, rounds: int) -> dict[str, float]:
+    """Memory of synchronized norms, and the time of a rank's own part, on the CPU."""
+    with mirrored(ranks):
+        ways: Ways = {
+            way: [partial(head(norm, width=width, depth=depth, device=CPU), x)]
+            for way, norm in (("bn", BatchNorm), ("sync", SyncBatchNorm))
+        }
+        return kept(ways) | timed(ways, rounds, CPU)
 
 
 def passes(make: Callable[[Norm], nn.Sequential], x: Tensor) -> Ways:

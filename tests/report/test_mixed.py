@@ -269,3 +269,10 @@ def test_a_norm_has_its_colour_wherever_it_stands():
     assert both[0]["color"] == figures.NORMS["GN"]
     assert alone[0]["linestyle"] != alone[1]["linestyle"]
     assert len(set(figures.NORMS.values())) == len(figures.NORMS)
+
+
+@pytest.mark.parametrize("name", experiments.names())
+def test_every_norm_of_an_experiment_has_a_colour(name):
+    """Else it would borrow another one's."""
+    scales = experiments.load(name).scales.values()
+    assert {n for grid in scales for n in grid.places.get("norm", [])} <= figures.NORMS.keys()

@@ -51,7 +51,7 @@ def test_a_synchronized_norm_over_mirrored_ranks_is_a_batch_norm():
 @pytest.mark.parametrize(("depth", "ranks", "width"), [(1, 2, 4), (3, 8, 8)])
 def test_exchanges_are_counted_to_the_byte(depth, ranks, width):
     x = torch.randn(6, width, 2, 2)
-    found = costs.exchanged(x, width, depth, ranks, 1)
+    found = costs.exchanged(x, width, depth, ranks)
     assert found["collectives_sync"] == 2 * depth == found["collectives_sync_closed"]
     assert found["bytes_sync"] == depth * (8 * (7 + 2 * width) + 8 * 2 * width)
     one = 6 * width * 4 * 4  # bytes of a rank's samples

@@ -44,7 +44,7 @@ MARKERS = ["o", "s", "^", "D", "v", "P"]
 
 NORMS = {
     "BN": "#0072B2", "GN": "#D55E00", "LN": "#009E73", "IN": "#CC79A7", "BR": "#E69F00",
-    "L1": "#56B4E9", "WS": "#882255", "frozen": "#44AA99", "Fixup": "#888888", "none": "#222222",
+    "L1": "#56B4E9", "WS+GN": "#882255", "frozen": "#44AA99", "Fixup": "#888888", "none": "#222222",
 }  # fmt: skip
 """A norm has its colour in every figure; names as they stand on the axis `norm`."""
 
@@ -72,7 +72,7 @@ def looks(lines: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
 
 def title(figure: Figure, experiment: Experiment, subtitle: str) -> None:
     """Over all panels: what is shown, at which scale, and over how many seeds."""
-    words = fill(f"{experiment.title}: {subtitle}", 118)
+    words = fill(f"{experiment.title}: {subtitle}", 104)
     figure.suptitle(words, fontsize=8.5, x=0.01, ha="left")
 
 

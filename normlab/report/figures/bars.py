@@ -76,7 +76,7 @@ def arranged(results: Results) -> tuple[list[str], list[tuple[dict[str, Any], Ba
     Raises ValueError where `by` leaves several cells to one bar.
     """
     experiment, options = results.experiment, results.experiment.figure
-    series: list[str] = options["series"]
+    series = [key for key in options["series"] if key in experiment.columns(results.scale)]
     by: list[str] = options.get("by", [])
     if options["x"] == SERIES:
         groups = [experiment.protocols[protocol].label for protocol in series]
@@ -119,8 +119,11 @@ def dress(axes: Axes, xlabel: str, groups: list[str]) -> None:
     """Names of the groups in lines that do not run into each other."""
     axes.set_xlabel(xlabel)
     room = max(6, round(44 / max(1, len(groups))))
-    crowded = len(groups) > 6 and max(map(len, groups)) > 4
-    labels = [name if crowded else fill(name, room) for name in groups]
+    labels = [fill(name, room, break_long_words=False) for name in groups]
+    crowded = any(
+        label.count("\n") > 2 or max(map(len, label.split("\n"))) > room for label in labels
+    )
+    labels = groups if crowded else labels
     turned: dict[str, Any] = {"rotation": 35, "ha": "right", "rotation_mode": "anchor"}
     axes.set_xticks(range(len(groups)), labels, fontsize=7, **(turned if crowded else {}))
     axes.grid(axis="y", color="#e6e6e6", linewidth=0.6)

@@ -94,7 +94,8 @@ def single(results: Results) -> list[tuple[dict[str, Any], Point]]:
 def said_of(which: dict[str, Any]) -> list[str]:
     """What a line is, in words: a bare word would not say which further axis it is of."""
     words = [f"{axis_name(axis)} {value}" for axis, value in which.items()]
-    return [str(value) for value in which.values()][:1] + words[1:]
+    first = [value for value in which.values() if isinstance(value, str)][:1]
+    return [*first, *words[len(first) :]] if first == list(which.values())[:1] else words
 
 
 def papers(
