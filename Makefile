@@ -23,6 +23,9 @@ INSTALL = $(BIN)/python -m pip install --quiet --disable-pip-version-check \
 # Where the demo writes its report, and the one that compares its runs with the committed ones.
 MINE = runs/demo-report
 BESIDE = runs/demo-compared
+EXPERIMENTS = $(notdir $(basename $(wildcard experiments/*.yaml)))
+# Two of the seeds that judge: every experiment has them.
+DEMO_SEEDS = 100,101
 SIDE_BY_SIDE = hydra/launcher=joblib hydra.launcher.n_jobs=$(JOBS)
 
 # Of pip's report on what it would install: the pins.
@@ -32,7 +35,7 @@ PINS = $(PY) -c 'import json, sys; \
 	print(*map("==".join, pins), sep="\n")'
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo report cards test test-slow lint bench lock lock-ray clean
+.PHONY: help setup demo demo-all sweep-all report cards test test-slow lint bench lock lock-ray clean
 .NOTPARALLEL:
 
 ## help         this list
@@ -83,6 +86,20 @@ demo: setup
 	@rm -rf $(BESIDE)
 	@echo 'The figure:              $(CURDIR)/$(MINE)/nbs/figure-demo.png'
 	@echo 'The page, with verdicts: $(CURDIR)/$(MINE)/index.html'
+
+## demo-all     every experiment at demo, with two seeds: the smoke test of everything; names the page to open
+demo-all: setup
+	@failed=; for name in $(EXPERIMENTS); do \
+	 $(BIN)/normlab sweep $$name scale=demo seed=$(DEMO_SEEDS) skip_done=local $(SIDE_BY_SIDE) \
+	 || failed="$$failed $$name"; done; test -z "$$failed" || { echo "failed:$$failed" >&2; exit 1; }
+	@rm -rf $(MINE)
+	$(BIN)/normlab report --results $(MINE)
+	@echo 'The page, with verdicts: $(CURDIR)/$(MINE)/index.html'
+
+## sweep-all    every experiment at a scale, one after the other
+sweep-all: setup
+	@failed=; for name in $(EXPERIMENTS); do $(MAKE) --no-print-directory sweep-$$name \
+	 || failed="$$failed $$name"; done; test -z "$$failed" || { echo "failed:$$failed" >&2; exit 1; }
 
 ## sweep-nbs    run what is missing: sweep-<experiment> SCALE=demo|desk|gpu|paper, with FRESH=1 the committed too
 sweep-%: setup

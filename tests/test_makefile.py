@@ -39,3 +39,15 @@ def test_the_demo_reports_the_newcomers_own_runs() -> None:
     assert "skip_done=local" in sweep
     assert own == "normlab report nbs --results runs/demo-report"
     assert compared.startswith("normlab report nbs --results runs/demo-compared |")
+
+
+def test_every_experiment_is_among_all() -> None:
+    names = sorted(path.stem for path in (ROOT / "experiments").glob("*.yaml"))
+    joblib = "hydra/launcher=joblib hydra.launcher.n_jobs=2"
+    assert commands("sweep-all", "SCALE=desk") == [
+        f"normlab sweep {name} scale=desk {joblib}" for name in names
+    ]
+    assert commands("demo-all") == ["normlab report --results runs/demo-report"]  # after a loop
+    make = shutil.which("make") or ""
+    said = subprocess.run([make, "-n", "demo-all"], cwd=ROOT, capture_output=True, text=True).stdout
+    assert f"for name in {' '.join(names)}; do" in said
