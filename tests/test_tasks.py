@@ -3,6 +3,7 @@
 import csv
 import json
 import os
+import re
 import signal
 import sys
 import types
@@ -168,7 +169,7 @@ def test_a_signal_ends_a_task_at_its_next_row(monkeypatch):
 @pytest.mark.parametrize(
     ("line", "says"),
     [
-        ("train task=wlak", "no task 'wlak'; did you mean 'walk'? (task: classifier, walk)"),
+        ("train task=wlak", "no task 'wlak'; did you mean 'walk'? (task: "),
         ("train task=walk task.strides=2", "no key 'task.strides'; did you mean 'stride'?"),
         ("train task=walk task.steps=long", "task.steps='long': task=walk wants int"),
         ("train task=walk norm=gn nbs=8", "nbs=8"),
@@ -207,7 +208,7 @@ def test_keys_are_read_without_importing(tmp_path, monkeypatch):
 def test_tasks_are_shown(capsys):
     assert cli.main(["show", "tasks"]) == 0
     said = capsys.readouterr().out
-    assert "walk        A walk of so many steps." in said
+    assert re.search(r"^walk +A walk of so many steps\.$", said, re.MULTILINE)
     assert "steps=3 stride=1.0" in said
 
 

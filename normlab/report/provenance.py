@@ -24,9 +24,10 @@ def data_name(results: Results) -> str:
 
 
 def subtitle(results: Results) -> str:
-    """Scale, model, data and n: the end of a figure's title."""
-    models = _distinct(row["model"] for row in results.rows)
-    return f"scale {results.scale}, {models} on {data_name(results)}, n = {seeds(results)} seeds"
+    """Scale, model, data and n: the end of a figure's title. A task may have none of the two."""
+    models, data = _distinct(row["model"] for row in results.rows), data_name(results)
+    on = " on ".join(name for name in (models, data) if name)
+    return ", ".join(filter(None, (f"scale {results.scale}", on, f"n = {seeds(results)} seeds")))
 
 
 def facts(results: Results) -> list[str]:
@@ -36,9 +37,13 @@ def facts(results: Results) -> list[str]:
         return []
     seconds = sorted(float(row["seconds"]) for row in rows if row["seconds"])
     threads = _distinct(row["threads"] for row in rows)
-    said = [
-        f"Model {_distinct(row['model'] for row in rows)}, data {data_name(results)}, "
-        f"digest {here.data_digest[:12] or 'unknown'}",
+    model, data = _distinct(row["model"] for row in rows), data_name(results)
+    about = [f"model {model}"] if model else []
+    if data:
+        about.append(f"data {data}, digest {here.data_digest[:12] or 'unknown'}")
+    named = ", ".join(about)
+    said = [named[0].upper() + named[1:]] if named else []
+    said += [
         f"{len(rows)} runs, {seeds(results)} seeds a cell "
         f"(seeds {_ranges(int(row['seed']) for row in rows)})",
         f"Run on {here.device}" + (f", threads: {threads}" if threads else "")
