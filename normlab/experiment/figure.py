@@ -16,6 +16,8 @@ SERIES = "series"
 
 _OVER_EPOCHS = ("epochs", "bands")
 _ONE_UNIT = ("curves", "sweeps", "bars", "bands")
+_LINES = 2
+"""As many as look unlike (``normlab.report.figures.bands.LINES``)."""
 
 
 def kinds() -> list[str]:
@@ -55,7 +57,12 @@ def read(
         for axis in _listed(raw.get(key, [])):
             if axis not in somewhere:
                 refuse(f"{where}.{key}", f"'{axis}' is an axis of no scale")
-    units = {columns[name].unit: name for name in raw["series"]}
+    lines = raw.get("lines", [])
+    if lines:
+        if raw["kind"] != "bands" or len(lines) > _LINES:
+            refuse(f"{where}.lines", f"are of a figure of bands, at most {_LINES}")
+        named(f"{where}.lines", lines, columns)
+    units = {columns[name].unit: name for name in [*raw["series"], *lines]}
     if raw["kind"] in _ONE_UNIT and len(units) > 1:
         found = ", ".join(f"{name} in {unit}" for unit, name in units.items())
         refuse(f"{where}.series", f"one axis for columns of different units ({found})")

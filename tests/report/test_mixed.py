@@ -262,6 +262,22 @@ def test_bands_over_the_epochs(load):
     assert high == pytest.approx([1 / 3, -2 / 3])  # one seed of three is one higher
 
 
+def test_lines_of_their_own_across_the_bands(load):
+    kind = "kind: bands, x: epoch, xlabel: epoch, by: [norm], series: [low, high]"
+    bars = "kind: bars, x: series, xlabel: statistics, by: [norm, epoch], series: [test, drawn]"
+    found = load((bars, f"{kind}, lines: [high]"), (", epochs: [first, last]}", "}"))
+    drawn = figures.draw(found, "")
+    *_, high, own = drawn.axes[0].get_lines()
+    assert list(own.get_ydata()) == list(high.get_ydata())
+    assert own.get_color() != high.get_color()
+    label = found.experiment.protocols["high"].label
+    assert [text.get_text() for text in drawn.legends[0].get_texts()][-1] == label
+    with pytest.raises(ValueError, match=r"figure.lines: are of a figure of bands, at most 2"):
+        load((bars, f"{kind}, lines: [low, high, low]"), (", epochs: [first, last]}", "}"))
+    with pytest.raises(ValueError, match=r"figure.series: one axis for columns of different"):
+        load((bars, f"{kind}, lines: [test]"), (", epochs: [first, last]}", "}"))
+
+
 def test_a_norm_has_its_colour_wherever_it_stands():
     both = figures.looks([{"norm": "GN"}, {"norm": "BN"}])
     alone = figures.looks([{"norm": "BN", "lr": "tuned"}, {"norm": "BN", "lr": "shared"}])

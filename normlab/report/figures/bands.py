@@ -2,11 +2,15 @@
 
 Options in the experiment's file: series (columns of one unit, from the lowest percentile to the
 highest), by (axes that tell the panels apart), and x: epoch. The space between the first column
-and the last is shaded, that between the second and the last but one darker. Means over seeds.
+and the last is shaded, that between the second and the last but one darker. `lines` names further
+columns, each a line of its own across the bands. Means over seeds.
 """
+
+from typing import Any
 
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from matplotlib.lines import Line2D
 from matplotlib.patches import Patch
 from matplotlib.ticker import MaxNLocator
 
@@ -47,6 +51,10 @@ def draw(results: Results, subtitle: str) -> Figure:
         Patch(color="#555555", alpha=SHADE * (i + 1), label=f"{low} to {high}")
         for i, (low, high) in enumerate(pairs)
     ]
+    handles += [
+        Line2D([], [], **look, label=experiment.protocols[name].label)
+        for name, look in zip(options.get("lines", []), LINES, strict=False)
+    ]
     figure.legend(handles=handles, loc="outside lower left", ncols=3, title="means over seeds")
     return figure
 
@@ -54,16 +62,28 @@ def draw(results: Results, subtitle: str) -> Figure:
 SHADE = 0.22
 """How much darker each inner band is."""
 
+LINES: list[Any] = [
+    {"color": "#D55E00", "linewidth": 1.8, "linestyle": "-"},
+    {"color": "#222222", "linewidth": 1.8, "linestyle": (0, (4, 2))},
+]
+"""How the lines of their own look, in their order."""
+
 
 def bands(axes: Axes, results: Results, point: Point, colour: str) -> None:
-    """The bands of one arm, with a line at every percentile."""
-    means = []
-    for protocol in results.experiment.figure["series"]:
+    """The bands of one arm, with a line at every percentile, and the lines of their own."""
+
+    def means_of(protocol: str) -> dict[int, float]:
         along = results.along(point, protocol)
-        means.append({epoch: Sample.of(of.values()).mean for epoch, of in along.items()})
+        return {epoch: Sample.of(of.values()).mean for epoch, of in along.items()}
+
+    options = results.experiment.figure
+    means = [means_of(protocol) for protocol in options["series"]]
     epochs = sorted(set.intersection(*map(set, means)))
     lines = [[mean[epoch] for epoch in epochs] for mean in means]
     for low, high in list(zip(lines, lines[::-1], strict=True))[: len(lines) // 2]:
         axes.fill_between(epochs, low, high, color=colour, alpha=SHADE, linewidth=0)
     for line in lines:
         axes.plot(epochs, line, color=colour, linewidth=1.0, marker=".", markersize=3)
+    for protocol, look in zip(options.get("lines", []), LINES, strict=False):
+        own = means_of(protocol)
+        axes.plot(sorted(own), [own[epoch] for epoch in sorted(own)], zorder=3, **look)
