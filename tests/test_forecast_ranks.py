@@ -79,7 +79,7 @@ def test_ranks_are_probed_as_they_run(tmp_path):
     assert [one.step for one in taken] == pytest.approx([1, 2])
     # Blocks are dealt whole, and each of these splits is one.
     images = 0.001 * (300 + 500)
-    assert [one.evaluations for one in taken] == pytest.approx([0, images])
+    assert [one.measurements for one in taken] == pytest.approx([0, images])
     assert [one.scaled for one in taken] == pytest.approx([6, 12 + images])
     cost = Cost(**json.loads((tmp_path / "cost").read_text()))
     assert cost.memory > sum(one.memory for one in taken) > 10**8

@@ -236,5 +236,5 @@ def test_a_sweep_runs_its_cells_and_tells_them_beforehand(tmp_path, monkeypatch,
     assert cli.main(["sweep", "walks", "--dry-run"]) == 0
     said = capsys.readouterr().out
     assert "4 cells: 2 done, 2 missing" in said or "4 cells: 1 done, 1 missing" in said
-    assert "?: 2 cells of several ranks or of tasks, which are not probed" in said
+    assert "?: 2 cells cannot be probed here: a task runs from its beginning to its end" in said
     experiment.load.cache_clear()
