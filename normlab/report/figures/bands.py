@@ -8,6 +8,7 @@ columns, each a line of its own across the bands. Means over seeds.
 
 from typing import Any
 
+from matplotlib.artist import Artist
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
@@ -47,7 +48,7 @@ def draw(results: Results, subtitle: str) -> Figure:
         panel.set_ylabel(axis_label(experiment.protocols[options["series"][0]]))
     labels = [experiment.protocols[protocol].label for protocol in options["series"]]
     pairs = list(zip(labels, labels[::-1], strict=True))[: len(labels) // 2]
-    handles = [
+    handles: list[Artist] = [
         Patch(color="#555555", alpha=SHADE * (i + 1), label=f"{low} to {high}")
         for i, (low, high) in enumerate(pairs)
     ]
