@@ -56,7 +56,10 @@ def draw(results: Results, subtitle: str) -> Figure:
         Line2D([], [], **look, label=experiment.protocols[name].label)
         for name, look in zip(options.get("lines", []), LINES, strict=False)
     ]
-    figure.legend(handles=handles, loc="outside lower left", ncols=3, title="means over seeds")
+    columns = 1 if options.get("lines") else 3  # their labels are long
+    figure.legend(
+        handles=handles, loc="outside lower left", ncols=columns, title="means over seeds"
+    )
     return figure
 
 
@@ -64,8 +67,8 @@ SHADE = 0.22
 """How much darker each inner band is."""
 
 LINES: list[Any] = [
-    {"color": "#D55E00", "linewidth": 1.8, "linestyle": "-"},
-    {"color": "#222222", "linewidth": 1.8, "linestyle": (0, (4, 2))},
+    {"color": "#000000", "linewidth": 1.8, "linestyle": "-"},
+    {"color": "#555555", "linewidth": 1.8, "linestyle": (0, (4, 2))},
 ]
 """How the lines of their own look, in their order."""
 
