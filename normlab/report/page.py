@@ -109,7 +109,7 @@ def _summary(reports: Sequence[ExperimentReport], lines: list[summary.Line]) -> 
     if not summary.scales(lines):
         return [*parts, "<p>Nothing has been run yet.</p>"]
     rows = [row for report in reports for row in _claims_of(report)]
-    head = ["claim", "scale", "ours", "paper", "verdict", "label"]
+    head = ["claim", "scale", "verdict", "ours", "paper", "label"]  # what a phone shows comes first
     parts += _table("Every claim; of a shape, the contrast that decides", head, rows)
     counted = map(_row, summary.counted(lines))
     return parts + _table("How many, by scale", ["scale", *summary.COUNTED], counted)
@@ -144,9 +144,9 @@ def _claims_of(report: ExperimentReport) -> Iterable[str]:
             cells = [
                 f'<td class="text"{span}>{link}</td>' if i == 0 else "",
                 f'<td><a href="{anchor}">{escape(one.scale)}</a></td>' if run else "<td></td>",
+                f"<td>{_said(one)}</td>",
                 _cell(_effect(one)),
                 f'<td class="text short"{span}>{escape(claim.paper)}</td>' if i == 0 else "",
-                f"<td>{_said(one)}</td>",
                 _cell(one.label),
             ]
             yield f"<tr>{''.join(cells)}</tr>"
