@@ -2,7 +2,7 @@
 
 A cell runs as it is composed, evaluations and probes included, but for its size: 16 images of noise
 a step in place of the data set, the batches it forms in proportion, one process, a shallow network.
-One cell of each experiment and scale runs always; all of them are slow.
+One cell of each experiment at two of its scales runs always; all of them, at every scale, are slow.
 """
 
 import copy
@@ -115,8 +115,12 @@ def run(overrides, path):
     assert build.plan(small).batch == build.plan(full).batch
 
 
-@pytest.mark.parametrize(("name", "scale"), GRIDS, ids=lambda value: value)
-def test_a_cell_of_each_scale_takes_two_steps(name, scale, tmp_path):
+IN_TURN = [GRIDS[i] for i in range(len(GRIDS)) if (i // 4 + i) % 2 == 0]
+"""Of every experiment, two scales: demo and gpu, or desk and paper."""
+
+
+@pytest.mark.parametrize(("name", "scale"), IN_TURN, ids=lambda value: value)
+def test_a_cell_of_two_scales_takes_two_steps(name, scale, tmp_path):
     run(cells(name, scale)[0], tmp_path / "run")
 
 
