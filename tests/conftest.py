@@ -2,6 +2,7 @@
 
 import os
 from collections.abc import Iterator
+from pathlib import Path
 
 import pytest
 from installing import Installed, install_from_wheel
@@ -16,6 +17,20 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 # The reference path, unless a test says otherwise: it is the same on every machine, and to the bit
 # what the tests of the layers compare with.
 os.environ.setdefault("NORMLAB_KERNELS", "0")
+
+
+@pytest.fixture
+def elsewhere(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """In an empty directory, where no results count as done; threads are put back afterwards."""
+    import torch
+
+    from normlab import launch
+
+    monkeypatch.chdir(tmp_path)
+    launch._committed.cache_clear()
+    threads = torch.get_num_threads()
+    yield
+    torch.set_num_threads(threads)
 
 
 @pytest.fixture(scope="session")

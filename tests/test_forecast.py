@@ -5,7 +5,6 @@ import types
 from pathlib import Path
 
 import pytest
-import torch
 
 from normlab import cli, config, experiment, forecast, launch, runs, worker
 from normlab.data.base import Dataset
@@ -16,13 +15,7 @@ SMALL = ["data.subset=640", "epochs=3", "eval_last=2", "threads=1", "device=cpu"
 FIXED = Cost(seconds=10.0, memory=10**9, disk=2 * 10**6)
 
 
-@pytest.fixture(autouse=True)
-def elsewhere(tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)
-    launch._committed.cache_clear()
-    threads = torch.get_num_threads()
-    yield
-    torch.set_num_threads(threads)
+pytestmark = pytest.mark.usefixtures("elsewhere")
 
 
 @pytest.fixture

@@ -19,15 +19,6 @@ JOB = ["scale=demo", "norm=ghost", "nbs=8", "batch_size=64", "epochs=4", "device
        "allocator=system", "evals=[train:augmented,val:ema,val:precise,val:batch]"]  # fmt: skip
 
 
-@pytest.fixture
-def elsewhere(tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)
-    launch._committed.cache_clear()
-    threads = torch.get_num_threads()
-    yield
-    torch.set_num_threads(threads)
-
-
 def given(channels):
     generator = torch.Generator().manual_seed(1)
     mean = torch.randn(channels, dtype=torch.float64, generator=generator)

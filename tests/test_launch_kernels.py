@@ -10,13 +10,7 @@ QUICK = ["scale=demo", "norm=ghost", "nbs=8", "batch_size=64", "epochs=1", "devi
          "threads=1", "allocator=system", "evals=[val:ema]"]  # fmt: skip
 
 
-@pytest.fixture(autouse=True)
-def elsewhere(tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)
-    launch._committed.cache_clear()
-    threads = torch.get_num_threads()
-    yield
-    torch.set_num_threads(threads)
+pytestmark = pytest.mark.usefixtures("elsewhere")
 
 
 @pytest.fixture

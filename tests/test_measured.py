@@ -24,13 +24,7 @@ QUICK = [
 PROBES = "probes=[ema_trace,feature_evolution]"  # fmt: skip
 
 
-@pytest.fixture(autouse=True)
-def elsewhere(tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)
-    launch._committed.cache_clear()
-    threads = torch.get_num_threads()
-    yield
-    torch.set_num_threads(threads)
+pytestmark = pytest.mark.usefixtures("elsewhere")
 
 
 def start(*overrides):

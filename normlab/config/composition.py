@@ -52,7 +52,7 @@ def _composed(overrides: Sequence[str]) -> DictConfig:
 
 
 def _laid_over(overrides: Sequence[str]) -> dict[str, Any] | None:
-    """What Hydra makes of the overrides, in a fifth of the time, once it has composed the options
+    """What Hydra makes of the overrides, in a third of the time, once it has composed the options
     that they choose; None where they are more than options and values of keys that exist.
 
     A report composes hundreds of cells of a few options.

@@ -6,7 +6,7 @@ from collections.abc import Callable, Collection, Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-from normlab import config
+from normlab import agenda, config
 from normlab.experiment import COLUMN, EPOCH, FIRST, LAST, OVER, Contrast, Experiment, Protocol
 from normlab.report.gather import Row, by_run
 from normlab.report.statistics import Sample, contrast, paired
@@ -72,13 +72,9 @@ def compose(experiment: Experiment, scale: str) -> Grid:
     return Grid(points, seeds, epochs=epochs)
 
 
-def asked_epochs(composed: Mapping[str, Any]) -> frozenset[int]:
+def asked_epochs(composed: dict[str, Any]) -> frozenset[int]:
     """After which epochs a run is evaluated, by its config; none for a task."""
-    last = composed.get("epochs", 0)
-    if composed.get("task", {}).get("name", "classifier") != "classifier" or not last:
-        return frozenset()
-    along = range(max(1, last - composed["eval_last"] + 1), last + 1)
-    return frozenset((*along, *composed.get("eval_at", ())))
+    return frozenset(() if config.is_task(composed) else agenda.epochs(composed))
 
 
 def first_cells(experiment: Experiment, scale: str) -> dict[Point, list[str]]:

@@ -37,6 +37,7 @@ def small(monkeypatch: pytest.MonkeyPatch) -> Iterator[Experiment]:
     monkeypatch.setattr(Experiment, "claims_digest", lambda *_: "c1a15ed0")
     monkeypatch.setattr(run_directories, "source_digest", lambda: SOURCE_TODAY)
     monkeypatch.setattr(grid.config, "compose", lambda overrides: {"overrides": overrides})
+    monkeypatch.setattr(grid, "asked_epochs", lambda _: frozenset())
     monkeypatch.setattr(grid.config, "cell_key", lambda config: cell_key(config["overrides"]))
     experiments.load.cache_clear()
     yield experiments.load("small")
