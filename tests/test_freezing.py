@@ -157,7 +157,7 @@ def test_a_run_that_begins_where_another_was_ends_as_if_it_had_trained_all(monke
     assert_same_end(ours, alone)
     # Evaluations from before the switch need weights that the other run does not hold.
     made.clear()
-    start("freeze_after=2", "eval_last=3", "seed=1", "skip_done=local")
+    start("freeze_after=2", "freeze_affine=frozen", "eval_last=4")
     assert len(made) == 4 * per_epoch
 
 
