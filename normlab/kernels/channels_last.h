@@ -36,9 +36,10 @@ template <class T> struct Fold {
                 for (int64_t c = 0; c < channels; ++c) to[slots[(size_t)(r + c)]] = from[c];
     }
 
-    // Sums of the columns, added to those of the channels.
-    void gather(const double* from, double* to) const {
-        for (int64_t r = 0; r < width; r += channels)
+    // Sums of the columns as those of the channels.
+    void gather(const double* __restrict from, double* __restrict to) const {
+        for (int64_t c = 0; c < channels; ++c) to[c] = from[IN_ORDER ? c : slots[(size_t)c]];
+        for (int64_t r = channels; r < width; r += channels)
             for (int64_t c = 0; c < channels; ++c)
                 to[c] += from[IN_ORDER ? r + c : slots[(size_t)(r + c)]];
     }
@@ -72,19 +73,24 @@ struct Cut {
     }
 };
 
-// Adds a piece's sums to `sum` and `dot`, per column: see channel_sums. k and both are in the order
-// of the slots; floats holds 2 * width.
+// A piece's sums, per column, to `sum` and `dot`, or added to what is there: see channel_sums. k and
+// both are in the order of the slots; floats holds 2 * width.
 template <class T, bool BACKWARD>
 inline void row_sums(const Fold<T>& fold, const T* x, const T* dy, int64_t rows, const float* k,
-                     float* floats, double* sum, double* dot) {
+                     bool add, float* floats, double* sum, double* dot) {
     const int64_t width = fold.width, whole = rows / fold.rows;
     const int64_t some = std::max<int64_t>(4, (4 << 10) / (width * (int64_t)sizeof(T)));
     float *s = floats, *d = floats + width;
     std::fill(s, s + 2 * width, 0.0f);
     auto flush = [&] {
-        for (int64_t j = 0; j < width; ++j) sum[j] += s[j];
-        for (int64_t j = 0; j < width; ++j) dot[j] += d[j];
-        std::fill(s, s + 2 * width, 0.0f);
+        if (add) {
+            for (int64_t j = 0; j < width; ++j) sum[j] += s[j];
+            for (int64_t j = 0; j < width; ++j) dot[j] += d[j];
+        } else {
+            std::copy_n(s, width, sum);
+            std::copy_n(d, width, dot);
+            add = true;
+        }
     };
     auto columns = [&](const T* from, const T* with, int64_t n, int64_t j) {  // one block
         Block center = {read<Floats>(k + j), read<Floats>(k + j + WIDTH)};
@@ -131,7 +137,11 @@ inline void row_sums(const Fold<T>& fold, const T* x, const T* dy, int64_t rows,
         int64_t j = 0;
         for (; j + 2 * BLOCK <= width; j += 2 * BLOCK) two(from, with, n, j);
         if (j < width) columns(from, with, n, j);
-        if ((chain += n) >= CHAIN) flush(), chain = 0;
+        if ((chain += n) >= CHAIN) {
+            flush();
+            std::fill(s, s + 2 * width, 0.0f);
+            chain = 0;
+        }
     }
     const int64_t left = (rows - whole * fold.rows) * fold.channels;
     const T *from = x + whole * width, *with = BACKWARD ? dy + whole * width : nullptr;
@@ -230,8 +240,8 @@ template <class T> inline int64_t piece_rows(const Fold<T>& fold, int64_t stream
     return fold.rows * std::max<int64_t>(1, CACHED / bytes);
 }
 
-// Both passes over all groups. sums(g, piece, sum, dot, floats), finish(g, sum, dot, space) once
-// per group, map(g, piece, spread factors) with so many `factors` per channel.
+// Both passes over all groups. sums(g, piece, first, add, few, spread, columns), finish(g, sum, dot,
+// space) once per group, map(g, piece, spread factors) with so many `factors` per channel.
 template <class T, class Sums, class Finish, class Map>
 inline void passes(const Fold<T>& fold, const Cut& cut, int64_t groups, int64_t threads,
                    int64_t bytes, int factors, bool measure, bool apply, Sums sums, Finish finish, Map map) {
@@ -250,10 +260,8 @@ inline void passes(const Fold<T>& fold, const Cut& cut, int64_t groups, int64_t 
             for (int64_t g = groups * member / team.size();
                  g < groups * (member + 1) / team.size(); ++g) {
                 if (measure) {
-                    std::fill(columns.begin(), columns.end(), 0.0);
-                    std::fill(total.begin(), total.end(), 0.0);
                     for (int64_t p = 0; p < pieces; ++p)
-                        sums(g, cut.piece(g, p), p == 0, few, spread, columns.data());
+                        sums(g, cut.piece(g, p), p == 0, p > 0, few, spread, columns.data());
                     fold.gather(columns.data(), sum);
                     fold.gather(columns.data() + width, dot);
                 }
@@ -268,10 +276,8 @@ inline void passes(const Fold<T>& fold, const Cut& cut, int64_t groups, int64_t 
         for (int64_t g = 0; g < groups; ++g) {
             if (measure) {
                 for (int64_t p = from; p < to; ++p) {
-                    std::fill(columns.begin(), columns.end(), 0.0);
-                    sums(g, cut.piece(g, p), p == from, few, spread, columns.data());
+                    sums(g, cut.piece(g, p), p == from, false, few, spread, columns.data());
                     double* part = parts.data() + 2 * channels * p;
-                    std::fill(part, part + 2 * channels, 0.0);
                     fold.gather(columns.data(), part);
                     fold.gather(columns.data() + width, part + channels);
                 }
@@ -306,20 +312,27 @@ template <class T> void forward_last(const Forward& f, const T* x, T* y, int64_t
     auto guess = [&](int64_t g, float* k) {  // the mean of a few rows
         const T* from = x + g * s.group * s.positions * channels;
         const int64_t some = std::min<int64_t>(8, s.sample == 1 ? rows : s.positions);
-        std::fill(k, k + channels, 0.0f);
-        for (int64_t r = 0; r < some; ++r)
-            for (int64_t c = 0; c < channels; ++c) k[c] += value(from[r * channels + c]);
-        for (int64_t c = 0; c < channels; ++c) k[c] /= (float)some;
+        int64_t c = 0;
+        for (; std::is_same_v<T, float> && c + WIDTH <= channels; c += WIDTH) {
+            Floats total{};
+            for (int64_t r = 0; r < some; ++r) total += read<Floats>(from + r * channels + c);
+            write(k + c, total / (float)some);
+        }
+        for (; c < channels; ++c) {
+            k[c] = 0;
+            for (int64_t r = 0; r < some; ++r) k[c] += value(from[r * channels + c]);
+            k[c] /= (float)some;
+        }
     };
     passes(
         fold, cut, s.groups, threads, s.groups * rows * channels * (int64_t)sizeof(T), 3,
         f.measure, f.apply,
-        [&](int64_t g, Piece piece, bool first, float* few, float* spread, double* columns) {
+        [&](int64_t g, Piece piece, bool first, bool add, float* few, float* spread, double* columns) {
             if (first) {
                 guess(g, few);
                 fold.spread(few, spread);
             }
-            row_sums<T, false>(fold, x + piece.start * channels, nullptr, piece.rows, spread,
+            row_sums<T, false>(fold, x + piece.start * channels, nullptr, piece.rows, spread, add,
                                spread + width, columns, columns + width);
         },
         [&](int64_t g, double* sum, double* dot, float* few) {
@@ -373,14 +386,14 @@ void backward_last(const Backward& f, const T* dy, const T* x, T* dx, int64_t th
     passes(
         fold, cut, s.groups, threads, 2 * s.groups * rows * channels * (int64_t)sizeof(T), 4,
         f.measure, f.apply,
-        [&](int64_t g, Piece piece, bool first, float* few, float* spread, double* columns) {
+        [&](int64_t g, Piece piece, bool first, bool add, float* few, float* spread, double* columns) {
             if (first) {
                 centers(f, g, 0, channels, few);
                 fold.spread(few, spread);
             }
             const int64_t at = piece.start * channels;
-            row_sums<T, true>(fold, x + at, dy + at, piece.rows, spread, spread + width, columns,
-                              columns + width);
+            row_sums<T, true>(fold, x + at, dy + at, piece.rows, spread, add, spread + width,
+                              columns, columns + width);
         },
         [&](int64_t g, double* sum, double* dot, float* few) {
             if (f.measure) keep(f, g, 0, channels, sum, dot);

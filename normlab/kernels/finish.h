@@ -44,8 +44,14 @@ struct Backward {
 // Per channel, as the second pass needs it: (x - center) * scale + shift, or with dy
 // dy * scale + (x - center) * slope + shift.
 struct Factors {
-    float *center, *scale, *slope, *shift;
+    float *__restrict center, *__restrict scale, *__restrict slope, *__restrict shift;
 };
+
+inline void move(float k, double share, double& sum, double& square) {
+    const double off = sum * share, rest = square - sum * off;
+    sum = k + off;
+    square = rest < 0 ? 0 : rest;
+}
 
 // Sums of x - k and of its square, over n elements, to mean and sum of squared deviations.
 // `again(c, mean, square)` takes them in double where k was too far from the mean, or where a sum is
@@ -54,16 +60,35 @@ template <class Again>
 inline void moments(int64_t channels, double n, const float* k, double* sum, double* square,
                     Again again) {
     const double share = 1 / n;
-    for (int64_t c = 0; c < channels; ++c) {
-        double off = sum[c] * share, rest = square[c] - sum[c] * off;
-        bool far = off * off * n > 4 * rest && std::fabs(off) > 1e-6 * std::fabs((double)k[c]);
-        if (far || !std::isfinite(square[c])) {
-            again(c, sum[c], square[c]);
-        } else {
-            sum[c] = k[c] + off;
-            square[c] = rest < 0 ? 0 : rest;
-        }
+    auto unsure = [&](int64_t c) -> int64_t {
+        const double off = sum[c] * share, rest = square[c] - sum[c] * off;
+        const int64_t outside = off * off * n > 4 * rest ? -1 : 0;
+        const int64_t apart = std::fabs(off) > 1e-6 * std::fabs((double)k[c]) ? -1 : 0;
+        const int64_t finite = std::fabs(square[c]) < INFINITY ? -1 : 0;
+        return (outside & apart) | ~finite;
+    };
+    // None is, as a rule: then no loop here has a branch, and all run in vectors.
+    int64_t any = 0;
+    for (int64_t c = 0; c < channels; ++c) any |= unsure(c);
+    if (any) {
+        for (int64_t c = 0; c < channels; ++c)
+            if (unsure(c))
+                again(c, sum[c], square[c]);
+            else
+                move(k[c], share, sum[c], square[c]);
+        return;
     }
+    for (int64_t c = 0; c < channels; ++c) move(k[c], share, sum[c], square[c]);
+}
+
+// v(0) + ... + v(n - 1), in as many sums as one register holds.
+template <class V> inline double added(int64_t n, V v) {
+    double sums[8] = {};
+    int64_t i = 0;
+    for (; i + 8 <= n; i += 8)
+        for (int lane = 0; lane < 8; ++lane) sums[lane] += v(i + lane);
+    for (; i < n; ++i) sums[i % 8] += v(i);
+    return ((sums[0] + sums[4]) + (sums[1] + sums[5])) + ((sums[2] + sums[6]) + (sums[3] + sums[7]));
 }
 
 // Mean and sum of squares per channel, n elements each, to mean and variance per span of channels:
@@ -75,36 +100,26 @@ inline void pool(const Forward& f, int64_t g, int64_t first, int64_t channels, d
     double count = n * (double)f.span;
     for (int64_t s = 0; s < spans; ++s) {
         const double *m = mean + s * f.span, *q = square + s * f.span;
-        double centre = 0, total = 0;
-        for (int64_t c = 0; c < f.span; ++c) centre += m[c];
-        centre /= (double)f.span;
-        for (int64_t c = 0; c < f.span; ++c)
-            total += q[c] + n * (m[c] - centre) * (m[c] - centre);
+        const double centre = added(f.span, [=](int64_t c) { return m[c]; }) / (double)f.span;
+        const double total = added(f.span, [=](int64_t c) {
+            return q[c] + n * (m[c] - centre) * (m[c] - centre);
+        });
         f.mean[at + s] = f.span == 1 ? m[0] : centre;
         f.var[at + s] = total / count;
     }
 }
 
-// Where the statistics of channels from `first` on are, and 1 / sqrt(var + eps), taken once per span.
-template <class F> class Known {
-  public:
-    Known(const F& f, int64_t g, int64_t first)
-        : f_(f), from_(g * (f.shape.channels / f.span)), first_(first) {}
+// f(place of the statistics, first channel, end) of each span of the channels from `first` on of
+// group g: counted from `first`. No division per channel, whose sums are as short as a layer norm's.
+template <class F, class Use>
+inline void spans(const F& f, int64_t g, int64_t first, int64_t channels, Use use) {
+    int64_t at = g * (f.shape.channels / f.span) + first / f.span;
+    for (int64_t c = 0; c < channels; c += f.span) use(at++, c, c + f.span);
+}
 
-    int64_t at(int64_t c) const {
-        return from_ + (f_.span == 1 ? first_ + c : (first_ + c) / f_.span);
-    }
-
-    double rstd(int64_t at) {
-        if (at != taken_) rstd_ = 1 / std::sqrt(f_.var[at] + f_.eps), taken_ = at;
-        return rstd_;
-    }
-
-  private:
-    const F& f_;
-    int64_t from_, first_, taken_ = -1;
-    double rstd_ = 0;
-};
+template <class F> inline double rstd(const F& f, int64_t at) {
+    return 1 / std::sqrt(f.var[at] + f.eps);
+}
 
 // As torch.clamp, a NaN stays one.
 inline double clamp(double v, double low, double high) { return v < low ? low : v > high ? high : v; }
@@ -114,69 +129,74 @@ inline void factors(const Forward& f, int64_t g, int64_t first, int64_t channels
     const float* weight = f.weight ? f.weight + row + first : nullptr;
     const float* bias = f.bias ? f.bias + row + first : nullptr;
     const Correction& running = f.towards;
-    Known known(f, g, first);
-    for (int64_t c = 0; c < channels; ++c) {
-        const int64_t at = known.at(c);
-        double mean = f.mean ? f.mean[at] : 0, scale = known.rstd(at), shift = 0;
+    spans(f, g, first, channels, [&](int64_t at, int64_t from, int64_t end) {
+        const double mean = f.mean ? f.mean[at] : 0;
+        double of_span = rstd(f, at), moved = 0;
         if (running.r) {
-            const double sigma = std::sqrt(running.var[first + c] + f.eps);
+            const double sigma = std::sqrt(running.var[first + from] + f.eps);
             const double r = std::sqrt(f.var[at] + f.eps) / sigma;
-            const double d = (mean - running.mean[first + c]) / sigma;
+            const double d = (mean - running.mean[first + from]) / sigma;
             // Rounded, as backward takes them.
-            scale *= running.r[at] = (float)clamp(r, 1 / running.r_limit, running.r_limit);
-            shift = running.d[at] = (float)clamp(d, -running.d_limit, running.d_limit);
+            of_span *= running.r[at] = (float)clamp(r, 1 / running.r_limit, running.r_limit);
+            moved = running.d[at] = (float)clamp(d, -running.d_limit, running.d_limit);
         }
-        if (weight) scale *= weight[c], shift *= weight[c];
-        float center = tame(mean);
-        to.center[c] = center;
-        to.scale[c] = tame(scale);
-        // What rounding took from the mean is not lost.
-        to.shift[c] = tame(shift + (bias ? bias[c] : 0.0) - (mean - center) * scale);
-    }
+        const float center = tame(mean);
+        for (int64_t c = from; c < end; ++c) {
+            const double w = weight ? weight[c] : 1.0;
+            const double scale = of_span * w, shift = moved * w;
+            to.center[c] = center;
+            to.scale[c] = tame(scale);
+            // What rounding took from the mean is not lost.
+            to.shift[c] = tame(shift + (bias ? bias[c] : 0.0) - (mean - center) * scale);
+        }
+    });
 }
 
 // The centers alone, for the first pass of a backward.
 inline void centers(const Backward& f, int64_t g, int64_t first, int64_t channels, float* center) {
-    const Known known(f, g, first);
-    for (int64_t c = 0; c < channels; ++c) center[c] = tame(f.mean[known.at(c)]);
+    spans(f, g, first, channels, [&](int64_t at, int64_t from, int64_t end) {
+        std::fill(center + from, center + end, tame(f.mean[at]));
+    });
 }
 
 // Sums of dy * (x - center) to those of dy * h, and both to the results.
 inline void keep(const Backward& f, int64_t g, int64_t first, int64_t channels, const double* sum,
                  const double* dot) {
     const int64_t row = g * f.shape.channels + first;
-    Known known(f, g, first);
-    for (int64_t c = 0; c < channels; ++c) {
-        const int64_t at = known.at(c);
-        double off = f.mean[at] - (float)f.mean[at];
-        f.sums[row + c] = sum[c];
-        f.dots[row + c] = (dot[c] - off * sum[c]) * known.rstd(at);
-    }
+    double *sums = f.sums + row, *dots = f.dots + row;
+    spans(f, g, first, channels, [&](int64_t at, int64_t from, int64_t end) {
+        const double off = f.mean[at] - (float)f.mean[at], scale = rstd(f, at);
+        for (int64_t c = from; c < end; ++c) {
+            sums[c] = sum[c];
+            dots[c] = (dot[c] - off * sum[c]) * scale;
+        }
+    });
 }
 
 inline void factors(const Backward& f, int64_t g, int64_t first, int64_t channels, Factors to) {
     int64_t own = f.own ? g * f.shape.channels : 0;
     const float* weight = f.weight ? f.weight + own + first : nullptr;
     int64_t row = g * f.shape.channels + first;
-    int64_t known = g * (f.shape.channels / f.span) + first / f.span;
-    for (int64_t s = 0; s < channels / f.span; ++s) {
-        double sum = 0, dot = 0;
-        for (int64_t c = s * f.span; c < (s + 1) * f.span; ++c) {
-            double w = weight ? weight[c] : 1.0;
-            sum += w * f.sums[row + c];
-            dot += w * f.dots[row + c];
-        }
-        double mean = f.mean[known + s], rstd = 1 / std::sqrt(f.var[known + s] + f.eps);
-        float center = tame(mean);
-        double slope = -rstd * rstd * dot / f.count;
-        double shift = -rstd * sum / f.count - slope * (mean - center);
-        for (int64_t c = s * f.span; c < (s + 1) * f.span; ++c) {
+    const double *sums = f.sums + row, *dots = f.dots + row;
+    spans(f, g, first, channels, [&](int64_t at, int64_t from, int64_t end) {
+        auto weighted = [=](const double* values) {
+            return added(end - from, [=](int64_t i) {
+                return (weight ? weight[from + i] : 1.0) * values[from + i];
+            });
+        };
+        const double sum = weighted(sums), dot = weighted(dots);
+        const double mean = f.mean[at], scale = rstd(f, at);
+        const float center = tame(mean);
+        const double slope = -scale * scale * dot / f.count;
+        const double shift = -scale * sum / f.count - slope * (mean - center);
+        const float of_x = tame(slope), constant = tame(shift);
+        for (int64_t c = from; c < end; ++c) {
             to.center[c] = center;
-            to.scale[c] = tame(weight ? weight[c] * rstd : rstd);
-            to.slope[c] = tame(slope);
-            to.shift[c] = tame(shift);
+            to.scale[c] = tame(weight ? weight[c] * scale : scale);
+            to.slope[c] = of_x;
+            to.shift[c] = constant;
         }
-    }
+    });
 }
 
 }  // namespace normlab
