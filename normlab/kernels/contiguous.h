@@ -16,13 +16,18 @@ struct Running {
     Floats sum_a, sum_b, dot_a, dot_b;
 };
 
+// By halves: one after the other, the lanes would wait for each other.
+inline double across(Floats v) {
+    double lanes[WIDTH];
+    for (int lane = 0; lane < WIDTH; ++lane) lanes[lane] = v[lane];
+    for (int half = WIDTH / 2; half; half /= 2)
+        for (int lane = 0; lane < half; ++lane) lanes[lane] += lanes[lane + half];
+    return lanes[0];
+}
+
 inline void flush(Running& r, double& sum, double& dot) {
-    Floats s = r.sum_a + r.sum_b, d = r.dot_a + r.dot_b;
-    double both[2] = {};
-    for (int lane = 0; lane < WIDTH; ++lane) both[0] += s[lane];
-    for (int lane = 0; lane < WIDTH; ++lane) both[1] += d[lane];
-    sum += both[0];
-    dot += both[1];
+    sum += across(r.sum_a + r.sum_b);
+    dot += across(r.dot_a + r.dot_b);
     r = Running{};
 }
 

@@ -83,6 +83,7 @@ inline void moments(int64_t channels, double n, const float* k, double* sum, dou
 
 // v(0) + ... + v(n - 1), in as many sums as one register holds.
 template <class V> inline double added(int64_t n, V v) {
+    if (n == 1) return v(0);
     double sums[8] = {};
     int64_t i = 0;
     for (; i + 8 <= n; i += 8)
