@@ -101,10 +101,18 @@ def resolve(cfg: DictConfig) -> dict[str, Any]:
     """
     with explained():
         given = OmegaConf.to_container(cfg, resolve=True)
-        typed = OmegaConf.merge(OmegaConf.structured(Config), given)
+        typed = OmegaConf.merge(_schema(), given)
         plain = OmegaConf.to_container(typed, resolve=True, throw_on_missing=True)
         assert isinstance(plain, dict)
         return {str(key): value for key, value in plain.items()}
+
+
+@cache
+def _schema() -> DictConfig:
+    """Made once, since that takes as long as half a merge; a merge leaves it as it is."""
+    made = OmegaConf.structured(Config)
+    assert isinstance(made, DictConfig)
+    return made
 
 
 def jobs(overrides: Sequence[str]) -> list[list[str]]:

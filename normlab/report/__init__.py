@@ -4,8 +4,10 @@ Everything is made again from the numbers each time, for all experiments, so tha
 ``results/`` can disagree. Running it twice writes the same bytes.
 """
 
+import os
 from collections.abc import Sequence
-from dataclasses import replace
+from concurrent.futures import ProcessPoolExecutor
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from normlab import experiment as experiments
@@ -39,18 +41,9 @@ def main(names: Sequence[str], *, runs: str, results: str, refresh: bool) -> int
     root = Path(results)
     local = rows_of(run_directories.table(Path(runs)))
     records = {path.parent.name: read(path) for path in sorted(root.glob("*/runs.csv"))}
-    reports: list[ExperimentReport] = []
-    written: dict[str, list[Path]] = {}
-    for name in experiments.names():
-        own, others, taken = records.get(name, []), [], []
-        if not names or name in names:
-            others = [rows for other, rows in records.items() if other != name]
-            taken = local
-        report, paths = report_experiment(
-            experiments.load(name), own, others, taken, root, refresh=refresh
-        )
-        reports.append(report)
-        written[name] = paths
+    made = _each(_Given(frozenset(names), records, local, root, refresh))
+    written = {name: paths for name, (_, paths) in made.items()}
+    reports = [report for report, _ in made.values()]
     reports = judged(reports)
     verdicts = [
         (report.experiment.name, verdict)
@@ -83,6 +76,49 @@ def main(names: Sequence[str], *, runs: str, results: str, refresh: bool) -> int
         print(terminal.experiment(report, written[report.experiment.name]))
     print("\n".join(f"wrote {path}" for path in shared), flush=True)
     return 0
+
+
+@dataclass(frozen=True)
+class _Given:
+    """What the report of any experiment is made from."""
+
+    names: frozenset[str]
+    records: dict[str, list[Row]]
+    local: list[Row]
+    root: Path
+    refresh: bool
+
+    def report(self, name: str) -> tuple[ExperimentReport, list[Path]]:
+        own, others, taken = self.records.get(name, []), [], []
+        if not self.names or name in self.names:
+            others = [rows for other, rows in self.records.items() if other != name]
+            taken = self.local
+        return report_experiment(
+            experiments.load(name), own, others, taken, self.root, refresh=self.refresh
+        )
+
+
+def _each(given: _Given) -> dict[str, tuple[ExperimentReport, list[Path]]]:
+    """Every experiment's report and its files, made side by side: drawing is most of the work."""
+    names = experiments.names()
+    workers = min(os.cpu_count() or 1, len(names))
+    if workers == 1:
+        return {name: given.report(name) for name in names}
+    with ProcessPoolExecutor(workers, initializer=_know, initargs=(given,)) as pool:
+        return dict(zip(names, pool.map(_report, names), strict=True))
+
+
+_given: _Given
+"""Of a process that makes reports."""
+
+
+def _know(given: _Given) -> None:
+    global _given
+    _given = given
+
+
+def _report(name: str) -> tuple[ExperimentReport, list[Path]]:
+    return _given.report(name)
 
 
 def judged(reports: list[ExperimentReport]) -> list[ExperimentReport]:
