@@ -2,12 +2,13 @@
 
 import math
 import statistics
-from collections.abc import Callable, Collection, Iterable, Mapping
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 from normlab import agenda, config
 from normlab.experiment import COLUMN, EPOCH, FIRST, LAST, OVER, Contrast, Experiment, Protocol
+from normlab.report.composed import Cell, remembered
 from normlab.report.gather import Row, by_run
 from normlab.report.statistics import Sample, contrast, paired
 from normlab.runs import FINISHED
@@ -58,18 +59,20 @@ def compose(experiment: Experiment, scale: str) -> Grid:
     A grid that cannot be composed has no points and says why: a report must outlive a broken scale.
     """
     seeds = tuple(experiment.scales[scale].axes.get("seed", ()))
-    points: dict[str, Point] = {}
-    epochs: dict[Point, frozenset[int]] = {}
     cells = first_cells(experiment, scale)
     try:
-        for point, overrides in cells.items():
-            composed = config.compose(overrides)
-            points[config.cell_key(composed)] = point
-            epochs[point] = asked_epochs(composed)
+        found = remembered(f"{experiment.name}-{scale}", cells.values(), _cell)
     except Exception as error:  # whatever Hydra, the schema or the batch plan object to
         reason = (str(error).splitlines() or [type(error).__name__])[0]
         return Grid({}, seeds, f"its cells cannot be composed: {reason}")
+    points = {key: point for point, (key, _) in zip(cells, found, strict=True)}
+    epochs = {point: asked for point, (_, asked) in zip(cells, found, strict=True)}
     return Grid(points, seeds, epochs=epochs)
+
+
+def _cell(overrides: Sequence[str]) -> Cell:
+    composed = config.compose(overrides)
+    return config.cell_key(composed), asked_epochs(composed)
 
 
 def asked_epochs(composed: dict[str, Any]) -> frozenset[int]:

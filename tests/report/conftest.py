@@ -14,6 +14,7 @@ from compositions import composed
 from normlab import experiment as experiments
 from normlab import runs as run_directories
 from normlab.experiment import Experiment
+from normlab.report import composed as remembering
 from normlab.report import figures, gather, grid
 from normlab.report.gather import Row
 from normlab.report.grid import Results
@@ -28,6 +29,13 @@ def cell_key(overrides: list[str]) -> str:
     """A stand-in for the real identity: the overrides but the seed."""
     plain = sorted(o for o in overrides if not o.startswith("seed="))
     return hashlib.sha256(repr(plain).encode()).hexdigest()[:8]
+
+
+@pytest.fixture(autouse=True)
+def nothing_remembered(monkeypatch: pytest.MonkeyPatch, tmp_path_factory: Any) -> None:
+    """No test finds the composed cells of another, or of who runs them."""
+    kept = tmp_path_factory.mktemp("cells")
+    monkeypatch.setattr(remembering, "directory", lambda: kept)
 
 
 @pytest.fixture
