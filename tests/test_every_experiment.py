@@ -13,7 +13,7 @@ from math import lcm
 import pytest
 from compositions import composed
 
-from normlab import agenda, build, config, experiment, perform, worker
+from normlab import agenda, build, config, environment, experiment, perform, worker
 from normlab.checkpoint import Stop
 from normlab.orders import Order
 from normlab.protocols import Protocol
@@ -57,12 +57,16 @@ def shrunk(full):
     """A composed config at the size of a test."""
     small = copy.deepcopy(full)
     order = Order.parse(small["order"])
-    batch = lcm(BATCH, order.group) if order.patterned else BATCH
+    whole = lcm(order.group if order.patterned else 1, len(small["domains"]))
+    batch = lcm(BATCH, whole)
     factor = max(1, small["batch_size"] // batch)
-    small["batch_size"] //= factor
+    small["batch_size"] = batch if factor > 1 else small["batch_size"]
     for key, least in (("nbs", 2), ("micro_batch", 1)):
         if small[key] is not None:
-            small[key] = max(least, small[key] // factor)
+            # In proportion, but of whole patterns and equal parts of the domains.
+            least = lcm(whole, least)
+            most = max(least, small[key] // factor)
+            small[key] = most if factor == 1 else divisor(small["batch_size"], least, most)
     small |= {"world_size": 1, "sync_group_size": None, "device": "cpu", "threads": 1}
     if small["sync_layers"] is not None:
         small["sync_layers"] = "*1"  # some, whatever the network is
@@ -85,17 +89,24 @@ def shrunk(full):
     return small
 
 
+def divisor(number, least, most):
+    """The largest one that is a multiple of `least` and at most `most`."""
+    return max(n for n in range(least, most + 1, least) if number % n == 0)
+
+
 def _within(spec, images):
     """An evaluation, of at most as many images as there are."""
     protocol = Protocol.parse(spec)
-    most = images if protocol.statistics.startswith("precise") else images // 4
-    samples = min(protocol.samples, images) if protocol.samples else None
+    tested = images // 8 if protocol.shift else images // 4  # half of them give statistics
+    most = images if protocol.statistics.startswith("precise") else tested
+    samples = min(protocol.samples, most) if protocol.samples else None
     batch = min(protocol.batch, samples or most) if protocol.batch else None
     return str(replace(protocol, samples=samples, batch=batch))
 
 
-def run(overrides, path):
-    full = composed(*overrides)
+def run(name, scale, overrides, path):
+    asked = experiment.load(name)
+    full = composed(*overrides) | {"evals": asked.evals(scale), "probes": asked.probes(scale)}
     config.check(full)
     if config.is_task(full):
         task = perform.construct(shrunk(full))
@@ -107,6 +118,7 @@ def run(overrides, path):
     before = [p.detach().clone() for p in job.model.parameters()]
     directory = RunDir(path)
     path.mkdir()
+    directory.write_env(environment.describe(job) | {"memory_kept": False})
     status = worker.work(replace(job, data=FirstTwo(job.data), steps=2), directory, Stop())
     assert (status["status"], status["step"]) == ("done", 2 * small["epochs"])
     assert agenda.missing(small, directory) == []
@@ -121,14 +133,14 @@ IN_TURN = [GRIDS[i] for i in range(len(GRIDS)) if (i // 4 + i) % 2 == 0]
 
 @pytest.mark.parametrize(("name", "scale"), IN_TURN, ids=lambda value: value)
 def test_a_cell_of_two_scales_takes_two_steps(name, scale, tmp_path):
-    run(cells(name, scale)[0], tmp_path / "run")
+    run(name, scale, cells(name, scale)[0], tmp_path / "run")
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize(("name", "scale"), GRIDS, ids=lambda value: value)
 def test_every_cell_takes_two_steps(name, scale, tmp_path):
     for number, overrides in enumerate(cells(name, scale)):
-        run(overrides, tmp_path / str(number))
+        run(name, scale, overrides, tmp_path / str(number))
 
 
 @pytest.mark.parametrize("name", experiment.names())

@@ -103,7 +103,7 @@ class LayerRow:
     """The fastest one; nobody: ''."""
     to_peer: Spread | None
     peers: Mapping[str, float] = field(default_factory=dict)
-    """All of them, over BatchNorm2d."""
+    """All of them, over BatchNorm2d, with the digits that the table has."""
     refused: Mapping[str, str] = field(default_factory=dict)
     """Peers that do not take this dtype: what they said."""
     saved: float = 1.0
@@ -298,7 +298,7 @@ def _row(
         ratio=over("ours", "native"),
         peer=fastest,
         to_peer=over("ours", fastest) if fastest else None,
-        peers=medians,
+        peers={name: float(f"{ratio:.4g}") for name, ratio in medians.items()},
         refused=refused,
         saved=saved,
         bar=bar(layer.name, layer.options, format),
