@@ -52,16 +52,15 @@ def run(config: dict[str, Any], named: Collection[str] = OF_THE_PLACE) -> Outcom
     Raises ValueError or OSError before anything is written when the config cannot work, JobError
     when the run itself fails.
     """
-    check(config)
-    check_taken(config, named)
-    if is_task(config):
-        config = config | {"world_size": 1}
     taken_up: RunDir | None = None
     if config["resume"] is not None:
         taken_up = runs.find(config["resume"], Path(config["runs"]))
-        config = continued(taken_up.config(), config, named)
-        if not taken_up.checkpoint.exists():
-            raise ValueError(f"run {taken_up.id} has no checkpoint to go on from")
+        config = _taken_up(taken_up, config, named)
+    else:
+        check(config)
+        check_taken(config, named)
+    if is_task(config):
+        config = config | {"world_size": 1}
     from normlab import allocator
 
     kept = config["allocator"] == "keep" and allocator.keep_freed_memory()
@@ -70,6 +69,16 @@ def run(config: dict[str, Any], named: Collection[str] = OF_THE_PLACE) -> Outcom
             return _run(config, taken_up, memory_kept=kept)
         directory = directory_of(config)
         return committed_outcome(config, directory) or _run(config, directory, memory_kept=kept)
+
+
+def _taken_up(directory: RunDir, asked: dict[str, Any], named: Collection[str]) -> dict[str, Any]:
+    """The config with which a run goes on. Raises ValueError for one that cannot as is asked."""
+    recorded = with_later_keys(directory.config(), directory.path)
+    if not directory.checkpoint.exists():
+        raise ValueError(f"run {directory.id} has no checkpoint to go on from")
+    config = continued(recorded, asked, named)
+    check(config)
+    return config
 
 
 def directory_of(config: dict[str, Any]) -> RunDir:
@@ -271,7 +280,8 @@ def evaluate(run: str, specs: list[str], *, root: str, data_root: str | None = N
         if held := _committed_as(run, Path(root)):
             raise ValueError(held) from None
         raise
-    config = with_later_keys(directory.config()) | {"evals": specs, "probes": []}
+    recorded = with_later_keys(directory.config(), directory.path)
+    config = recorded | {"evals": specs, "probes": []}
     if is_task(config):
         raise ValueError(f"run {directory.id} is of a task and left no network to evaluate")
     config["data_root"] = data_root or config["data_root"]

@@ -108,6 +108,10 @@ def test_another_number_of_ranks_is_refused(monkeypatch):
         worker.main(str(run.path))
     with pytest.raises(ValueError, match=r"it has no config\.yaml"):
         worker.main("elsewhere")
+    Path("foreign").mkdir()
+    Path("foreign/config.yaml").write_text("model: tiny\n")
+    with pytest.raises(ValueError, match=r"foreign is no run: its config\.yaml lacks norm, data"):
+        worker.main("foreign")
     assert contents(run).items() < before.items()
 
 

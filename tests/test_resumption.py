@@ -9,7 +9,7 @@ import pytest
 import torch
 import whole
 
-from normlab import checkpoint, cli, launch
+from normlab import checkpoint, cli, launch, runs
 from normlab.config import ConfigError, check_resume, compose, continued, keys, plan_of
 from normlab.runs import RunDir
 
@@ -129,20 +129,27 @@ def test_what_goes_on_is_the_same_run(ranks, tmp_path, alone, together, fewer):
 RUN = ["scale=demo", "device=cpu", "threads=1", "norm=sync", "batch_size=64", "data.subset=200"]
 
 
-def test_the_directory_is_kept_and_tells_of_its_ranks(tmp_path, monkeypatch, capsys):
-    """One process is stopped in the first epoch; two ranks end the run, in its directory."""
+def look(stop, due=False):
+    """The second look finds that the run was asked to stop."""
+    stop.looks += 1
+    stop.settled = signal.SIGTERM if stop.looks == 2 else None
+    return due or stop.looks == 2
 
-    def look(stop, due=False):
-        stop.looks += 1
-        stop.settled = signal.SIGTERM if stop.looks == 2 else None
-        return due or stop.looks == 2
 
-    config = compose([*RUN, "epochs=2", "evals=[val:ema]", f"runs={tmp_path}"])
-    with monkeypatch.context() as patch:
+def stopped(config):
+    """The directory of a run whose one process is stopped in the first epoch."""
+    with pytest.MonkeyPatch.context() as patch:
         patch.setattr(checkpoint.Stop, "look", look)
         with pytest.raises(SystemExit):
             launch.run(config)
-    (directory,) = tmp_path.glob("tiny-*")
+    (run,) = runs.listed(Path(config["runs"]))
+    return run.path
+
+
+def test_the_directory_is_kept_and_tells_of_its_ranks(tmp_path, capsys):
+    """Two ranks end the run, in its directory."""
+    config = compose([*RUN, "epochs=2", "evals=[val:ema]", f"runs={tmp_path}"])
+    directory = stopped(config)
     line = [f"resume={directory.name[:12]}", "world_size=2", f"runs={tmp_path}"]
     assert cli.main(["train", *line]) == 0
     assert [path.name for path in tmp_path.glob("tiny-*")] == [directory.name]
@@ -159,3 +166,19 @@ def test_the_directory_is_kept_and_tells_of_its_ranks(tmp_path, monkeypatch, cap
     said = capsys.readouterr().err
     assert "lr=0.2: a run that is resumed stays what it was" in said
     assert "no run 'nothing'" in said
+
+
+def test_three_ranks_go_on_with_96_samples_as_one_process_would(tmp_path):
+    """Nothing is asked of the defaults, whose batch three ranks cannot share."""
+    config = compose(
+        ["scale=demo", "device=cpu", "threads=1", "data=synthetic", "data.n=192", "batch_size=96",
+         "norm=ghost", "nbs=16", "epochs=2", "evals=[val:precise]"]
+    )  # fmt: skip
+    directory = stopped(config | {"runs": str(tmp_path / "three")})
+    assert cli.main(["train", f"resume={directory}", "world_size=3"]) == 0
+    alone = launch.run(config | {"runs": str(tmp_path / "alone")})
+    three, one = RunDir(directory), RunDir(alone.path)
+    assert three.env()["world_size"] == 3
+    for ours, theirs in zip(three.evals(), one.evals(), strict=True):
+        assert ours["protocol"] == theirs["protocol"]
+        assert float(ours["loss"]) == pytest.approx(float(theirs["loss"]), rel=1e-4)

@@ -7,7 +7,7 @@ from contextlib import nullcontext
 import pytest
 import torch
 
-from normlab import kernels, lease, ranks, runs, worker
+from normlab import config, kernels, lease, ranks, runs, worker
 from normlab.lease import LeaseLost
 
 SOME = {"world_size": 1, "device": "cpu", "allocator": "system", "stall_timeout": 9.0}
@@ -24,7 +24,7 @@ def run(tmp_path, monkeypatch):
     monkeypatch.setattr(ranks, "ended_by", raised)
     run = runs.RunDir(tmp_path / "run")
     run.path.mkdir()
-    run.write_config(SOME)
+    run.write_config(config.compose([]) | SOME)
     run.write_env({"threads": torch.get_num_threads()})
     return run
 

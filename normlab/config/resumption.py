@@ -4,7 +4,6 @@ from collections.abc import Collection
 from typing import Any
 
 from normlab import batchplan
-from normlab.config.identity import with_later_keys
 from normlab.config.schema import ConfigError, plan_of
 
 OF_THE_PLACE = (
@@ -37,13 +36,12 @@ def continued(
 ) -> dict[str, Any]:
     """The config of a recorded run that goes on where and with as many ranks as is asked.
 
-    Of what may be said beside ``resume``, the keys that are `named` are taken from what is asked;
-    the others stay as they were.
+    recorded: with the later keys. Of what may be said beside ``resume``, the keys that are `named`
+    are taken from what is asked; the others stay as they were.
 
     Raises ConfigError if these cannot form the same batches: the same samples share statistics, in
     the same order, and a layer that would notice gets the same micro-batches.
     """
-    recorded = with_later_keys(recorded)
     config = recorded | {key: asked[key] for key in OF_THE_PLACE if key in named}
     before, size = plan_of(recorded), config["world_size"]
     if size == before.world_size:
