@@ -15,10 +15,12 @@ from typing import TYPE_CHECKING, Any, TypeVar
 from normlab import environment, lease, logs, runs
 from normlab.config import (
     OF_THE_PLACE,
+    ConfigError,
     check,
     check_taken,
     continued,
     is_task,
+    other_statistics,
     run_id,
     with_later_keys,
 )
@@ -72,12 +74,21 @@ def run(config: dict[str, Any], named: Collection[str] = OF_THE_PLACE) -> Outcom
 
 
 def _taken_up(directory: RunDir, asked: dict[str, Any], named: Collection[str]) -> dict[str, Any]:
-    """The config with which a run goes on. Raises ValueError for one that cannot as is asked."""
+    """The config with which a run goes on. Raises ValueError for one that cannot as is asked: not
+    with what it has yet to measure, either."""
+    from normlab import agenda
+
     recorded = with_later_keys(directory.config(), directory.path)
     if not directory.checkpoint.exists():
         raise ValueError(f"run {directory.id} has no checkpoint to go on from")
     config = continued(recorded, asked, named)
     check(config)
+    reading = agenda.reading(config, directory)
+    if reading and (why := other_statistics(recorded, config)):
+        raise ConfigError(
+            f"world_size={config['world_size']}: the run has world_size={recorded['world_size']},"
+            f" and the running statistics that {reading[0][1]} reads would be others: {why}"
+        )
     return config
 
 
@@ -335,10 +346,12 @@ def _record_ranks(directory: RunDir, config: dict[str, Any], recorded: dict[str,
     from normlab import checkpoint
 
     at = checkpoint.load(directory.checkpoint)["position"]
-    before = directory.config()["world_size"]
-    recorded.setdefault("world_sizes", [f"{before} from epoch 1, step 0"])
+    before = with_later_keys(directory.config())
+    recorded.setdefault("world_sizes", [f"{before['world_size']} from epoch 1, step 0"])
     where = f"epoch {at['epoch'] + 1}, step {at['step']}"
     recorded["world_sizes"].append(f"{config['world_size']} from {where}")
+    if why := other_statistics(before, config):
+        recorded.setdefault("other_statistics", why)
     directory.write_config(config)
     directory.write_env(recorded)
 
