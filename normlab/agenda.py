@@ -47,6 +47,14 @@ def missing(config: dict[str, Any], run: RunDir) -> list[Due]:
     return [(epoch, one) for epoch, one in wanted(config) if (str(one), epoch) not in have]
 
 
+def left_to_one_process(config: dict[str, Any], run: RunDir) -> str:
+    """What to say where ranks have ended a run and nobody waits for them to make its probes."""
+    left = {one: None for _, one in missing(config, run) if isinstance(one, str)}
+    if config["launch"] or not left or run.status()["status"] != "done":
+        return ""
+    return f"one process makes the probes ({', '.join(left)}): normlab train resume={run.path}"
+
+
 def lost(config: dict[str, Any], run: RunDir, state: dict[str, Any]) -> list[Due]:
     """What is missing and a run can measure no more, by epoch; state: its checkpoint.
 

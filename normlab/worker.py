@@ -293,6 +293,8 @@ def finish(job: Job, run: RunDir, stop: Stop) -> None:
     if dist.place()[0] == 0:
         run.write_env(run.env() | {"ended": now()})
         run.write_status(status)
+        if told := agenda.left_to_one_process(job.config, run):
+            log.info(told)
 
 
 def now() -> str:
