@@ -47,11 +47,20 @@ def missing(config: dict[str, Any], run: RunDir) -> list[Due]:
     return [(epoch, one) for epoch, one in wanted(config) if (str(one), epoch) not in have]
 
 
+def left_to_one_process(config: dict[str, Any], run: RunDir) -> str:
+    """What to say where ranks have ended a run and nobody waits for them to make its probes."""
+    left = {one: None for _, one in missing(config, run) if isinstance(one, str)}
+    if config["launch"] or not left or run.status()["status"] != "done":
+        return ""
+    return f"one process makes the probes ({', '.join(left)}): normlab train resume={run.path}"
+
+
 def lost(config: dict[str, Any], run: RunDir, state: dict[str, Any]) -> list[Due]:
     """What is missing and a run can measure no more, by epoch; state: its checkpoint.
 
-    It needs weights that were not kept, or an EMA that was not tracked. What the training itself
-    measured needs neither, and the weights of epoch 0 are made of the seed again.
+    It needs weights that were not kept, an EMA that was not tracked, or running statistics that
+    other ranks have moved otherwise. What the training itself measured needs neither, and the
+    weights of epoch 0 are made of the seed again.
     """
     position, tracked = state["position"], tracked_decays(state)
 
@@ -59,11 +68,31 @@ def lost(config: dict[str, Any], run: RunDir, state: dict[str, Any]) -> list[Due
         held = epoch == 0 or (epoch == position["epoch"] and position["step"] == 0)
         return epoch <= position["epoch"] and not held and not run.snapshot(epoch).exists()
 
+    disturbed = _disturbed(config, run)
     return [
         (epoch, one)
         for epoch, one in missing(config, run)
-        if (gone(epoch) and not _trained(one)) or not {_decay(one)} <= {None, *tracked}
+        if (gone(epoch) and not _trained(one))
+        or not {_decay(one)} <= {None, *tracked}
+        or (epoch, one) in disturbed
     ]
+
+
+def reading(config: dict[str, Any], run: RunDir) -> list[Due]:
+    """What is missing and reads running statistics that the training's forwards have moved, by
+    epoch. A probe may; frozen layers have others."""
+    frozen = config["freeze_after"]
+    return [
+        (epoch, one)
+        for epoch, one in missing(config, run)
+        if (isinstance(one, str) or one.statistics == "ema")
+        and 0 < epoch <= (config["epochs"] if frozen is None else frozen)
+    ]
+
+
+def _disturbed(config: dict[str, Any], run: RunDir) -> list[Due]:
+    """What reads running statistics that are not those of the run as it began."""
+    return reading(config, run) if run.env().get("other_statistics") else []
 
 
 def tracked_decays(state: dict[str, Any]) -> list[float]:
@@ -78,8 +107,17 @@ def unobtainable(config: dict[str, Any], run: RunDir, state: dict[str, Any]) -> 
     tracked = tracked_decays(state)
     if not set(config["ema_bank"]) <= set(tracked):
         said.append(f"ema_bank={config['ema_bank']}: run {run.id} has tracked {tracked}")
+    if disturbed := _disturbed(config, run):
+        said.append(
+            f"{disturbed[0][1]}: run {run.id} went on with other ranks, which moved the running"
+            f" statistics otherwise ({run.env()['other_statistics']})"
+        )
     untracked = set(config["ema_bank"]) - set(tracked)
-    without = {epoch for epoch, one in lost(config, run, state) if _decay(one) not in untracked}
+    without = {
+        epoch
+        for epoch, one in lost(config, run, state)
+        if _decay(one) not in untracked and (epoch, one) not in disturbed
+    }
     if without:
         asked = "eval_at" if without <= set(config["eval_at"]) else "eval_last"
         said.append(

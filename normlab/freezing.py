@@ -20,8 +20,8 @@ log = logging.getLogger(__name__)
 
 def parent(config: dict[str, Any], run: RunDir, *, first_needed: int) -> RunDir | None:
     """The run that this one repeats up to the epoch where it freezes; None where it would not be
-    the same: made by other code, by another torch, with another number of threads; and where this
-    run must evaluate an epoch before (first_needed: the first epoch to evaluate).
+    the same: made by other code, by another torch, with another number of threads, or for a while
+    of ranks; and where this run must evaluate an epoch before (first_needed: the first of these).
 
     It need not be there, nor have kept anything.
     """
@@ -34,7 +34,7 @@ def parent(config: dict[str, Any], run: RunDir, *, first_needed: int) -> RunDir 
     )  # fmt: skip
     there = RunDir(found).env()
     same = all(there.get(key) == env[key] for key in ("source", "torch", "threads"))
-    return RunDir(found) if same else None
+    return RunDir(found) if same and "world_sizes" not in there else None
 
 
 def is_frozen(config: dict[str, Any], epoch: int) -> bool:

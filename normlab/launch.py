@@ -15,10 +15,12 @@ from typing import TYPE_CHECKING, Any, TypeVar
 from normlab import environment, lease, logs, runs
 from normlab.config import (
     OF_THE_PLACE,
+    ConfigError,
     check,
     check_taken,
     continued,
     is_task,
+    other_statistics,
     run_id,
     with_later_keys,
 )
@@ -52,16 +54,15 @@ def run(config: dict[str, Any], named: Collection[str] = OF_THE_PLACE) -> Outcom
     Raises ValueError or OSError before anything is written when the config cannot work, JobError
     when the run itself fails.
     """
-    check(config)
-    check_taken(config, named)
-    if is_task(config):
-        config = config | {"world_size": 1}
     taken_up: RunDir | None = None
     if config["resume"] is not None:
         taken_up = runs.find(config["resume"], Path(config["runs"]))
-        config = continued(taken_up.config(), config, named)
-        if not taken_up.checkpoint.exists():
-            raise ValueError(f"run {taken_up.id} has no checkpoint to go on from")
+        config = _taken_up(taken_up, config, named)
+    else:
+        check(config)
+        check_taken(config, named)
+    if is_task(config):
+        config = config | {"world_size": 1}
     from normlab import allocator
 
     kept = config["allocator"] == "keep" and allocator.keep_freed_memory()
@@ -70,6 +71,25 @@ def run(config: dict[str, Any], named: Collection[str] = OF_THE_PLACE) -> Outcom
             return _run(config, taken_up, memory_kept=kept)
         directory = directory_of(config)
         return committed_outcome(config, directory) or _run(config, directory, memory_kept=kept)
+
+
+def _taken_up(directory: RunDir, asked: dict[str, Any], named: Collection[str]) -> dict[str, Any]:
+    """The config with which a run goes on. Raises ValueError for one that cannot as is asked: not
+    with what it has yet to measure, either."""
+    from normlab import agenda
+
+    recorded = with_later_keys(directory.config(), directory.path)
+    if not directory.checkpoint.exists():
+        raise ValueError(f"run {directory.id} has no checkpoint to go on from")
+    config = continued(recorded, asked, named)
+    check(config)
+    reading = agenda.reading(config, directory)
+    if reading and (why := other_statistics(recorded, config)):
+        raise ConfigError(
+            f"world_size={config['world_size']}: the run has world_size={recorded['world_size']},"
+            f" and the running statistics that {reading[0][1]} reads would be others: {why}"
+        )
+    return config
 
 
 def directory_of(config: dict[str, Any]) -> RunDir:
@@ -271,7 +291,8 @@ def evaluate(run: str, specs: list[str], *, root: str, data_root: str | None = N
         if held := _committed_as(run, Path(root)):
             raise ValueError(held) from None
         raise
-    config = with_later_keys(directory.config()) | {"evals": specs, "probes": []}
+    recorded = with_later_keys(directory.config(), directory.path)
+    config = recorded | {"evals": specs, "probes": []}
     if is_task(config):
         raise ValueError(f"run {directory.id} is of a task and left no network to evaluate")
     config["data_root"] = data_root or config["data_root"]
@@ -325,10 +346,12 @@ def _record_ranks(directory: RunDir, config: dict[str, Any], recorded: dict[str,
     from normlab import checkpoint
 
     at = checkpoint.load(directory.checkpoint)["position"]
-    before = directory.config()["world_size"]
-    recorded.setdefault("world_sizes", [f"{before} from epoch 1, step 0"])
+    before = with_later_keys(directory.config())
+    recorded.setdefault("world_sizes", [f"{before['world_size']} from epoch 1, step 0"])
     where = f"epoch {at['epoch'] + 1}, step {at['step']}"
     recorded["world_sizes"].append(f"{config['world_size']} from {where}")
+    if why := other_statistics(before, config):
+        recorded.setdefault("other_statistics", why)
     directory.write_config(config)
     directory.write_env(recorded)
 

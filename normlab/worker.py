@@ -293,6 +293,8 @@ def finish(job: Job, run: RunDir, stop: Stop) -> None:
     if dist.place()[0] == 0:
         run.write_env(run.env() | {"ended": now()})
         run.write_status(status)
+        if told := agenda.left_to_one_process(job.config, run):
+            log.info(told)
 
 
 def now() -> str:
@@ -332,11 +334,10 @@ def main(run_dir: str, *, act: Callable[[Job, RunDir, Stop], None] = finish) -> 
     """One rank of a prepared run, all of which are started alike; or the run's only process.
 
     act: what they do with the run, once they have joined. Raises ValueError, before anything is
-    written, for a directory that holds no prepared run and for another number of ranks than the run
-    has.
+    written, for a directory that holds no prepared run and for another number of ranks than its.
     """
     run = RunDir(Path(run_dir))
-    config = with_later_keys(run.config())
+    config = with_later_keys(run.config(), run.path)
     rank, size = ranks.place()
     if size != config["world_size"]:
         raise ValueError(

@@ -14,7 +14,7 @@ from types import SimpleNamespace
 import torch
 from torch import distributed
 
-from normlab import checkpoint, logs, worker
+from normlab import checkpoint, config, logs, worker
 from normlab.ranks import agent
 from normlab.ranks.failures import RankFailed, one_line
 from normlab.runs import RunDir
@@ -29,8 +29,9 @@ def prepare(where: Path, *, steps: int = LONG, stall_timeout: float = 600.0, wor
     run = RunDir(where / "run")
     run.path.mkdir(parents=True)
     run.write_config(
-        {"world_size": world_size, "device": "cpu", "allocator": "system", "steps": steps,
-         "stall_timeout": stall_timeout, **faults}
+        config.compose([])
+        | {"world_size": world_size, "device": "cpu", "allocator": "system", "steps": steps,
+           "stall_timeout": stall_timeout, **faults}
     )  # fmt: skip
     run.write_env({"torch": torch.__version__, "data_digest": "", "device": "cpu", "threads": 1})
     return run

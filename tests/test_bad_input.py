@@ -184,6 +184,11 @@ CASES = [
     case("run", "eval RUN test:ema --runs elsewhere", "elsewhere"),
     case("run", "eval spoilt test:ema", "checkpoint.pt"),
     case("run", "eval unfinished test:ema", "unfinished", "finished"),
+    case("run", "train resume=nosuchrun", "nosuchrun", "runs"),
+    case("run", "train resume=foreign", "foreign is no run", "lacks norm, model, data, recipe"),
+    case("run", "train resume=foreign world_size=2", "foreign is no run", "lacks"),
+    case("run", "eval foreign val:ema", "foreign is no run", "lacks norm, model, data, recipe"),
+    case("run", "train resume=RUN world_size=0", "world_size=0", "at least 1"),
     case("run", "report --runs nonsense", "--runs", "nonsense", "not a directory"),
     case("run", "show runs --runs nonsense", "--runs", "nonsense", "not a directory"),
     # The weights of its first epoch are gone, and what was not tracked cannot be read.
@@ -261,6 +266,8 @@ def there(
     for copy in ("runs/unfinished", f"spoilt_runs/{run.name}"):
         (tmp_path / copy / "status.json").unlink()
     (tmp_path / "empty").mkdir()
+    (tmp_path / "foreign").mkdir()
+    (tmp_path / "foreign" / "config.yaml").write_text("defaults: [a]\nworld_size: 1\nseed: 0\n")
     (tmp_path / "afile").write_text("not a directory\n")
     (tmp_path / "mine" / "norm").mkdir(parents=True)
     (tmp_path / "mine" / "norm" / "broken.yaml").write_text("name: broken\n  batch: [none\n")

@@ -10,7 +10,7 @@ from oracles import frozen
 from populations import everything, network
 from torch import nn
 
-from normlab import config, launch, worker
+from normlab import config, launch, runs, worker
 from normlab.norms import BatchNorm, BatchRenorm, GhostBatchNorm, normalization
 from normlab.norms.base import population_layers
 from normlab.population import Statistics, freeze
@@ -159,6 +159,14 @@ def test_a_run_that_begins_where_another_was_ends_as_if_it_had_trained_all(monke
     made.clear()
     start("freeze_after=2", "freeze_affine=frozen", "eval_last=4")
     assert len(made) == 4 * per_epoch
+
+
+@pytest.mark.usefixtures("elsewhere")
+def test_no_run_begins_where_other_ranks_have_been():
+    """They have added in another order, and may have moved its running statistics otherwise."""
+    other = runs.RunDir(start("keep_after=2").path)
+    other.write_env(other.env() | {"world_sizes": ["1 from epoch 1, step 0"]})
+    assert "begins where" not in (start("freeze_after=2").path / "log.txt").read_text()
 
 
 @pytest.mark.usefixtures("elsewhere")

@@ -108,6 +108,10 @@ def test_another_number_of_ranks_is_refused(monkeypatch):
         worker.main(str(run.path))
     with pytest.raises(ValueError, match=r"it has no config\.yaml"):
         worker.main("elsewhere")
+    Path("foreign").mkdir()
+    Path("foreign/config.yaml").write_text("model: tiny\n")
+    with pytest.raises(ValueError, match=r"foreign is no run: its config\.yaml lacks norm, data"):
+        worker.main("foreign")
     assert contents(run).items() < before.items()
 
 
@@ -170,9 +174,10 @@ def test_the_failure_of_a_job_crosses_processes():
 
 @pytest.mark.slow
 def test_torchrun_on_two_machines_makes_the_same_run():
-    """Both machines are this one, each with one rank."""
-    normlab("train", *JOB, "runs=here")
-    prepared = launch.run(config.compose([*JOB, "launch=false"]))
+    """Both machines are this one, each with one rank. Its probes it makes as its log says."""
+    job = [*JOB, "probes=[ema_trace]"]
+    normlab("train", *job, "runs=here")
+    prepared = launch.run(config.compose([*job, "launch=false"]))
     line = prepared.command.replace("torchrun", f"{sys.executable} -m {NODES}", 1)
     environment = os.environ | {"NODES": "2", "HOST": "localhost", "OMP_NUM_THREADS": "1"}
     machines = [
@@ -185,6 +190,10 @@ def test_torchrun_on_two_machines_makes_the_same_run():
     run, other = only_run(), runs.RunDir(Path("here") / prepared.id)
     assert run.status()["status"] == "done"
     assert json.loads((run.path / "env.json").read_text())["ended"]
+    (command,) = re.findall(r"ema_trace\): normlab (.*)", run.log.read_text())
+    done = normlab(*command.split())
+    assert done.returncode == 0, done.stderr
+    assert run.probes() == other.probes() != []
     assert identical(run.path, other.path)
 
 

@@ -3,11 +3,12 @@
 import json
 import logging
 from contextlib import nullcontext
+from types import SimpleNamespace
 
 import pytest
 import torch
 
-from normlab import kernels, lease, ranks, runs, worker
+from normlab import config, kernels, lease, ranks, runs, worker
 from normlab.lease import LeaseLost
 
 SOME = {"world_size": 1, "device": "cpu", "allocator": "system", "stall_timeout": 9.0}
@@ -24,7 +25,7 @@ def run(tmp_path, monkeypatch):
     monkeypatch.setattr(ranks, "ended_by", raised)
     run = runs.RunDir(tmp_path / "run")
     run.path.mkdir()
-    run.write_config(SOME)
+    run.write_config(config.compose([]) | SOME)
     run.write_env({"threads": torch.get_num_threads()})
     return run
 
@@ -58,6 +59,20 @@ def test_a_failure_is_recorded_while_the_run_is_held(run, monkeypatch):
         worker.main(str(run.path))
     assert held == [True]
     assert json.loads((run.path / "status.json").read_text())["status"] == "failed"
+
+
+@pytest.mark.parametrize(("launch", "status", "told"), [
+    (False, "done", True), (True, "done", False), (False, "diverged", False),
+])  # fmt: skip
+def test_ranks_that_nobody_waits_for_say_how_their_probes_are_made(
+    run, monkeypatch, caplog, launch, status, told
+):
+    asked = config.compose(["probes=[ema_trace,feature_evolution]"]) | {"launch": launch}
+    monkeypatch.setattr(worker, "work", lambda *_: {"status": status})
+    with caplog.at_level(logging.INFO), run.lock():
+        worker.finish(SimpleNamespace(config=asked), run, None)
+    says = f"the probes (ema_trace, feature_evolution): normlab train resume={run.path}"
+    assert (says in caplog.text) == told
 
 
 @pytest.mark.parametrize("fused", [False, True])

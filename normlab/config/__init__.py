@@ -25,7 +25,13 @@ from normlab.config.identity import (
     training_config,
     with_later_keys,
 )
-from normlab.config.resumption import OF_THE_PLACE, check_resume, continued, keys
+from normlab.config.resumption import (
+    OF_THE_PLACE,
+    check_resume,
+    continued,
+    keys,
+    other_statistics,
+)
 from normlab.config.schema import Config, ConfigError, check, plan_of
 
 __all__ = [
@@ -47,6 +53,7 @@ __all__ = [
     "keys",
     "near",
     "options",
+    "other_statistics",
     "plan_of",
     "register",
     "resolve",

@@ -8,10 +8,11 @@ import copy
 import hashlib
 import json
 from collections.abc import Collection
+from dataclasses import fields
 from typing import Any
 
 from normlab import tasks
-from normlab.config.schema import ConfigError, plan_of
+from normlab.config.schema import Config, ConfigError, plan_of
 
 SCHEMA_VERSION = 1
 """Raised only when old runs shall not be found again."""
@@ -141,12 +142,21 @@ def _without_defaults(kept: dict[str, Any]) -> dict[str, Any]:
     return kept
 
 
-def with_later_keys(config: dict[str, Any]) -> dict[str, Any]:
+def with_later_keys(config: dict[str, Any], where: object = "this") -> dict[str, Any]:
     """A recorded config, completed by the keys that came after it, at their first defaults.
 
     A group's own options are not: other members of the group do not have them, and what has them
     has the default in its signature.
+
+    where: the directory it was read from. Raises ConfigError, which names it, for a mapping that is
+    no run's config: without a key that every run has had.
     """
+    every = [field.name for field in fields(Config) if field.name not in LATER]
+    if lacking := [key for key in every if key not in config]:
+        raise ConfigError(
+            f"{where} is no run: its config.yaml lacks {', '.join(lacking[:4])}"
+            + f" and {len(lacking) - 4} more" * (len(lacking) > 4)
+        )
     completed = copy.deepcopy(config)
     for key, default in LATER.items():
         *path, last = key.split(".")
