@@ -5,8 +5,8 @@ runs. Every job notes what became of it in a scratch directory, because launcher
 hand nothing back; the exit code and the closing lines are made from these notes.
 """
 
-import json
 import os
+import shutil
 import sys
 from collections import Counter
 from collections.abc import Iterator
@@ -15,14 +15,13 @@ from io import StringIO
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from omegaconf import DictConfig
+from omegaconf import DictConfig, OmegaConf
 
 from normlab import config, engines, experiment, plugins
 
 if TYPE_CHECKING:
     from normlab.outcome import Outcome
 
-NOTES = "outcomes.jsonl"
 DRY = "--dry-run"
 TOLD = 8
 """Numbers of a run in its line of a sweep; `normlab train` alone shows all."""
@@ -43,7 +42,7 @@ def train(argv: list[str]) -> int:
     """
     _refuse_torchrun()
     flags, overrides = _split(argv)
-    _parse(flags, overrides)
+    runs = _parse(flags, overrides)
     config.check_resume(overrides)
     config.register(overrides)
     with (
@@ -59,13 +58,13 @@ def train(argv: list[str]) -> int:
             with config.explained():
                 application()
         except KeyboardInterrupt:
-            _close(_notes(scratch))
+            _close(engines.notes(scratch))
             raise
         except Exception as error:  # a job was killed: the engine raises something of its own
             refused = isinstance(error, ValueError | OSError)
             if refused or engines.chosen(overrides) == "basic" or _with_traceback():
                 raise
-            _close(_notes(scratch))
+            _close(engines.notes(scratch))
             kind, reason = type(error).__name__, in_words(error).splitlines()[0]
             print(
                 f"normlab: {engines.chosen(overrides)} gave up ({kind}: {reason})\n"
@@ -73,7 +72,19 @@ def train(argv: list[str]) -> int:
                 file=sys.stderr,
             )
             return 1
-        return _close(_notes(scratch))
+        code = _close(engines.notes(scratch), _jobs(scratch) if runs else 0)
+        if code == 2:  # nothing was written
+            shutil.rmtree(scratch, ignore_errors=True)
+        return code
+
+
+def _jobs(scratch: Path) -> int:
+    """How many jobs there were: Hydra's sweeper records in its directory what it has swept."""
+    if not (record := scratch / "multirun.yaml").exists():
+        return 1
+    swept = OmegaConf.load(record).hydra
+    axes = [f"{key}={values}" for key, values in (swept.sweeper.params or {}).items()]
+    return len(config.combined([*axes, *swept.overrides.task]))
 
 
 def _refuse_torchrun() -> None:
@@ -135,8 +146,10 @@ def task(cfg: DictConfig) -> None:
         elif outcome.lacking:
             note["message"] = outcome.lacking
         print(_line(outcome) if sweeping else _table(outcome), flush=True)
-    with (Path(hydra.sweep.dir) / NOTES).open("a") as file:
-        file.write(json.dumps(note) + "\n")  # one short write, whole beside those of other jobs
+    try:
+        engines.leave(Path(hydra.sweep.dir), hydra.job.num if sweeping else 0, note)
+    except OSError as error:  # the run is what it is, and other jobs go on
+        print(f"normlab: no note of this job: {in_words(error)}", file=sys.stderr)
 
 
 def evaluate(run: str, specs: list[str], *, root: str, data_root: str | None) -> int:
@@ -190,13 +203,11 @@ def _table(outcome: "Outcome") -> str:
     return "\n".join(f"{key:<{width}}  {value}" for key, value in rows)
 
 
-def _notes(scratch: Path) -> list[dict[str, Any]]:
-    path = scratch / NOTES
-    return [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
+def _close(notes: list[dict[str, Any]], jobs: int = 0) -> int:
+    """Print a sweep's summary and what went wrong (at most five lines); returns the exit code.
 
-
-def _close(notes: list[dict[str, Any]]) -> int:
-    """Print a sweep's summary and what went wrong (at most five lines); returns the exit code."""
+    jobs: how many should have left a note.
+    """
     if any(note["sweep"] for note in notes):
         count = Counter(note["status"] for note in notes)
         skipped = sum(note["status"] == "done" and note["skipped"] for note in notes)
@@ -213,12 +224,20 @@ def _close(notes: list[dict[str, Any]]) -> int:
         f"normlab: {message}" + (f" ({times} cells)" if times > 1 else "")
         for message, times in messages.items()
     ]
+    if (lost := jobs - len(notes)) > 0:
+        said.insert(
+            0,
+            f"normlab: {lost} of {jobs} jobs left no note of what became of them: the same command "
+            "resumes what is not finished",
+        )
     if len(said) > 1:  # five lines at most, one for each kind of trouble
         more = f"normlab: and {len(said) - 4} more" if len(said) > 5 else ""
         said = [text.splitlines()[0] for text in said[: 4 if more else 5]] + (
             [more] if more else []
         )
     print("\n".join(said), end="\n" if said else "", file=sys.stderr)
+    if lost > 0:
+        return 1
     statuses = {note["status"] for note in notes}
     if "refused" in statuses or any(note.get("lacking") for note in notes):
         # 2 promises that nothing was written.
@@ -241,19 +260,21 @@ def _split(argv: list[str]) -> tuple[list[str], list[str]]:
     return flags, overrides
 
 
-def _parse(flags: list[str], overrides: list[str]) -> None:
-    """Refuse what Hydra's argument parser would refuse, in one line."""
+def _parse(flags: list[str], overrides: list[str]) -> bool:
+    """Whether Hydra would run anything; what its parser would refuse is refused in one line."""
     from hydra._internal.utils import get_args_parser  # hydra.main has no other way to say it
 
     parser, said = get_args_parser(), StringIO()
     try:
         with redirect_stderr(said):
-            parser.parse_args([*flags, "--", *overrides])
+            given = parser.parse_args([*flags, "--", *overrides])
     except SystemExit:
         message = said.getvalue().rpartition("error: ")[2].strip()
         known = [option for action in parser._actions for option in action.option_strings]
         unknown = message.removeprefix("unrecognized arguments: ").split()[0]
         raise config.ConfigError(message + config.near(unknown, known)) from None
+    shows = (given.help, given.hydra_help, given.cfg, given.shell_completion)
+    return not any(shows) and given.info is None
 
 
 @contextmanager

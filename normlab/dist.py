@@ -26,6 +26,7 @@ __all__ = [
     "home",
     "members",
     "merge",
+    "numbers",
     "place",
     "pool",
     "shuffle",
@@ -181,6 +182,13 @@ def with_gradient(x: Tensor) -> Tensor:
 # -- statistics -----------------------------------------------------------------------------------
 
 
+def numbers(values: Sequence[float], device: torch.device) -> Tensor:
+    """`values` of the CPU on the device, in float64. A GPU gets them from pinned memory, and nobody
+    waits for that."""
+    own = torch.tensor(values, dtype=torch.float64, pin_memory=device.type == "cuda")
+    return own.to(device, non_blocking=True)
+
+
 def stack(values: Tensor, group: ProcessGroup | None = None) -> Tensor:
     """`values` of every rank, (ranks, *values.shape); all must have one shape. No gradients."""
     if place(group)[1] == 1:
@@ -188,22 +196,31 @@ def stack(values: Tensor, group: ProcessGroup | None = None) -> Tensor:
     return torch.stack(_gather(values.detach().contiguous(), group))
 
 
-def pool(means: Tensor, variances: Tensor, counts: Tensor) -> tuple[Tensor, Tensor, float]:
+def pool(
+    means: Tensor, variances: Tensor, counts: Tensor, known: Sequence[float] | None = None
+) -> tuple[Tensor, Tensor, float]:
     """Mean, biased variance and number of all elements, of parts that know theirs.
 
     means and variances (biased) are (parts, ...), counts (parts,); what a part of no elements says
     does not matter. The law of total variance, as Chan et al. (1979) merge: var = (sum n_i v_i +
     sum n_i (m_i - mean)^2) / n. No difference of large squares is ever taken. In float64.
 
+    known: the counts once more, on the CPU; with them nothing waits for what a GPU computes.
+
     Raises ValueError if there is no element at all, or no finite number of them.
     """
     weights = counts.double()
-    total = float(weights.sum())
+    told = weights.cpu() if known is None else torch.tensor(known, dtype=torch.float64)
+    total = float(told.sum())
     if not 0 < total < math.inf:
         raise ValueError(f"there are no statistics of {'no' if total == 0 else total} elements")
-    some = weights > 0
-    weights = (weights[some] / total).view(-1, *[1] * (means.dim() - 1))
-    means, variances = means[some].double(), variances[some].double()
+    some = [part for part, n in enumerate(told.tolist()) if n > 0]
+    if len(some) < len(told):
+        weights, means, variances = (
+            torch.stack([values[part] for part in some]) for values in (weights, means, variances)
+        )
+    weights = (weights / total).view(-1, *[1] * (means.dim() - 1))
+    means, variances = means.double(), variances.double()
     # Around the first part's mean: parts that agree give exactly their mean, whatever the weights.
     mean = means[0] + (weights * (means - means[0])).sum(0)
     inside = variances[0] + (weights * (variances - variances[0])).sum(0)

@@ -55,7 +55,7 @@ _OF_TRAINING = {"model", "norm", "data", "nbs", "batch_size", "epochs", "lr", "d
 
 # What no run executes: changing it cannot change a run's numbers.
 _NOT_RUN = {
-    "report", "bench", "cli.py", "app.py", "show.py", "equiv.py", "experiment",
+    "report", "bench", "cli.py", "app.py", "show.py", "equiv", "experiment",
     "engines.py", "forecast", "runs.py", "lease.py", "plugins.py", "__main__.py", "__init__.py",
 }  # fmt: skip
 

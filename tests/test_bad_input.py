@@ -347,6 +347,8 @@ def test_a_malformed_experiment_is_refused(
         ("train nbs=abc", ("abc", "integer or null")),
         ("train nbs=48 batch_size=128", ("nbs=48", "batch_size=128")),
         ("train -m nbs=3 seed=0,1 hydra/launcher=joblib", ("nbs=3", "batch_size=128", "2 cells")),
+        ("train -m nbs=3 seed=0,1 hydra/launcher=submitit_local", ("nbs=3", "128", "2 cells")),
+        ("train -m nbs=2,x hydra/launcher=submitit_local", ("x", "integer or null")),
     ],
 )
 def test_bad_input_is_refused_by_the_program(

@@ -1,6 +1,7 @@
 """One sweep on each engine: it runs every cell, a failed one stops no other, nothing listens to the
 outside. Ray has an environment of its own, which `make test` makes."""
 
+import errno
 import os
 import secrets
 import signal
@@ -13,7 +14,7 @@ from pathlib import Path
 import listening
 import pytest
 
-from normlab import build, config, engines, launch, runs, worker
+from normlab import build, cli, config, engines, launch, runs, worker
 
 ROOT = Path(__file__).resolve().parent.parent
 RAY = Path(os.environ.get("NORMLAB_RAY", ROOT / ".venv-ray" / "bin" / "python"))
@@ -118,8 +119,59 @@ def test_notes_lie_where_the_jobs_of_other_machines_see_them():
             assert one.parent == other.parent == Path("there/.sweep").resolve()
             assert one != other
     with engines.scratch(["hydra/launcher=ray", "hydra.sweep.dir=here"]) as given:
-        assert given == Path("here")
+        assert given.parent == Path("here").resolve()
     assert not list(Path().iterdir())
+
+
+@pytest.mark.parametrize(
+    ("words", "kept"),
+    [
+        (["hydra/launcher=ray"], False),
+        (["hydra/launcher=submitit_local"], True),
+        (["hydra/launcher=ray", "hydra.sweep.dir=here"], True),
+    ],
+)
+def test_what_jobs_have_not_begun_to_write_to_is_removed(words, kept):
+    """With what was made for it, and nothing that was there."""
+    Path("runs").mkdir()
+    for begun in (False, True):
+        with engines.scratch(words) as place:
+            engines.leave(place, 0, {})
+            if begun:
+                (place / "0").mkdir()
+        assert place.exists() == (begun and kept)
+        assert place.parent.exists() == (begun and kept)
+    assert Path("runs").exists()
+
+
+def test_each_job_has_a_note_of_its_own(tmp_path):
+    """In their order; a job that is run again replaces what it has noted."""
+    for job, status in ((10, "done"), (2, "failed"), (0, "done"), (2, "done")):
+        engines.leave(tmp_path / "notes", job, {"job": job, "status": status})
+    assert len(list((tmp_path / "notes").iterdir())) == 3
+    assert engines.notes(tmp_path / "notes") == [
+        {"job": job, "status": "done"} for job in (0, 2, 10)
+    ]
+    assert engines.notes(tmp_path / "nowhere") == []
+
+
+@pytest.mark.parametrize("axis", ["seed=0,1", "seed=1"])
+def test_a_job_without_a_note_is_said(axis, monkeypatch, capsys):
+    leave = engines.leave
+
+    def full(place, job, note):
+        if job == len(axis.split(",")) - 1:
+            raise OSError(errno.ENOSPC, "No space left on device", str(place))
+        leave(place, job, note)
+
+    monkeypatch.setattr(engines, "leave", full)
+    words = ["-m", axis] if "," in axis else [axis]
+    assert cli.main(["train", *words, *CELL, "epochs=1", "eval_last=1"]) == 1
+    said = capsys.readouterr().err
+    assert "normlab: no note of this job: " in said
+    jobs = len(axis.split(","))
+    assert f"normlab: 1 of {jobs} jobs left no note of what became of them" in said
+    assert len(runs.listed(Path("runs"))) == jobs
 
 
 def test_slurm_is_refused_where_there_is_none(monkeypatch, tmp_path):

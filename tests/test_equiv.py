@@ -1,14 +1,19 @@
 """All ways to form one batch, to 1e-12 in float64 (E21), and a command that can say no."""
 
 import copy
+import os
+import re
+import signal
 from dataclasses import replace
+from multiprocessing import parent_process
 
 import pytest
 import torch
-from torch import nn
+from torch import distributed, nn
 from torch.nn import functional as F
 
 from normlab import cli, equiv
+from normlab.equiv import steps
 from normlab.models.cifar_resnet import build
 from normlab.norms import BatchNorm, GhostBatchNorm
 from normlab.surgery import convert
@@ -45,7 +50,7 @@ def test_a_partial_last_group_weighs_its_samples():
     model = network().double()
     x, y = torch.randn(10, 3, 8, 8).double(), torch.arange(10)
     parts = [range(4), range(4, 8), range(8, 10)]
-    done = equiv._train(copy.deepcopy(model), [(x, y)], parts)[1]
+    done = steps.train(copy.deepcopy(model), [(x, y)], parts)[1]
     logits = torch.cat([model(part) for part in x.split(4)])
     F.cross_entropy(logits, y).backward()
     torch.testing.assert_close(done.outputs, logits)
@@ -58,7 +63,7 @@ def test_what_is_not_finite_is_wrong(value):
     """In any place of any quantity, and where routes have to differ too."""
     fine, broken = ({"a": torch.zeros(2), "b": torch.tensor([b, 0.0])} for b in (0.0, value))
     for ours, theirs in ((fine, broken), (broken, fine), (broken, broken)):
-        whole = equiv.Outcome(torch.zeros(2), fine, fine, fine)
+        whole = steps.Outcome(torch.zeros(2), fine, fine, fine)
         for kind, quantity in (("buffers", None), ("gradients", 1), ("weights", 2)):
             one, other = ({1: replace(whole, **{kind: g})} for g in (ours, theirs))
             if quantity is None:
@@ -91,7 +96,7 @@ def test_a_wrong_route_is_seen(monkeypatch):
         other = {"grouping": "interleaved"} if norm == "ghost" else {}
         return convert(model, norm, **options, **other)
 
-    monkeypatch.setattr(equiv, "convert", wrong)
+    monkeypatch.setattr(steps, "convert", wrong)
     x, y = torch.randn(8, 3, 8, 8), torch.arange(8)
     rows = equiv.compare(network(), x, y, nbs=4, steps=1)
     for row in rows:
@@ -134,8 +139,57 @@ def test_the_command_prints_the_table(capsys):
         ("micro_batch=16", "micro_batch=16: equiv compares micro-batches of one chunk"),
         ("world_size=2", "world_size=2"),
         ("order=4x4", "leave order out"),
+        ("norm.statistics=population", "leave norm.statistics out"),
+        ("norm.update=false", "leave norm.update out"),
+        ("domains=[none,contrast-5]", "equiv compares the routes on images as they are stored"),
+        ("freeze_after=1", "leave freeze_after out"),
+        ("buffers=mean", "buffers=mean: equiv compares what ranks may do with their buffers"),
+        ("precision=bf16", "equiv compares the routes in float64; leave precision out"),
+        ("batch_size=544", "batch_size=544 nbs=16: 34 chunks"),
     ],
 )
 def test_the_command_refuses_in_one_line(argument, said, capsys):
     assert cli.main(["equiv", argument]) == 2
     assert said in capsys.readouterr().err
+
+
+def test_sixteen_processes_are_the_most(capsys, monkeypatch):
+    compared, fine = [], [equiv.Row("", "outputs", 0.0)]
+    monkeypatch.setattr(equiv, "compare", lambda *_, nbs, **__: compared.append(nbs) or fine)
+    assert cli.main(["equiv", "batch_size=64", "nbs=2"]) == 2
+    said = capsys.readouterr().err
+    assert "32 chunks, and equiv starts a process for each, at most 16" in said
+    assert "batch_size=32 or less, or nbs=4 or more" in said
+    for allowed in (["batch_size=32", "nbs=2"], ["batch_size=64", "nbs=4"]):
+        assert cli.main(["equiv", *allowed]) == 0
+    assert compared == [2, 4]
+
+
+class Fails(nn.Linear):
+    """Raises, or is killed, where it runs in a process of its own."""
+
+    def forward(self, x):
+        if parent_process() is None:
+            return super().forward(x)
+        if not self.killed:
+            raise ArithmeticError("a rank\nhas failed")
+        if distributed.get_rank() == 1:
+            os.kill(os.getpid(), signal.SIGKILL)
+        return super().forward(x)
+
+
+@pytest.mark.parametrize(
+    ("killed", "said"),
+    [
+        (False, r"rank [01] of 2: ArithmeticError: a rank$"),
+        (True, "rank 1 of 2: killed by SIGKILL"),
+    ],
+)
+def test_a_rank_that_fails_is_said_in_one_line(killed, said, capfd, monkeypatch):
+    failing = Fails(64, 10)
+    failing.killed = killed
+    model = nn.Sequential(BatchNorm(1), nn.Flatten(), failing)
+    monkeypatch.setattr(equiv.build, "model", lambda *_: model)
+    assert cli.main(["equiv", "batch_size=8", "nbs=4"]) == 1
+    (line,) = capfd.readouterr().err.splitlines()
+    assert re.match("normlab: " + said, line)

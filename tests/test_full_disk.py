@@ -5,7 +5,6 @@ import logging
 import os
 import resource
 import subprocess
-import warnings
 from contextlib import ExitStack, contextmanager, nullcontext, suppress
 from pathlib import Path
 
@@ -78,7 +77,7 @@ def small_disk(where):
     """2 MB at `runs`, for the processes that join the one that is given, as long as it lives.
 
     Any user may mount them where the kernel gives users namespaces of their own. Where it does
-    not, None, with a warning.
+    not, the test is skipped: that a file is full is another test.
     """
     (where / "runs").mkdir()
     mount = 'mount -t tmpfs -o size=2m tmpfs "$0" && echo mounted && exec cat'
@@ -91,11 +90,15 @@ def small_disk(where):
                     [*command, str(where / "runs")], stdin=subprocess.PIPE, stdout=subprocess.PIPE
                 )
             )
-        if holder and holder.stdout.readline():
-            yield holder.pid
-        else:
-            warnings.warn("no disk may be mounted here: the full one is a file", stacklevel=1)
-            yield None
+        if not (holder and holder.stdout.readline()):
+            pytest.skip("needs a mount: no disk may be mounted here")
+        yield holder.pid
+
+
+def test_where_no_disk_may_be_mounted_that_is_no_pass(tmp_path, monkeypatch):
+    monkeypatch.setenv("PATH", str(tmp_path))
+    with pytest.raises(pytest.skip.Exception, match="needs a mount"), small_disk(tmp_path):
+        pass
 
 
 def command_beside(holder, arguments):

@@ -11,9 +11,10 @@ import whole
 from compositions import composed
 from torch import Tensor, distributed, nn
 
-from normlab import build, launch, parallel, ranks, train, worker
+from normlab import build, dist, launch, parallel, ranks, train, worker
 from normlab.config import ConfigError, check, run_id
 from normlab.data.base import upload
+from normlab.norms import SyncBatchNorm
 
 META = torch.device("meta")
 
@@ -24,6 +25,7 @@ NORMS = [
     ["norm=gn", "channels_last=true"],
     ["norm=renorm", "nbs=16"],
 ]
+"""Not sync, which in one process is bn: what its ranks tell each other is waited for, see below."""
 
 
 @pytest.mark.parametrize("overrides", NORMS, ids=" ".join)
@@ -52,6 +54,26 @@ def test_a_step_waits_for_nothing_that_the_gpu_computes(monkeypatch, overrides):
         trainer._row()  # the look that LOOK_EVERY steps are for
 
 
+def test_a_synchronized_layer_waits_once(monkeypatch):
+    """For what the ranks tell each other in its forward: how many elements each of them has."""
+    layer, x = SyncBatchNorm(4).to(META), torch.randn(8, 4, 3, 3, device=META, requires_grad=True)
+    layer._number = 0
+    told = [[0, 1, False, True, True, True, count] for count in (72, 0, 36)]
+    looks = []
+    monkeypatch.setattr(dist, "place", lambda _: (0, len(told)))
+    monkeypatch.setattr(dist, "stack", lambda own, _: torch.stack([own] * len(told)))
+    monkeypatch.setattr(distributed, "all_reduce", lambda *_, **__: looks.append("backward"))
+    tolist = Tensor.tolist
+    monkeypatch.setattr(
+        Tensor, "tolist", lambda x: tolist(x) if x.device != META else looks.append("look") or told
+    )
+    y = layer(x)
+    assert looks == ["look"]
+    y.sum().backward()
+    assert looks == ["look", "backward"]
+    assert x.grad.shape == x.shape
+
+
 class Gpu:
     """In the place of a device: no more than its kind."""
 
@@ -64,6 +86,14 @@ def test_what_a_gpu_gets_is_pinned_and_not_waited_for(monkeypatch):
     monkeypatch.setattr(Tensor, "to", lambda x, _, **options: noted.append(options) or x)
     upload(torch.zeros(3), Gpu())
     assert noted == ["pinned", {"non_blocking": True}]
+
+
+def test_numbers_that_ranks_exchange_are_pinned_too(monkeypatch):
+    noted, one = [], torch.ones(1)
+    monkeypatch.setattr(torch, "tensor", lambda _, **options: noted.append(options) or one)
+    monkeypatch.setattr(Tensor, "to", lambda x, _, **options: noted.append(options) or x)
+    dist.numbers([1, 2], Gpu())
+    assert noted == [{"dtype": torch.float64, "pin_memory": True}, {"non_blocking": True}]
 
 
 def test_batches_in_memory_are_uploaded_by_that(monkeypatch):

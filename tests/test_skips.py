@@ -1,4 +1,4 @@
-"""Under CI a test is skipped for want of a GPU, and for nothing else that a machine may lack."""
+"""Under CI a test is skipped for want of a GPU or the right to mount, and for nothing else."""
 
 import os
 import subprocess
@@ -12,6 +12,8 @@ import pytest
 
 @pytest.mark.skipif(True, reason="needs a GPU")
 def test_gpu(): ...
+
+def test_mount(): pytest.skip("needs a mount: not here")
 
 def test_refused(): pytest.skip("refused: one position")
 
@@ -35,9 +37,9 @@ def test_what_may_be_skipped(tmp_path: Path, environment: dict[str, str], failed
         capture_output=True, text=True,
     )  # fmt: skip
     said = done.stdout
-    assert f"{4 - failed} skipped, 1 xfailed" in said
+    assert f"{5 - failed} skipped, 1 xfailed" in said
     assert done.returncode == (1 if failed else 0)
-    assert ("skipped under CI, where only a GPU may be missing: no compiler" in said) == (
-        failed > 0
-    )
+    assert (
+        "skipped under CI, where only a GPU or a mount may be missing: no compiler" in said
+    ) == (failed > 0)
     assert ("FAILED test_some.py::test_missing" in said) == (failed > 0)

@@ -7,6 +7,7 @@ what may change in a run that goes on. No torch in here.
 
 from normlab.config.composition import (
     chosen_arms,
+    combined,
     compose,
     explained,
     jobs,
@@ -45,6 +46,7 @@ __all__ = [
     "check_resume",
     "check_taken",
     "chosen_arms",
+    "combined",
     "compose",
     "continued",
     "explained",

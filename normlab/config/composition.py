@@ -120,8 +120,6 @@ def jobs(overrides: Sequence[str]) -> list[list[str]]:
 
     What an experiment sweeps is swept unless the overrides say otherwise. Raises ConfigError.
     """
-    from hydra._internal.core_plugins.basic_sweeper import BasicSweeper
-
     name, scale = _chosen(overrides, "experiment"), _chosen(overrides, "scale")
     axes: dict[str, str] = {}
     if name in experiment.files():
@@ -129,8 +127,15 @@ def jobs(overrides: Sequence[str]) -> list[list[str]]:
         axes = node["hydra"]["sweeper"]["params"]
     given = [word for word in overrides if not word.lstrip("+~").startswith("hydra")]
     words = [f"{axis}={values}" for axis, values in axes.items()]
+    return combined([*words, *given])
+
+
+def combined(overrides: Sequence[str]) -> list[list[str]]:
+    """The overrides of each run that Hydra's sweeper makes of these. Raises ConfigError."""
+    from hydra._internal.core_plugins.basic_sweeper import BasicSweeper
+
     with explained():
-        (all_of_them,) = BasicSweeper.split_arguments(_parsed([*words, *given]), None)
+        (all_of_them,) = BasicSweeper.split_arguments(_parsed(overrides), None)
         return [list(job) for job in all_of_them]
 
 

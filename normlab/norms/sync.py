@@ -168,18 +168,20 @@ class SyncBatchNorm(PopulationNorm):
             mean, var = _moments(part)
             head += [learns and x.requires_grad, part.numel() // self.num_features]
             with here.explained("forward"):
-                parts = dist.stack(torch.cat([mean.new_tensor(head), mean, var]), self.group)
+                own = torch.cat([dist.numbers(head, mean.device), mean, var])
+                parts = dist.stack(own, self.group)
         heads, means, variances = parts.split([len(head), *[self.num_features] * 2], dim=1)
-        told = heads.long().tolist()  # at once: each look at what a GPU holds waits for it
+        told = heads.long().tolist()  # the only look at what a GPU holds, and waits for it
         here.compare([[*head[:2], self.num_features] for head in told])
         agree([head[2:5] for head in told], refusal)
-        count = sum(head[6] for head in told)
+        counts = [head[6] for head in told]
+        count = sum(counts)
         if count < 2:
             raise ValueError(
                 f"SyncBatchNorm needs more than one element per channel over its {len(parts)} "
                 f"ranks, which have {count}"
             )
-        mean, var, _ = dist.pool(means, variances, heads[:, 6])
+        mean, var, _ = dist.pool(means, variances, heads[:, 6], counts)
         precision = torch.promote_types(x.dtype, torch.float32)
         statistics = BatchStatistics(mean.to(precision)[None], var.to(precision)[None], count)
         return statistics, any(head[5] for head in told)

@@ -10,28 +10,20 @@ differently. The policies that reproduce each route are shown with it.
 
 import copy
 import math
-import multiprocessing
 import sys
-import tempfile
 import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from datetime import timedelta
-from pathlib import Path
 from typing import Any, Literal
 
 import torch
-import torch.distributed as dist
 from torch import Tensor, nn
-from torch.nn import functional as F
-from torch.nn.parallel import DistributedDataParallel
 
-from normlab import build, config, parallel
-from normlab import dist as ranked
+from normlab import build, config
 from normlab.batchplan import BatchPlan, plan
-from normlab.norms.base import PopulationNorm, population_layers
+from normlab.equiv.steps import RankFailed, Trace, formed, over_ranks, train
+from normlab.norms.base import population_layers
 from normlab.norms.ghost import Population
-from normlab.surgery import convert
 
 __all__ = ["Row", "compare", "main"]
 
@@ -41,39 +33,27 @@ TOLERANCE = 1e-12
 STEPS = 20
 """How many steps of SGD with momentum are taken; step t has the samples turned round by t places.
 
-Rounding grows from step to step, by about the factor that a change of the weights does; with this
-step it stays within the same tolerance.
+Rounding grows from step to step, by about the factor that a change of the weights does; with the
+learning rate of `steps` it stays within the same tolerance.
 """
 
-LR, MOMENTUM = 0.05, 0.9
-
-Batch = tuple[Tensor, Tensor]
-
 _FORMS: dict[str, tuple[object, str]] = {
-    "norm.grouping": (
-        "contiguous",
-        "chunks of consecutive samples, as ranks have them",
-    ),
+    "norm.grouping": ("contiguous", "chunks of consecutive samples, as ranks have them"),
     "norm.population": ("mean", "the population rules with the routes they reproduce, all at once"),
+    "norm.statistics": (None, "layers that normalize with the statistics of their batches"),
+    "norm.update": (None, "layers that keep the statistics of their batches"),
     "micro_batch": (None, "micro-batches of one chunk with a forward of all chunks"),
     "world_size": (1, "as many ranks as there are chunks"),
     "order": ("shuffled", "the routes on samples as they come"),
+    "domains": (["none"], "the routes on images as they are stored"),
+    "freeze_after": (None, "layers that are never frozen"),
+    "buffers": ("average", "what ranks may do with their buffers, all of it at once"),
+    "precision": ("fp32", "the routes in float64"),
 }
-"""What forms a batch in a run and is given here, with what that is."""
+"""What a run may form its batches and statistics by and is given here, with what that is."""
 
-
-@dataclass(frozen=True)
-class Outcome:
-    """What a step computes and leaves behind, on the CPU: outputs, the others by name."""
-
-    outputs: Tensor
-    gradients: dict[str, Tensor]
-    weights: dict[str, Tensor]
-    buffers: dict[str, Tensor]
-
-
-Trace = dict[int, Outcome]
-"""The outcomes of the first and the last step, by how many have been taken."""
+RANKS = 16
+"""How many processes are started at most."""
 
 
 @dataclass(frozen=True)
@@ -96,9 +76,10 @@ def main(overrides: Sequence[str]) -> int:
     """Compare the routes for a run's step; 1 if one is not as stated.
 
     The step has the run's model, conv, init, data, seed, batch_size, nbs, decay, norm.eps and
-    norm.affine; its images are not augmented. The rest of a run (recipe, precision, evaluations)
-    has no part in it. Raises ConfigError and ValueError for what no run could have, for a batch of
-    one chunk, and for other ways to form the batch than those compared.
+    norm.affine; its images are not augmented. The rest of a run (recipe, evaluations) has no part
+    in it; also 1 if a process fails. Raises ConfigError and ValueError for what no run could have,
+    for a batch of one chunk or of more than RANKS, and for other ways to form the batch than those
+    compared.
     """
     given = config.compose(["norm=ghost", "nbs=16", *overrides])
     if given["norm"]["name"] != "ghost":
@@ -110,10 +91,20 @@ def main(overrides: Sequence[str]) -> int:
     nbs, samples = given["nbs"], given["batch_size"]
     if samples == nbs:
         raise ValueError(f"batch_size={samples} nbs={nbs}: one chunk can be formed in one way only")
+    if samples // nbs > RANKS:
+        raise ValueError(
+            f"batch_size={samples} nbs={nbs}: {samples // nbs} chunks, and equiv starts a process "
+            f"for each, at most {RANKS}: batch_size={RANKS * nbs} or less, or nbs="
+            f"{math.ceil(samples / RANKS)} or more"
+        )
     data = build.data(given)
     x, y = next(iter(data.eval_batches("train", batch_size=samples, order=given["seed"])))
     network = build.model(given, data).cpu()
-    rows = compare(network, x, y, nbs=nbs, decay=given["decay"])
+    try:
+        rows = compare(network, x, y, nbs=nbs, decay=given["decay"])
+    except RankFailed as error:
+        print(f"normlab: {error}", file=sys.stderr)
+        return 1
     print(f"{given['model']['name']}, {samples} samples, nbs {nbs}, in float64:")
     width = max(len(row.routes) for row in rows)
     for row in rows:
@@ -145,16 +136,16 @@ def compare(
     x = x.double()
     batches = [(x.roll(-step, 0), y.roll(-step, 0)) for step in range(steps)]
 
-    def alone(formed: nn.Module, size: int = samples) -> Trace:
+    def alone(layers: nn.Module, size: int = samples) -> Trace:
         parts = [range(start, start + size) for start in range(0, samples, size)]
-        return _train(formed, batches, parts)
+        return train(layers, batches, parts)
 
     def ghost(population: Population, size: int = nbs, kept: float = decay) -> Trace:
-        return alone(_formed(network, "ghost", nbs=size, population=population, decay=kept))
+        return alone(formed(network, "ghost", nbs=size, population=population, decay=kept))
 
-    plain = _formed(network, "bn", decay=decay)
+    plain = formed(network, "bn", decay=decay)
     plans = _plans(samples, nbs)
-    over = _over_ranks(plain, batches, plans)
+    over = over_ranks(plain, batches, plans)
     together = {name: _joined(over[name], made) for name, made in plans.items()}
     accumulated = alone(copy.deepcopy(plain), nbs)
     # What ranks form in pairs, one process does in larger chunks, and all together in none.
@@ -219,115 +210,6 @@ def _plans(samples: int, nbs: int) -> dict[str, BatchPlan]:
         halves = plan(samples, samples // 2, sync_group_size=ranks, **sync)
         plans["sync in two micro-batches"] = halves
     return plans
-
-
-def _formed(network: nn.Module, norm: str, **options: Any) -> nn.Module:
-    """A copy in float64 whose layers with population statistics are `norm`s."""
-    return convert(
-        copy.deepcopy(network).double(),
-        norm,
-        only=lambda _, layer: isinstance(layer, PopulationNorm),
-        **options,
-    )
-
-
-def _train(network: nn.Module, batches: list[Batch], parts: list[range]) -> Trace:
-    """Steps of SGD, each on these parts of a batch, one micro-batch after the other.
-
-    The loss of a step is the mean over the parts' samples; gradients of a network over ranks are
-    averaged with the others'. Only the compared layers are in train(): dropout would draw other
-    numbers on every route.
-    """
-    network.eval()
-    for layer in population_layers(network).values():
-        layer.training = True
-    inner = network.module if isinstance(network, DistributedDataParallel) else network
-    optimizer = torch.optim.SGD(network.parameters(), lr=LR, momentum=MOMENTUM)
-    own, trace = sum(len(part) for part in parts), {}
-    for step, (x, y) in enumerate(batches, start=1):
-        optimizer.zero_grad()
-        outputs, inputs = [], []
-        for number, part in enumerate(parts, start=1):
-            places = slice(part.start, part.stop)
-            leaf = x[places].detach().clone().requires_grad_()
-            with parallel.averaging(network, number == len(parts)):
-                logits = network(leaf)
-                (F.cross_entropy(logits, y[places], reduction="sum") / own).backward()
-            outputs.append(logits.detach())
-            inputs.append(leaf.grad)
-        gradients = {k: p.grad.clone() for k, p in inner.named_parameters() if p.grad is not None}
-        gradients["input"] = torch.cat([grad for grad in inputs if grad is not None])
-        optimizer.step()
-        if step in (1, len(batches)):
-            weights = {name: p.detach().clone() for name, p in inner.named_parameters()}
-            trace[step] = Outcome(torch.cat(outputs), gradients, weights, _running(inner))
-    return trace
-
-
-def _running(network: nn.Module) -> dict[str, Tensor]:
-    return {
-        f"{name}.{kind}": buffer.detach().clone()
-        for name, layer in population_layers(network).items()
-        for kind, buffer in (("mean", layer.running_mean), ("var", layer.running_var))
-    }
-
-
-def _over_ranks(
-    network: nn.Module, batches: list[Batch], plans: dict[str, BatchPlan]
-) -> dict[str, list[Trace]]:
-    """What each rank of the plans does: as many processes, joined by gloo."""
-    (count,) = {made.world_size for made in plans.values()}
-    # Processes that import torch one by one take longer than all they compute.
-    context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload([__name__, "torch._dynamo"])  # what optimizers import
-    with tempfile.TemporaryDirectory(prefix="normlab-equiv-") as directory:
-        torch.save((network, batches, plans), Path(directory) / "steps.pt")
-        processes = [
-            context.Process(target=_rank, args=(rank, count, directory)) for rank in range(count)
-        ]
-        try:
-            for process in processes:
-                process.start()
-            for process in processes:
-                process.join()
-        finally:
-            for process in processes:
-                if process.is_alive():
-                    process.kill()
-        if any(process.exitcode for process in processes):
-            raise RuntimeError("a rank of normlab equiv failed; its traceback is above")
-        loaded = [
-            torch.load(Path(directory) / f"{rank}.pt", weights_only=True) for rank in range(count)
-        ]
-    return {
-        name: [
-            {step: Outcome(**outcome) for step, outcome in of_rank[name].items()}
-            for of_rank in loaded
-        ]
-        for name in plans
-    }
-
-
-def _rank(rank: int, count: int, directory: str) -> None:
-    """What one process does: its parts of every batch, as each plan says."""
-    torch.set_num_threads(1)
-    dist.init_process_group(
-        "gloo", init_method=f"file://{directory}/meeting", rank=rank, world_size=count,
-        timeout=timedelta(seconds=60),
-    )  # fmt: skip
-    try:
-        # Written a moment ago by the process that started this one: it holds a module.
-        network, batches, plans = torch.load(Path(directory) / "steps.pt", weights_only=False)
-        done = {}
-        for name, made in plans.items():
-            formed = copy.deepcopy(network)
-            if made.batch == "sync":
-                formed = _formed(network, "sync", group=ranked.subgroup(made.sync_group))
-            trace = _train(parallel.wrapped(formed, torch.device("cpu")), batches, made.parts(rank))
-            done[name] = {step: vars(outcome) for step, outcome in trace.items()}
-        torch.save(done, Path(directory) / f"{rank}.pt")
-    finally:
-        dist.destroy_process_group()
 
 
 def _joined(ranks: list[Trace], made: BatchPlan) -> Trace:
