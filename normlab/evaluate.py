@@ -122,7 +122,8 @@ class Evaluator:
                 stack.enter_context(using(self.model, self._population(protocol, batch, samples)))
             elif has_population and protocol.decay is not None:
                 assert self.bank is not None, "check() has seen to it"
-                stack.enter_context(using(self.model, self.bank.population(protocol.decay)))
+                held = self.bank.population(protocol.decay, corrected=protocol.corrected)
+                stack.enter_context(using(self.model, held))
             stack.enter_context(self._on_population())
             batches = self.data.eval_batches(
                 protocol.split, batch_size=_BLOCK, order=None, share=dist.place(),

@@ -9,7 +9,8 @@ statistics        the normalization layers use
 augmented         (train only) nothing anew: the error of the epoch's own training forward
 batch             the statistics of ``batch`` samples at a time, in the order that seed ``order``
                   draws; the remainder is dropped, and ``n`` records what was counted
-ema               the stored running statistics; with ``decay`` those of the tracked bank
+ema               the stored running statistics; with ``decay`` those of the tracked bank, which
+                  ``corrected:true`` rids of what is left in them of their initial values
 adapted           population statistics pooled over ``samples`` images of the evaluated split's
                   first half that look as ``shift`` says, their labels unread: statistics of the
                   target, where the stored ones are those of the source
@@ -38,7 +39,7 @@ without population statistics (those of a sample alone, and no norm), or with co
 the same in training and at test: every protocol is their plain forward.
 """
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -50,7 +51,7 @@ _ESTIMATED = ("batch", "samples", "order", "shift", "stats")
 _KEYS = {
     "augmented": (),
     "batch": ("batch", "order", "pattern", "shift"),
-    "ema": ("decay", "shift"),
+    "ema": ("decay", "corrected", "shift"),
     "adapted": _ESTIMATED,
     "precise": _ESTIMATED,
     "precise_mean": _ESTIMATED,
@@ -87,6 +88,7 @@ class Protocol:
     samples: int | None = None
     order: int = 0
     decay: float | None = None
+    corrected: bool = False
     pattern: str | None = None
     shift: str | None = None
     stats: str | None = None
@@ -114,8 +116,13 @@ class Protocol:
             if key not in _KEYS[statistics] or key in values:
                 allowed = ", ".join(_KEYS[statistics]) or "none"
                 raise ValueError(f"evals: '{spec}': option '{option}' (allowed, once: {allowed})")
-            read = {"pattern": _pattern, "shift": _domain, "stats": _domain}.get(key)
+            read = _READ.get(key)
             values[key] = read(spec, text) if read else _number(spec, key, text)
+        if "corrected" in values and "decay" not in values:
+            raise ValueError(
+                f"evals: '{spec}': corrected needs /decay:<d>, which ema_bank tracks: the layers' "
+                "own decay, too, has to be one of these"
+            )
         if statistics == "adapted":
             if "shift" not in values:
                 raise ValueError(f"evals: '{spec}': adapted needs /shift:<domain>, the target")
@@ -147,6 +154,7 @@ class Protocol:
             "batch": self.batch,
             "samples": self.samples,
             "decay": self.decay,
+            "corrected": "true" if self.corrected else None,
         }
         if self.order:
             options["order"] = self.order
@@ -177,6 +185,12 @@ def _domain(spec: str, text: str) -> str:
         raise ValueError(f"evals: '{spec}': {error}") from None
 
 
+def _true(spec: str, text: str) -> bool:
+    if text != "true":
+        raise ValueError(f"evals: '{spec}': corrected must be true, or left out, got '{text}'")
+    return True
+
+
 def _number(spec: str, key: str, text: str) -> float | int:
     low, high, allowed = _RANGES[key]
     try:
@@ -186,3 +200,12 @@ def _number(spec: str, key: str, text: str) -> float | int:
     if not low <= value < high:
         raise ValueError(f"evals: '{spec}': {key} must be {allowed}, got {key}:{text}")
     return value
+
+
+_READ: dict[str, Callable[[str, str], Any]] = {
+    "corrected": _true,
+    "pattern": _pattern,
+    "shift": _domain,
+    "stats": _domain,
+}
+"""How the text of an option is read that is no number."""

@@ -72,6 +72,7 @@ def test_all_that_is_offered_passes_the_check() -> None:
         ("evals=[val:emma]", "val:emma"),
         ("evals=[tset:ema]", "train, val, test"),
         ("evals=[val:ema/decay:0.99]", "ema_bank=[0.99]"),
+        ("evals=[val:ema/corrected:true]", "corrected needs /decay:<d>"),
         ("nbs=0", "nbs must be at least 2"),
         ("nbs=-4", "nbs must be at least 2"),
         ("batch_size=99999999999999999999999 nbs=7", "batch_size must be at least 1 and at most"),

@@ -13,6 +13,7 @@ from normlab.data.streams import Stream, generator
 from normlab.evaluate import Evaluator
 from normlab.norms.base import population_layers
 from normlab.orders import Order
+from normlab.population import using
 from normlab.protocols import Protocol
 from normlab.train import Trainer
 
@@ -196,6 +197,17 @@ def test_a_tracked_decay_equal_to_the_layers_own_gives_the_same_evaluation(train
         )
 
 
+def test_a_corrected_average_is_tested_with_as_it_is(trained):
+    """Without what is left of its start, which after so few steps is not nothing."""
+    spec = "val:ema/decay:0.5/corrected:true"
+    row = evaluator(trained).run(Protocol.parse(spec))
+    assert row["protocol"] == spec
+    with using(trained.model, trained.bank.population(0.5, corrected=True)):
+        expected = evaluator(trained).run(Protocol.parse("val:ema"))
+    assert numbers(row) == numbers(expected)
+    assert row["loss"] != evaluator(trained).run(Protocol.parse("val:ema/decay:0.5"))["loss"]
+
+
 @pytest.mark.parametrize(
     "spec",
     [
@@ -205,6 +217,7 @@ def test_a_tracked_decay_equal_to_the_layers_own_gives_the_same_evaluation(train
         "val:precise_mean/batch:2",
         "val:precise_layerwise/samples:64",
         "val:ema/decay:0.5",
+        "val:ema/decay:0.5/corrected:true",
     ],
 )
 def test_evaluating_leaves_no_trace(trained, spec):

@@ -11,6 +11,7 @@ PROTOCOLS = [
     "val:ema", "val:ema/decay:0.5", "val:batch", "val:batch/batch:7", "val:batch/batch:32/order:2",
     "val:batch/pattern:2x4", "train:batch", "val:precise", "val:precise/samples:24/batch:8",
     "val:precise_mean/batch:20", "val:precise_layerwise/samples:48/batch:16", "test:ema",
+    "val:ema/decay:0.5/corrected:true",
 ]  # fmt: skip
 
 

@@ -1,16 +1,25 @@
 """`population.EmaBank`: running averages with further decays."""
 
 import copy
+from itertools import product
 
+import numpy as np
 import pytest
 import torch
-from oracles.population import ema
+from oracles.population import ema, ema_weights
 from populations import assert_statistics, network
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
 from normlab import convert
-from normlab.norms import BatchNorm, GhostBatchNorm, normalization, population_layers
+from normlab.norms import (
+    BatchNorm,
+    GhostBatchNorm,
+    SeparateBatchNorm,
+    domains,
+    normalization,
+    population_layers,
+)
 from normlab.population import EmaBank, estimate
 
 
@@ -148,12 +157,24 @@ class TestEmaBank:
         resumed = EmaBank(second, [0.5, 0.99])
         resumed.load_state_dict(saved["bank"])
         train(second, batches[3:])
-        for decay in (0.5, 0.99):
-            expected, actual = bank.population(decay), resumed.population(decay)
+        for decay, corrected in product((0.5, 0.99), (False, True)):
+            expected = bank.population(decay, corrected=corrected)
+            actual = resumed.population(decay, corrected=corrected)
+            assert list(expected) == ["1", "5"]
             for name in expected:
                 assert torch.equal(actual[name].mean, expected[name].mean)
                 assert torch.equal(actual[name].var, expected[name].var)
                 assert actual[name].count == expected[name].count
+
+    def test_a_state_that_cannot_be_corrected_is_refused(self):
+        """That of a version before averages were corrected."""
+        bank = EmaBank(BatchNorm(3), [0.9])
+        older = bank.state_dict()
+        for values in older["layers"].values():
+            del values["left"], values["initial"]
+        with pytest.raises(ValueError, match=r"older version.*: train the run anew") as said:
+            bank.load_state_dict(older)
+        assert "\n" not in str(said.value)
 
     def test_a_population_is_a_value(self):
         """P43: what was taken for an evaluation does not move on with the training."""
@@ -207,3 +228,129 @@ class TestEmaBank:
         for other in (BatchNorm(4), wider):
             with pytest.raises(ValueError, match="other layers"):
                 bank.load_state_dict(EmaBank(other, [0.9]).state_dict())
+
+
+DECAYS = [0.0, 0.5, 0.9, 0.999]
+"""The layers' own, 0.9, among them."""
+
+
+def started(layer):
+    """In float64, from other statistics than 0 and 1."""
+    layer = layer.double()
+    with torch.no_grad():
+        layer.running_mean.uniform_(2, 3)
+        layer.running_var.uniform_(4, 5)
+    return layer
+
+
+def assert_corrected(bank, name, means, variances):
+    """Against sum_t (1 - d) d^(T - t) b_t / (1 - d^T) of the updates b_1 .. b_T."""
+    for decay in DECAYS:
+        weights = ema_weights(decay, len(means))[1:] / (1 - decay ** len(means))
+        expected = (np.tensordot(weights, values, 1) for values in (means, variances))
+        assert_statistics(bank.population(decay, corrected=True)[name], *expected, rtol=1e-11)
+
+
+class TestCorrected:
+    """Without the initial value, an average holds the batches alone (K5)."""
+
+    def test_closed_form(self):
+        layer = started(BatchNorm(3))
+        bank = EmaBank(layer, DECAYS)
+        x = torch.randn(7, 8, 3, dtype=torch.float64)
+        for batch in x:
+            layer(batch)
+        assert_corrected(bank, "", x.mean(1).numpy(), x.var(1).numpy())
+        last = bank.population(0.0)[""]
+        assert torch.equal(bank.population(0.0, corrected=True)[""].var, last.var)
+
+    def test_closed_form_of_chunks(self):
+        layer = started(GhostBatchNorm(3, nbs=4))
+        bank = EmaBank(layer, DECAYS)
+        x = torch.randn(5, 2, 4, 3, dtype=torch.float64)
+        for batch in x:
+            layer(batch.flatten(0, 1))
+        assert_corrected(bank, "", x.mean((1, 2)).numpy(), x.var(2).mean(1).numpy())
+
+    def test_closed_form_of_domains_that_come_and_go(self):
+        """Each has had updates of its own, and one none at all."""
+        layer = started(SeparateBatchNorm(3, num_domains=3))
+        bank = EmaBank(layer, DECAYS)
+        seen = {0: [], 1: []}
+        for present in ([0], [0, 1], [0], [1], [0, 1], [0]):
+            x = torch.randn(len(present), 4, 3, dtype=torch.float64)
+            with domains(layer, torch.tensor(present).repeat_interleave(4)):
+                layer(x.flatten(0, 1))
+            for domain, part in zip(present, x, strict=True):
+                seen[domain].append(part)
+        assert [len(parts) for parts in seen.values()] == [5, 3]
+        for domain, parts in seen.items():
+            x = torch.stack(parts)
+            assert_corrected(bank, f"[{domain}]", x.mean(1).numpy(), x.var(1).numpy())
+        assert "[2]" not in bank.population(0.5, corrected=True)
+
+    @pytest.mark.parametrize("rule", ["mean", "pooled", "first", "sequential"])
+    def test_by_every_rule_nothing_is_left_of_the_start(self, rule):
+        """Also where an update keeps more of an average than its decay."""
+        layer = GhostBatchNorm(3, nbs=2, population=rule).double()
+        banks = []
+        for _ in range(2):
+            started(layer)
+            banks.append(EmaBank(layer, DECAYS))
+        batches = torch.randn(3, 8, 3, dtype=torch.float64)
+        for x in batches:
+            layer(x)
+        for decay in DECAYS:
+            one, other = (bank.population(decay, corrected=True)[""] for bank in banks)
+            assert_statistics(one, other.mean, other.var, rtol=1e-11)
+        equal = EmaBank(started(layer), [0.9])
+        for _ in range(3):
+            layer(batches[0])
+        mean = equal.population(0.9, corrected=True)[""].mean
+        wanted = batches[0][:2] if rule == "first" else batches[0]
+        if rule != "sequential":  # which weighs the chunks of a batch unequally
+            np.testing.assert_allclose(mean, wanted.mean(0), rtol=1e-11)
+
+    def test_the_layers_own_decay_gives_their_corrected_buffers(self):
+        layer = started(BatchNorm(3))
+        start = layer.running_mean.clone()
+        bank = EmaBank(layer, [0.9])
+        for x in torch.randn(4, 8, 3, dtype=torch.float64):
+            layer(x)
+        expected = (layer.running_mean - 0.9**4 * start) / (1 - 0.9**4)
+        mean = bank.population(0.9, corrected=True)[""].mean
+        torch.testing.assert_close(mean, expected, rtol=1e-12, atol=0)
+
+    def test_a_variance_of_nothing_is_not_below_zero(self):
+        """A channel that is constant: r_T is d^T r_0 up to rounding, on either side."""
+        layer = BatchNorm(99).double()
+        with torch.no_grad():
+            layer.running_var.copy_(torch.arange(1, 100) / 7)
+        bank = EmaBank(layer, [0.9])
+        for _ in range(20):
+            layer(torch.ones(4, 99, dtype=torch.float64))
+        var = bank.population(0.9, corrected=True)[""].var
+        assert 0 <= var.min() <= var.max() < 1e-14
+
+
+def averaged_over_ranks(rank):
+    """The bank of a rank that has had as many updates more as its number says, before and after."""
+    torch.manual_seed(rank)
+    layer = BatchNorm(3).double()
+    with torch.no_grad():
+        layer.running_mean.fill_(5.0)
+    bank = EmaBank(layer, [0.9])
+    for x in torch.randn(1 + rank, 8, 3, dtype=torch.float64):
+        layer(x)
+    own = bank.population(0.9)[""].mean
+    bank.average("mean")
+    return own, bank.population(0.9, corrected=True)[""].mean
+
+
+def test_an_average_over_ranks_is_corrected_by_what_is_left_in_all(ranks):
+    """Ranks that have had different numbers of updates, of different domains say."""
+    found = ranks.run(averaged_over_ranks)
+    left = sum(0.9**updates for updates in (1, 2, 3, 4)) / 4
+    expected = (sum(own for own, _ in found) / 4 - left * 5) / (1 - left)
+    for _, corrected in found:
+        torch.testing.assert_close(corrected, expected, rtol=1e-12, atol=1e-14)

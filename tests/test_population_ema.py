@@ -46,6 +46,9 @@ def test_noise_and_age_are_sums_over_the_weights(decay, steps):
     ages = range(steps - 1, -1, -1)
     age = initial * steps + sum(w * a for w, a in zip(batches, ages, strict=True))
     assert ema_age(decay, steps) == pytest.approx(age, rel=1e-12)
+    of_batches = np.array(batches) / (1 - initial)
+    assert ema_age(decay, steps, corrected=True) == pytest.approx(of_batches @ ages, rel=1e-9)
+    assert ema_age(decay, corrected=True) == ema_age(decay)
     assert ema_noise(decay) == pytest.approx(ema_noise(decay, 10_000), rel=1e-12)
     assert ema_age(decay) == pytest.approx(ema_age(decay, 10_000), rel=1e-12)
 
@@ -90,6 +93,7 @@ def test_iterations_needed_is_the_first_that_is_enough(decay, tolerance):
         (lambda: ema_noise(-0.1), "decay must be in"),
         (lambda: ema_age(float("nan")), "decay must be in"),
         (lambda: ema_weights(0.9, -1), "steps must be at least 0"),
+        (lambda: ema_age(0.9, 0, corrected=True), "at least 1 for a corrected average"),
         (lambda: iterations_needed(0.9, 0), "tolerance must be above 0"),
         (lambda: iterations_needed(0.9, 1.5), "tolerance must be above 0"),
     ],

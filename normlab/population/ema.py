@@ -31,15 +31,21 @@ def ema_noise(decay: float, steps: int | None = None) -> float:
     return (1 - decay) / (1 + decay) * forgotten
 
 
-def ema_age(decay: float, steps: int | None = None) -> float:
+def ema_age(decay: float, steps: int | None = None, *, corrected: bool = False) -> float:
     """Mean age in steps of what the average holds, d (1 - d^T) / (1 - d); the newest batch has 0.
 
     The initial value is as old as the `steps`; None: at the limit of many. A mean that moves by v a
-    step is v times the age ahead of its average. Raises ValueError as `ema_weights` does.
+    step is v times the age ahead of its average. `corrected`: without the initial value
+    (`EmaBank.population`), d / (1 - d) - T d^T / (1 - d^T), at most the (T - 1) / 2 of a plain
+    average. Raises ValueError as `ema_weights` does, and for a corrected average of no steps.
     """
     _check(decay, steps)
-    forgotten = 1.0 if steps is None else 1 - decay**steps
-    return decay / (1 - decay) * forgotten
+    if corrected and steps == 0:
+        raise ValueError("steps must be at least 1 for a corrected average, not 0")
+    left = 0.0 if steps is None else decay**steps
+    if corrected and steps is not None:
+        return decay / (1 - decay) - steps * left / (1 - left)
+    return decay / (1 - decay) * (1 - left)
 
 
 def iterations_needed(decay: float, tolerance: float) -> int:

@@ -12,7 +12,7 @@ from torch.nn import functional as F
 from normlab import probes, worker
 from normlab.norms import BatchNorm, GhostBatchNorm
 from normlab.norms.base import population_layers
-from normlab.probes import ema_trace, feature_evolution
+from normlab.probes import ema_memory, ema_trace, feature_evolution
 
 RUNS = [
     ["norm=bn", "nbs=16"],
@@ -167,6 +167,50 @@ def test_who_has_an_average_to_trace(overrides, says):
         return
     with pytest.raises(ValueError, match=says):
         ema_trace.check(context)
+
+
+# -- ema_memory -----------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("rule", ["mean", "pooled", "first"])
+def test_ema_memory_is_what_a_recursion_by_hand_holds(rule):
+    """One number for the initial value, and one for each of the steps."""
+    measured = ema_memory.measure(context_of("norm=ghost", "nbs=8", f"norm.population={rule}"))
+    for decay, name in ((0.9, "09"), (0.99, "099"), (0.999, "0999")):
+        weights = np.array([1.0])
+        for _ in range(100):
+            weights = np.append(decay * weights, 1 - decay)
+        ages = np.arange(99, -1, -1)
+        age = weights[1:] @ ages / weights[1:].sum()
+        for kind, expected in (("weight", weights[0]), ("age", age)):
+            assert measured[f"{kind}_{name}"] == pytest.approx(expected, rel=1e-11), kind
+            assert measured[f"{kind}_closed_{name}"] == pytest.approx(expected, rel=1e-11), kind
+        assert abs(measured[f"rest_{name}"]) < 1e-11
+
+
+def test_ema_memory_notices_a_bank_that_is_wrong(monkeypatch):
+    """It measures the bank, not the formula: here one of whose averages is a step late."""
+    late = BatchNorm.ema_step
+
+    def step(self, mean, var, batch, decay):
+        if self.num_batches_tracked > 1:
+            late(self, mean, var, batch, decay)
+
+    context = context_of("norm=bn", "nbs=16")
+    context.model.apply(lambda m: isinstance(m, BatchNorm) and m.num_batches_tracked.zero_())
+    monkeypatch.setattr(BatchNorm, "ema_step", step)
+    measured = ema_memory.measure(context)
+    assert measured["weight_09"] == pytest.approx(0.9**99)
+    assert measured["age_099"] < measured["age_closed_099"] - 0.1
+
+
+def test_who_has_a_memory_that_the_decay_says():
+    for norm, says in (
+        (["norm=gn"], "needs a norm with population statistics that move"),
+        (["norm=ghost", "nbs=8", "norm.population=sequential"], "sequential keeps more of"),
+    ):
+        with pytest.raises(ValueError, match=says):
+            ema_memory.check(context_of(*norm, epochs=0))
 
 
 # -- feature_evolution ----------------------------------------------------------------------------
