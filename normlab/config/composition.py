@@ -108,11 +108,9 @@ def resolve(cfg: DictConfig) -> dict[str, Any]:
 
 
 @cache
-def _schema() -> DictConfig:
+def _schema() -> Any:
     """Made once, since that takes as long as half a merge; a merge leaves it as it is."""
-    made = OmegaConf.structured(Config)
-    assert isinstance(made, DictConfig)
-    return made
+    return OmegaConf.structured(Config)
 
 
 def jobs(overrides: Sequence[str]) -> list[list[str]]:
