@@ -18,7 +18,7 @@ from normlab.report.gather import Row, by_run, csv_text, merge, read, rows_of, u
 from normlab.report.grid import Grid, compose, results, sort_key
 from normlab.report.page import ExperimentReport, ScaleReport, page
 from normlab.report.verdicts import check, judge_all
-from normlab.runs import COLUMNS
+from normlab.runs import COLUMNS, FINISHED
 
 __all__ = ["main"]
 
@@ -158,7 +158,15 @@ def report_experiment(
     def mine(rows: list[Row]) -> list[Row]:
         return [row for row in rows if any(row in grid for grid in grids.values())]
 
-    rows, again = merge(unite(own, map(mine, others)), mine(local), refresh=refresh)
+    here = mine(local)
+    # Another experiment's record may hold the same runs with less than this one asks of them: a
+    # further execution that has all of it goes before that.
+    whole = [
+        run for key, run in by_run(here).items()
+        if key not in by_run(own) and _is_whole(experiment, grids, run)
+    ]  # fmt: skip
+    first = [*own, *(row for run in whole for row in run)]
+    rows, again = merge(unite(first, map(mine, others)), here, refresh=refresh)
     rows = sorted(rows, key=sort_key(grids))
     written = [write(folder / "runs.csv", csv_text(rows, COLUMNS))] if rows else []
 
@@ -172,6 +180,13 @@ def report_experiment(
         if row["scale"] not in broken and not any(row in grid for grid in grids.values())
     ]  # fmt: skip
     return ExperimentReport(experiment, scales, again, len(by_run(orphans))), written
+
+
+def _is_whole(experiment: Experiment, grids: dict[str, Grid], run: list[Row]) -> bool:
+    """Whether a run has ended with all that the experiment asks of it."""
+    scale = next(name for name, grid in grids.items() if run[0] in grid)
+    found = results(experiment, scale, grids[scale], run)
+    return run[0]["status"] in FINISHED and not found.lacking
 
 
 def report_scale(

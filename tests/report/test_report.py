@@ -237,6 +237,32 @@ def test_what_another_experiment_recorded_is_reported_and_not_asked_for(
 
 
 @pytest.mark.usefixtures("no_figures")
+@pytest.mark.parametrize("whole", [True, False])
+def test_an_execution_with_all_that_is_asked_goes_before_anothers_record(
+    make_run, tmp_path: Path, monkeypatch, whole
+):
+    """The same run, executed twice with other numbers: the record of "small" lacks an evaluation
+    that "twin" asks for, and its evaluations are never mixed with those of the local run."""
+    small = HERE / "fixture" / "small.yaml"
+    monkeypatch.setattr(experiments, "files", lambda: {"small": small, "twin": small})
+    results = tmp_path / "results"
+    (results / "small").mkdir(parents=True)
+    recorded = make_run("desk", 2, 100, {"train_batch": 30.0, "test_batch": 41.0})
+    (results / "small" / "runs.csv").write_text(gather.csv_text(recorded, COLUMNS))
+    errors = {"train_batch": 31.0, "test_batch": 42.0, "test_precise": 40.0}
+    if not whole:
+        del errors["test_batch"]
+    rows = make_run("desk", 2, 100, errors, started="later")
+    local_run(tmp_path / "runs", rows[0], rows)
+    report.main(["twin"], runs=str(tmp_path / "runs"), results=str(results), refresh=False)
+    taken = gather.read(results / "twin" / "runs.csv")
+    expected = errors if whole else {"train_batch": 30.0, "test_batch": 41.0}
+    assert sorted(float(row["error"]) for row in taken) == sorted(expected.values())
+    kept = gather.read(results / "small" / "runs.csv")
+    assert sorted(map(repr, kept)) == sorted(map(repr, recorded))
+
+
+@pytest.mark.usefixtures("no_figures")
 def test_shared_runs_enter_only_the_reports_that_were_asked_for(
     make_run, tmp_path: Path, monkeypatch
 ):
