@@ -159,13 +159,15 @@ def report_experiment(
         return [row for row in rows if any(row in grid for grid in grids.values())]
 
     here = mine(local)
-    # Another experiment's record may hold the same runs with less than this one asks of them: a
-    # further execution that has all of it goes before that.
-    whole = [
-        run for key, run in by_run(here).items()
-        if key not in by_run(own) and _is_whole(experiment, grids, run)
-    ]  # fmt: skip
-    first = [*own, *(row for run in whole for row in run)]
+    # A record may hold a run with less than this experiment asks of it, since experiments share
+    # runs: a further execution that has all of it takes its place.
+    recorded = by_run(own)
+    whole = {
+        key: run for key, run in by_run(here).items()
+        if _is_whole(experiment, grids, run)
+        and not (key in recorded and _is_whole(experiment, grids, recorded[key]))
+    }  # fmt: skip
+    first = [row for run in {**recorded, **whole}.values() for row in run]
     rows, again = merge(unite(first, map(mine, others)), here, refresh=refresh)
     rows = sorted(rows, key=sort_key(grids))
     written = [write(folder / "runs.csv", csv_text(rows, COLUMNS))] if rows else []
@@ -184,7 +186,9 @@ def report_experiment(
 
 def _is_whole(experiment: Experiment, grids: dict[str, Grid], run: list[Row]) -> bool:
     """Whether a run has ended with all that the experiment asks of it."""
-    scale = next(name for name, grid in grids.items() if run[0] in grid)
+    scale = next((name for name, grid in grids.items() if run[0] in grid), None)
+    if scale is None:
+        return False
     found = results(experiment, scale, grids[scale], run)
     return run[0]["status"] in FINISHED and not found.lacking
 

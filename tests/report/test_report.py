@@ -238,8 +238,9 @@ def test_what_another_experiment_recorded_is_reported_and_not_asked_for(
 
 @pytest.mark.usefixtures("no_figures")
 @pytest.mark.parametrize("whole", [True, False])
-def test_an_execution_with_all_that_is_asked_goes_before_anothers_record(
-    make_run, tmp_path: Path, monkeypatch, whole
+@pytest.mark.parametrize("shared_before", [True, False])
+def test_an_execution_with_all_that_is_asked_goes_before_a_record_with_less(
+    make_run, tmp_path: Path, monkeypatch, whole, shared_before
 ):
     """The same run, executed twice with other numbers: the record of "small" lacks an evaluation
     that "twin" asks for, and its evaluations are never mixed with those of the local run."""
@@ -249,6 +250,9 @@ def test_an_execution_with_all_that_is_asked_goes_before_anothers_record(
     (results / "small").mkdir(parents=True)
     recorded = make_run("desk", 2, 100, {"train_batch": 30.0, "test_batch": 41.0})
     (results / "small" / "runs.csv").write_text(gather.csv_text(recorded, COLUMNS))
+    if shared_before:
+        report.main(["twin"], runs="none", results=str(results), refresh=False)
+        assert gather.read(results / "twin" / "runs.csv")
     errors = {"train_batch": 31.0, "test_batch": 42.0, "test_precise": 40.0}
     if not whole:
         del errors["test_batch"]
