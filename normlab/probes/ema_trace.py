@@ -9,9 +9,9 @@ Of each population norm l and channel c, with batch means b_1 .. b_100, populati
 z = median over l and c of |e - p| / std(b); `z_corrected` the same with e / (1 - w), where w is the
 weight that the layer's rule leaves to the initial value, 0, after as many steps: what is left is
 lag, without the bias of a short average. `log2_z` and `log2_z_corrected` are their logarithms, 0
-where the running average is as far off as a mini-batch's mean (nan where it is not off). And for `first` and `last`, channel 0 of the first and of
-the last norm, in the units of the activations: `ema`, `population`, `batch_p05`, `batch_p50` and
-`batch_p95` (percentiles of the batch means).
+where the running average is as far off as a mini-batch's mean (nan where it is not off). And for
+`first` and `last`, channel 0 of the first and of the last norm, in the units of the activations:
+`ema`, `population`, `batch_p05`, `batch_p50` and `batch_p95` (percentiles of the batch means).
 
 The batches are independent draws whatever the order of training, and the network is in eval mode
 but for its statistics: no dropout. Before the first step (epoch 0) nothing can be corrected, and
