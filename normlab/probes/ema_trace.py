@@ -62,7 +62,7 @@ def measure(context: Context) -> dict[str, float]:
     means = [torch.stack([p[name].mean for p in populations]) for name in _names(layers)]
     running = [_running(layer) for layer in layers.values()]
     corrected = [_corrected(layer, context) for layer in layers.values()]
-    measured = {}
+    measured: dict[str, float] = {}
     for quantity, averages in (("z", running), ("z_corrected", corrected)):
         misses = map(_misses, averages, means)
         z = float(torch.cat([*misses]).quantile(0.5))
