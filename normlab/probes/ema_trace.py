@@ -8,9 +8,10 @@ seen in the unit of one batch's noise.
 Of each population norm l and channel c, with batch means b_1 .. b_100, population mean p and EMA e:
 z = median over l and c of |e - p| / std(b); `z_corrected` the same with e / (1 - w), where w is the
 weight that the layer's rule leaves to the initial value, 0, after as many steps: what is left is
-lag, without the bias of a short average. And for `first` and `last`, channel 0 of the first and of
-the last norm, in the units of the activations: `ema`, `population`, `batch_p05`, `batch_p50` and
-`batch_p95` (percentiles of the batch means).
+lag, without the bias of a short average. `log2_z` and `log2_z_corrected` are their logarithms, 0
+where the running average is as far off as a mini-batch's mean (nan where it is not off). And for
+`first` and `last`, channel 0 of the first and of the last norm, in the units of the activations:
+`ema`, `population`, `batch_p05`, `batch_p50` and `batch_p95` (percentiles of the batch means).
 
 The batches are independent draws whatever the order of training, and the network is in eval mode
 but for its statistics: no dropout. Before the first step (epoch 0) nothing can be corrected, and
@@ -21,6 +22,7 @@ Source: Wu & Johnson (2021), section 3 and figure 2.
 
 from collections.abc import Iterator
 from itertools import count
+from math import log2, nan
 
 import torch
 from torch import Tensor
@@ -60,10 +62,11 @@ def measure(context: Context) -> dict[str, float]:
     means = [torch.stack([p[name].mean for p in populations]) for name in _names(layers)]
     running = [_running(layer) for layer in layers.values()]
     corrected = [_corrected(layer, context) for layer in layers.values()]
-    measured = {}
+    measured: dict[str, float] = {}
     for quantity, averages in (("z", running), ("z_corrected", corrected)):
         misses = map(_misses, averages, means)
-        measured[quantity] = float(torch.cat([*misses]).quantile(0.5))
+        z = float(torch.cat([*misses]).quantile(0.5))
+        measured |= {quantity: z, f"log2_{quantity}": log2(z) if z > 0 else nan}
     for place, layer in (("first", 0), ("last", -1)):
         batch = means[layer][:, 0]
         measured[f"{place}_ema"] = float(running[layer][0])

@@ -89,7 +89,8 @@ def run(
         order: batch norm before or after it.
         affine: whether batch norm has gamma and beta.
         dropout: share of the last layer's inputs that is dropped in training.
-        lrn: local response norm in the other network, where batch norm is in the first.
+        lrn: local response norm in the other network, where batch norm is in the first; with k = 1,
+            since k = 2 would multiply what passes by 2^-0.75 in every layer, whatever it is.
         shuffle: false: every epoch has the same batches.
         distort: brightness and contrast of every training image are changed by up to that share of
             the images' standard deviation.
@@ -193,7 +194,7 @@ def build(design: Design, norm: bool, data: Dataset) -> nn.Module:
             layers += [conv, *([layer, activation] if before else [activation, layer])]
         else:
             layers += [conv, activation]
-            layers += [LocalResponseNorm(design.width)] if design.lrn else []
+            layers += [LocalResponseNorm(design.width, k=1.0)] if design.lrn else []
         channels = design.width
     layers += [nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Dropout(design.dropout)]
     return nn.Sequential(*layers, nn.Linear(channels, data.num_classes))

@@ -121,7 +121,9 @@ def test_ema_trace_is_what_its_description_says():
     means = np.array(means)  # batches, layers, channels
     running = np.array([[0.4, -0.3], [0.7, 0.1]])
     z = np.abs(running - means.mean(0)) / means.std(0, ddof=1)
-    wanted = {"z": np.median(z), "first_ema": 0.4, "last_ema": 0.7}
+    median = np.median(z)
+    wanted = {"z": median, "log2_z": np.log2(median), "first_ema": 0.4, "last_ema": 0.7}
+    assert measured["log2_z_corrected"] == pytest.approx(np.log2(measured["z_corrected"]))
     for place, layer in (("first", 0), ("last", 1)):
         wanted[f"{place}_population"] = means[:, layer, 0].mean()
         for percent in (5, 50, 95):

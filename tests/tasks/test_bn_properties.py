@@ -58,6 +58,8 @@ def test_without_the_norm_there_may_be_another(images):
     assert not any(isinstance(layer, BatchNorm) for layer in [*plain, *lrn])
     assert [type(layer).__name__ for layer in lrn].count("LocalResponseNorm") == 2
     assert len(lrn) == len(plain) + 2
+    small = torch.full((1, 3, 2, 2), 1e-3)
+    assert torch.allclose(lrn[2](small), small), "it takes nothing from what is small"
     for wide, narrow in zip(
         bn_properties.build(Design(**{**vars(PLAIN), "init": 100.0}), False, images),
         plain,
