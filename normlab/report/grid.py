@@ -184,21 +184,23 @@ class Results:
         """A claim's or a fact's contrast by seed.
 
         Raises ValueError when a term names no single point of the grid.
-
-        A term names the point that stands exactly there, or else the only one that does so on the
-        axes it mentions.
         """
-        terms = []
-        for factor, protocol, named in wanted.terms:
-            cell = {axis: value for axis, value in named.items() if axis != EPOCH}
-            epoch = [(EPOCH, named[EPOCH])] if EPOCH in named else []
-            matches = [p for p in self.points if cell == dict(p)] or [
-                p for p in self.points if cell.items() <= dict(p).items()
-            ]
-            if len(matches) != 1:
-                raise ValueError(f"{cell} names {len(matches)} cells of this scale's grid, not one")
-            terms.append((factor, self.numbers((*matches[0], *epoch), protocol)))
-        return paired(terms)
+        return paired([(f, self.numbers(self.place(at), p)) for f, p, at in wanted.terms])
+
+    def place(self, named: Mapping[str, Any]) -> Point:
+        """The point that a term of a contrast names, with its epoch if it names one: the one that
+        stands exactly there, or else the only one that does so on the axes it mentions.
+
+        Raises ValueError when there is no single one.
+        """
+        cell = {axis: value for axis, value in named.items() if axis != EPOCH}
+        epoch = [(EPOCH, named[EPOCH])] if EPOCH in named else []
+        matches = [p for p in self.points if cell == dict(p)] or [
+            p for p in self.points if cell.items() <= dict(p).items()
+        ]
+        if len(matches) != 1:
+            raise ValueError(f"{cell} names {len(matches)} cells of this scale's grid, not one")
+        return (*matches[0], *epoch)
 
 
 def without_epoch(point: Point) -> Point:

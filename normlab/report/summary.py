@@ -105,6 +105,13 @@ def effect(line: Line) -> str:
     return tables.with_unit(f"{mean} [{low}, {high}]", unit)
 
 
+def published(line: Line) -> str:
+    """The paper's effect in our sign, with its unit."""
+    unit = line["unit"]
+    value = tables.number(float(line["published"] or "nan"), sign=True, unit=unit)
+    return tables.with_unit(value, unit)
+
+
 def readme(lines: list[Line], results: str) -> str:
     """The README's block: counts by scale and experiment, and the primary claims.
 
@@ -121,7 +128,7 @@ def readme(lines: list[Line], results: str) -> str:
     claims = [
         [
             f"`{line['experiment']}`: `{line['claim']}`", line["scale"], effect(line),
-            line["paper"], line["verdict"],
+            published(line), line["paper"], line["verdict"],
         ]
         for line in quoted(line for line in lines if line["label"] == "primary")
     ]  # fmt: skip
@@ -138,7 +145,9 @@ def readme(lines: list[Line], results: str) -> str:
         f"<details><summary>The {len(claims)} primary claims with enough seeds, each at its "
         "largest scale (points unless a unit is given)</summary>",
         "",
-        *tables.grid_lines(["claim", "scale", "ours", "paper", "verdict"], claims),
+        *tables.grid_lines(
+            ["claim", "scale", "ours", tables.PAPERS_EFFECT, tables.PAPERS_WORDS, "verdict"], claims
+        ),
         "",
         "</details>",
     ])  # fmt: skip

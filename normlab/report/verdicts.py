@@ -5,6 +5,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 
 from normlab.experiment import Claim, Fact
+from normlab.report import papers
 from normlab.report.grid import Results
 from normlab.report.statistics import Sample, holm
 
@@ -28,6 +29,8 @@ class Judged:
 
     label: str
     sample: Sample
+    published: float
+    """The same contrast of a source's numbers; nan without them."""
     verdict: str
     p_for: float
     p_against: float
@@ -52,6 +55,9 @@ class Verdict:
     p_holm: float
     notes: tuple[str, ...]
     contrasts: tuple[Judged, ...]
+    published: float = math.nan
+    """The paper's effect: the deciding contrast of the numbers that one source printed, in the same
+    sign and unit as `effect`; nan if none printed all of its terms."""
 
     @property
     def followup(self) -> str:
@@ -113,11 +119,12 @@ def judge(claim: Claim, results: Results) -> Verdict:
         axes = results.experiment.scales[results.scale].places
         wanted = claim.contrasts(axes)
         samples = [Sample.of(results.contrast(one).values()) for one in wanted]
+        theirs = [papers.effect(results, one) for one in wanted]
     except ValueError as error:
         return _empty(claim, results.scale, (str(error),), ())
     contrasts = tuple(
-        Judged(one.label, sample, *_KINDS[claim.kind](sample, claim.margin))
-        for one, sample in zip(wanted, samples, strict=True)
+        Judged(one.label, sample, their, *_KINDS[claim.kind](sample, claim.margin))
+        for one, sample, their in zip(wanted, samples, theirs, strict=True)
     )
     run = sum(one.sample.n > 0 for one in contrasts)
     if run < len(contrasts) or not contrasts:
@@ -162,6 +169,7 @@ def judge(claim: Claim, results: Results) -> Verdict:
         p_holm=math.nan,
         notes=tuple(notes),
         contrasts=contrasts,
+        published=decides.published,
     )
 
 
