@@ -102,7 +102,8 @@ def effect(line: Line) -> str:
     unit = line["unit"]
     low, high = (tables.number(float(line[key] or "nan"), unit=unit) for key in ("low", "high"))
     mean = tables.number(float(line["effect"] or "nan"), sign=True, unit=unit)
-    return tables.with_unit(f"{mean} [{low}, {high}]", unit)
+    interval = f" [{low}, {high}]" if line["low"] else ""
+    return tables.with_unit(f"{mean}{interval}", unit)
 
 
 def published(line: Line) -> str:

@@ -4,7 +4,7 @@ import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 
-from normlab.experiment import Claim, Fact
+from normlab.experiment import PERCENT, Claim, Contrast, Fact
 from normlab.report import papers
 from normlab.report.grid import Results
 from normlab.report.statistics import Sample, holm
@@ -13,6 +13,9 @@ LEVEL = 0.05
 """What a wrong verdict may cost: 95 % intervals, and Holm's limit over the primary claims."""
 
 SEEDS_OF_A_PRIMARY = 10
+
+ROUNDING = 1e-12
+"""Of the largest term of a sum: a standard deviation that rounding alone may leave."""
 
 REPRODUCED, CONTRADICTED, NEGLIGIBLE = "reproduced", "contradicted", "negligible"
 NOT_RESOLVED, NOT_RUN = "not resolved", "not run"
@@ -118,7 +121,7 @@ def judge(claim: Claim, results: Results) -> Verdict:
     try:
         axes = results.experiment.scales[results.scale].places
         wanted = claim.contrasts(axes)
-        samples = [Sample.of(results.contrast(one).values()) for one in wanted]
+        samples = [sampled(results, one) for one in wanted]
         theirs = [papers.effect(results, one) for one in wanted]
     except ValueError as error:
         return _empty(claim, results.scale, (str(error),), ())
@@ -148,6 +151,8 @@ def judge(claim: Claim, results: Results) -> Verdict:
         held = sum(one.verdict == REPRODUCED for one in contrasts)
         notes.append(f"{held} of {len(contrasts)} contrasts hold; shown: {decides.label}")
     fewest = min(one.sample.n for one in contrasts)
+    if any(one.sample.still for one in contrasts):
+        notes.append("no spread over the seeds gives no interval")
     if fewest < 2:
         notes.append("one seed gives no interval")
     level = 90 if claim.kind == "equivalence" and verdict != CONTRADICTED else 95
@@ -171,6 +176,29 @@ def judge(claim: Claim, results: Results) -> Verdict:
         contrasts=contrasts,
         published=decides.published,
     )
+
+
+def sampled(results: Results, wanted: Contrast) -> Sample:
+    """A contrast over the seeds.
+
+    Numbers of a probe or a task that are each the same in every seed are counts or closed forms: of
+    them a difference without spread is exact. Errors never are, however they were measured. What
+    rounding leaves of a sum is no spread.
+
+    Raises ValueError when a term names no single point of the grid.
+    """
+    sums = results.contrast(wanted)
+    sample = Sample.of(sums.values())
+    columns = [results.experiment.protocols[protocol] for _, protocol, _ in wanted.terms]
+    terms = [
+        [factor * results.numbers(results.place(cell), protocol)[seed] for seed in sums]
+        for factor, protocol, cell in wanted.terms
+    ]
+    largest = max((abs(value) for values in terms for value in values), default=0.0)
+    if sample.n < 2 or sample.sd > ROUNDING * largest:
+        return sample
+    counted = all(one.column == "value" and one.unit != PERCENT for one in columns)
+    return replace(sample, sd=0.0, exact=counted and all(len(set(of)) == 1 for of in terms))
 
 
 @dataclass(frozen=True)
