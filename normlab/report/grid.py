@@ -164,13 +164,26 @@ class Results:
     def baseline(self, point: Point) -> Point | None:
         """The point that `point` is compared with: the baseline's values, its own elsewhere.
 
+        Where the grid has none there, since the baseline lacks an axis of the point, the only one
+        that has the baseline's values and shares those of the axes that both have.
+
         None for a point that has none of the baseline's axes, where it names some.
         """
         base = self.experiment.baseline
         axes = base.keys() - {COLUMN}
         if not base or (axes and not axes & dict(point).keys()):
             return None
-        return tuple((axis, base.get(axis, value)) for axis, value in point)
+        wanted = {axis: base.get(axis, value) for axis, value in point}
+        found = [
+            other
+            for other in self.grid.points.values()
+            if axes & wanted.keys() <= dict(other).keys()
+            and all(wanted.get(axis, value) == value for axis, value in other)
+        ]
+        exact = tuple(wanted.items())
+        if len(found) != 1 or without_epoch(exact) in found:
+            return exact
+        return (*found[0], *(pair for pair in point if pair[0] == EPOCH))
 
     def change(self, point: Point, protocol: str) -> Sample:
         """The difference to the baseline, taken within a seed; none between different units."""

@@ -86,6 +86,40 @@ def test_a_sources_number_stands_where_it_says_and_nowhere_else(name, column, ro
 
 
 @pytest.mark.usefixtures("composed_once")
+@pytest.mark.parametrize(
+    ("name", "point", "base"),
+    [
+        (
+            "frozen",
+            {"norm": "frozen", "constants": "EMA", "nbs": 32},
+            {"norm": "BN", "nbs": 32},  # which has no constants
+        ),
+        ("frozen", {"norm": "frozen", "nbs": 2}, {"norm": "BN", "nbs": 2}),
+        (
+            "norms",
+            {"norm": "Fixup", "lr": "shared", "network": "ResNet-8"},
+            {"norm": "BN", "lr": "shared", "network": "ResNet-8"},
+        ),
+        ("gn_groups", {"groups": 1}, {"groups": 8}),
+        (
+            "feature_evolution",
+            {"norm": "GN", "epoch": "first"},
+            {"norm": "BN", "epoch": "first"},
+        ),
+        ("renorm", {"norm": "GN", "lr": "shared"}, None),  # there is one for each NBS
+    ],
+)
+def test_a_point_on_further_axes_has_the_only_baseline_that_shares_the_others(name, point, base):
+    found = empty(name)
+    (place,) = [one for one in found.shown if dict(one) == point]
+    compared = dict(found.baseline(place) or ())
+    if base is None:
+        assert compared not in map(dict, found.points)
+    else:
+        assert compared == base
+
+
+@pytest.mark.usefixtures("composed_once")
 def test_a_papers_points_are_drawn_behind_the_line_they_are_of():
     right = figures.draw(empty("frozen"), "").axes[1]
     theirs = [str(line.get_label()) for line in right.get_lines()]
