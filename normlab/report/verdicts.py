@@ -64,8 +64,8 @@ class Verdict:
 
     @property
     def followup(self) -> str:
-        """Where it is followed up, if it was contradicted and the file names the place."""
-        return self.claim.followup if self.verdict == CONTRADICTED else ""
+        """Where it is followed up, if it was contradicted and the file says so of this scale."""
+        return self.claim.followup.get(self.scale, "") if self.verdict == CONTRADICTED else ""
 
 
 def judge_direction(sample: Sample, margin: float) -> tuple[str, float, float]:

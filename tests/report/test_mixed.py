@@ -158,6 +158,9 @@ def test_verdicts_have_units_and_a_contradicted_claim_its_followup(load):
     lines = summary.read(tables.verdicts_csv([("mixed", falls), ("mixed", loses)]))
     assert [line["unit"] for line in lines] == ["points", "nats"]
     assert [line["followup"] for line in lines] == ["falls_again", ""]
+    spoken = replace(falls.claim, followup={"demo": "falls_again"})
+    assert replace(falls, claim=spoken).followup == ""  # that is said of another scale
+    assert replace(falls, claim=spoken, scale="demo").followup == "falls_again"
     assert summary.effect(lines[1]) == "+0.25 [0.249, 0.252] nats"
 
 
