@@ -40,7 +40,7 @@ def said(results: Results, source: Published, point: Point, protocol: str) -> fl
     named = {axis: value for axis, value in cell.items() if axis in {source.x, *source.at}}
     if named != cell and any(dict(other) == named for other in results.grid.points.values()):
         return None
-    return float(values[at[source.x]])
+    return values[at[source.x]]
 
 
 def paper_baseline(
