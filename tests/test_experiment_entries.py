@@ -165,7 +165,9 @@ BROKEN = [
         {f"{C}.contrasts": [[[1, "z", {"nbs": 2}], [-1, "test", {"nbs": 2}]]]},
         f"{C}: terms of different units .z in standard deviations, test in points",
     ),
-    ({f"{C}.followup": 3}, f"{C}.followup: must be text"),
+    ({f"{C}.followup": 3}, f"{C}.followup: must be text, or texts by scale, is 3"),
+    ({f"{C}.followup": {"desk": "x"}}, f"{C}.followup: 'desk' is none of demo"),
+    ({f"{C}.followup": {"demo": 3}}, f"{C}.followup.demo: must be text"),
     ({f"{F}.margin": 1}, f"{F}: unknown keys .*margin.* .allowed: .*tolerance"),
     ({f"{F}.tolerance": -1}, f"{F}.tolerance: must not be below 0"),
     ({f"{F}.contrasts": []}, f"{F}.contrasts: has no contrast"),
@@ -202,6 +204,7 @@ def test_the_recorded_runs_were_made_for_the_claims_as_they_stand(name):
     ("key", "value", "same"),
     [
         ("claims.lags.followup", "another", True),
+        ("claims.lags.followup", {"demo": "another"}, True),
         ("differs", "nothing", True),
         ("facts.same.tolerance", 1.0, False),
         ("claims.lags.margin", 2, False),

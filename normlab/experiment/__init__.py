@@ -215,7 +215,7 @@ def load(name: str) -> Experiment:
             for i, value in enumerate(items(f"{where}, published", raw["published"]))
         ],
         claims={
-            key: claim.read(f"{where}, claims.{key}", key, value, units, axes)
+            key: claim.read(f"{where}, claims.{key}", key, value, units, axes, scales)
             for key, value in mapping(f"{where}, claims", raw["claims"]).items()
         },
         facts={

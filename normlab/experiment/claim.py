@@ -1,6 +1,6 @@
 """A paper's sentence as contrasts between numbers of the grid."""
 
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Collection, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from itertools import pairwise
 from typing import Any
@@ -94,8 +94,8 @@ class Claim(Tested):
     kind: str
     primary: bool
     margin: float
-    followup: str = ""
-    """Where a contradicted claim is followed up: another claim's name, or a page."""
+    followup: Mapping[str, str] = field(default_factory=dict)
+    """By scale, where the claim is followed up if it is contradicted there."""
 
 
 @dataclass(frozen=True)
@@ -109,12 +109,17 @@ _TESTS = ("contrasts", "monotone")
 
 
 def read(
-    where: str, name: str, value: Any, units: Mapping[str, str], axes: dict[str, list[Any]]
+    where: str,
+    name: str,
+    value: Any,
+    units: Mapping[str, str],
+    axes: dict[str, list[Any]],
+    scales: Collection[str],
 ) -> Claim:
     """A claim as it stands in the file, about these protocols and axes (with all their values).
 
-    units: protocol -> the unit of its differences. Raises ValueError that begins with `where` and
-    the key.
+    units: protocol -> the unit of its differences. scales: those of the experiment.
+    Raises ValueError that begins with `where` and the key.
     """
     keys = ("sentence", "paper", "kind", "primary", "margin")
     raw = mapping(where, value, keys, (*_TESTS, "followup"))
@@ -141,7 +146,7 @@ def read(
         kind=raw["kind"],
         primary=raw["primary"],
         margin=_not_negative(f"{where}.margin", raw["margin"]),
-        followup=text(f"{where}.followup", raw.get("followup", "")),
+        followup=_followup(f"{where}.followup", raw.get("followup", {}), scales),
     )
 
 
@@ -159,6 +164,19 @@ def read_fact(
         spec={"contrasts": raw["contrasts"]},
         tolerance=_not_negative(f"{where}.tolerance", raw["tolerance"]),
     )
+
+
+def _followup(where: str, value: Any, scales: Collection[str]) -> dict[str, str]:
+    """By scale; plain text is of every scale."""
+    if isinstance(value, str):
+        return dict.fromkeys(scales, value)
+    if not isinstance(value, dict):
+        refuse(where, f"must be text, or texts by scale, is {value!r:.60}")
+    for scale, place in value.items():
+        if scale not in scales:
+            refuse(where, f"'{scale}' is none of {', '.join(scales)}")
+        text(f"{where}.{scale}", place)
+    return value
 
 
 def _not_negative(where: str, value: Any) -> float:

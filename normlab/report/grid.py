@@ -164,13 +164,26 @@ class Results:
     def baseline(self, point: Point) -> Point | None:
         """The point that `point` is compared with: the baseline's values, its own elsewhere.
 
+        Where the grid has none there, since the baseline lacks an axis of the point, the only one
+        that has the baseline's values and shares those of the axes that both have.
+
         None for a point that has none of the baseline's axes, where it names some.
         """
         base = self.experiment.baseline
         axes = base.keys() - {COLUMN}
         if not base or (axes and not axes & dict(point).keys()):
             return None
-        return tuple((axis, base.get(axis, value)) for axis, value in point)
+        wanted = {axis: base.get(axis, value) for axis, value in point}
+        found = [
+            other
+            for other in self.grid.points.values()
+            if axes & wanted.keys() <= dict(other).keys()
+            and all(wanted.get(axis, value) == value for axis, value in other)
+        ]
+        exact = tuple(wanted.items())
+        if len(found) != 1 or without_epoch(exact) in found:
+            return exact
+        return (*found[0], *(pair for pair in point if pair[0] == EPOCH))
 
     def change(self, point: Point, protocol: str) -> Sample:
         """The difference to the baseline, taken within a seed; none between different units."""
@@ -184,21 +197,23 @@ class Results:
         """A claim's or a fact's contrast by seed.
 
         Raises ValueError when a term names no single point of the grid.
-
-        A term names the point that stands exactly there, or else the only one that does so on the
-        axes it mentions.
         """
-        terms = []
-        for factor, protocol, named in wanted.terms:
-            cell = {axis: value for axis, value in named.items() if axis != EPOCH}
-            epoch = [(EPOCH, named[EPOCH])] if EPOCH in named else []
-            matches = [p for p in self.points if cell == dict(p)] or [
-                p for p in self.points if cell.items() <= dict(p).items()
-            ]
-            if len(matches) != 1:
-                raise ValueError(f"{cell} names {len(matches)} cells of this scale's grid, not one")
-            terms.append((factor, self.numbers((*matches[0], *epoch), protocol)))
-        return paired(terms)
+        return paired([(f, self.numbers(self.place(at), p)) for f, p, at in wanted.terms])
+
+    def place(self, named: Mapping[str, Any]) -> Point:
+        """The point that a term of a contrast names, with its epoch if it names one: the one that
+        stands exactly there, or else the only one that does so on the axes it mentions.
+
+        Raises ValueError when there is no single one.
+        """
+        cell = {axis: value for axis, value in named.items() if axis != EPOCH}
+        epoch = [(EPOCH, named[EPOCH])] if EPOCH in named else []
+        matches = [p for p in self.points if cell == dict(p)] or [
+            p for p in self.points if cell.items() <= dict(p).items()
+        ]
+        if len(matches) != 1:
+            raise ValueError(f"{cell} names {len(matches)} cells of this scale's grid, not one")
+        return (*matches[0], *epoch)
 
 
 def without_epoch(point: Point) -> Point:

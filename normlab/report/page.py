@@ -109,7 +109,9 @@ def _summary(reports: Sequence[ExperimentReport], lines: list[summary.Line]) -> 
     if not summary.scales(lines):
         return [*parts, "<p>Nothing has been run yet.</p>"]
     rows = [row for report in reports for row in _claims_of(report)]
-    head = ["claim", "scale", "verdict", "ours", "paper", "label"]  # what a phone shows comes first
+    words = tables.PAPERS_WORDS
+    # What a phone shows comes first.
+    head = ["claim", "scale", "verdict", "ours", tables.PAPERS_EFFECT, words, "label"]
     parts += _table("Every claim; of a shape, the contrast that decides", head, rows)
     counted = map(_row, summary.counted(lines))
     return parts + _table("How many, by scale", ["scale", *summary.COUNTED], counted)
@@ -146,6 +148,7 @@ def _claims_of(report: ExperimentReport) -> Iterable[str]:
                 f'<td><a href="{anchor}">{escape(one.scale)}</a></td>' if run else "<td></td>",
                 f"<td>{_said(one)}</td>",
                 _cell(_effect(one)),
+                _cell(_published(one)),
                 f'<td class="text short"{span}>{escape(claim.paper)}</td>' if i == 0 else "",
                 _cell(one.label),
             ]
@@ -157,6 +160,12 @@ def _effect(one: Verdict) -> str:
     effect = number(one.effect, sign=True, unit=one.claim.unit)
     bounds = tables.interval(one.low, one.high, one.level, one.claim.unit)
     return with_unit(effect if bounds == tables.MISSING else f"{effect} {bounds}", one.claim.unit)
+
+
+def _published(one: Verdict) -> str:
+    """The paper's effect with its unit."""
+    unit = one.claim.unit
+    return with_unit(number(one.published, sign=True, unit=unit), unit)
 
 
 def _said(one: Verdict) -> str:
@@ -228,12 +237,14 @@ def _verdicts(verdicts: Iterable[Verdict]) -> list[str]:
             _cell(with_unit(f"{one.claim.margin:g}", unit)),
             _cell(str(one.n)),
             _cell(tables.p_value(one.p_holm)),
-            _cell(one.claim.paper),
+            _cell(_published(one)),
+            _cell(one.claim.paper, "text"),
             _cell("; ".join([*exploratory, *one.notes]), "text"),
         ]
         rows.append(f"<tr>{''.join(cells)}</tr>")
-    head = ["claim", "verdict", "kind", "effect", "interval", "margin", "n", "p (Holm)", "paper"]
-    parts = _table("Verdicts; of a shape, the contrast that decides", [*head, "note"], rows)
+    head = ["claim", "verdict", "kind", "effect", "interval", "margin", "n", "p (Holm)"]
+    head += [tables.PAPERS_EFFECT, tables.PAPERS_WORDS, "note"]
+    parts = _table("Verdicts; of a shape, the contrast that decides", head, rows)
     shapes = [one for one in verdicts if len(one.contrasts) > 1]
     if not shapes:
         return parts
@@ -245,12 +256,13 @@ def _verdicts(verdicts: Iterable[Verdict]) -> list[str]:
                 str(each.sample.n),
                 number(each.sample.mean, sign=True, unit=one.claim.unit),
                 tables.interval(*each.sample.interval(), 95, one.claim.unit),
+                number(each.published, sign=True, unit=one.claim.unit),
                 each.verdict,
             ]
             for each in one.contrasts
         ]
         beyond = f"beyond {with_unit(f'{one.claim.margin:g}', one.claim.unit)}?"
-        head = ["contrast", "n", "effect", "interval", beyond]
+        head = ["contrast", "n", "effect", "interval", tables.PAPERS_EFFECT, beyond]
         parts += _table(one.claim.sentence, head, map(_row, lines))
     return [*parts, "</details>"]
 
@@ -278,9 +290,9 @@ def _row(cells: Iterable[str]) -> str:
 
 def _table(caption: str, header: Iterable[str], rows: Iterable[str]) -> list[str]:
     """A table that scrolls by itself on a narrow screen; `rows` are HTML already."""
+    prose = ("claim", "note", tables.PAPERS_WORDS)
     head = "".join(
-        f"<th{' class=text' if name in ('claim', 'note') else ''}>{escape(name)}</th>"
-        for name in header
+        f"<th{' class=text' if name in prose else ''}>{escape(name)}</th>" for name in header
     )
     return [
         '<div class="wide"><table>',

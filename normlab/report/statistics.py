@@ -7,7 +7,7 @@ can never disagree.
 
 import math
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 from scipy.stats import t as student
@@ -17,12 +17,15 @@ from scipy.stats import t as student
 class Sample:
     """`n` seeds with their mean and standard deviation (n - 1 in the denominator).
 
-    `mean` is nan for n = 0, `sd` is nan for n < 2.
+    `mean` is nan for n = 0, `sd` is nan for n < 2. `exact`: a count or a closed form, in which the
+    seeds have no part. Of anything else, numbers without any spread do not tell how far off they
+    are: there is no interval, and no test proves anything.
     """
 
     n: int
     mean: float
     sd: float
+    exact: bool = False
 
     @classmethod
     def of(cls, values: Iterable[float]) -> "Sample":
@@ -39,22 +42,31 @@ class Sample:
         quantile = float(student.ppf(0.5 + level / 2, self.n - 1))
         return quantile * self.sd / math.sqrt(self.n)
 
+    @property
+    def still(self) -> bool:
+        """Measured without any spread over its seeds, of which there are two at least."""
+        return self.n > 1 and self.sd == 0 and not self.exact
+
     def interval(self, level: float = 0.95) -> tuple[float, float]:
+        """Two-sided; nan for n < 2 and where there is no spread to tell it by."""
+        if self.still:
+            return math.nan, math.nan
         half = self.half(level)
         return self.mean - half, self.mean + half
 
     def p_above(self, bound: float) -> float:
-        """p-value of the one-sided t test that the mean lies above `bound`; 1 for n < 2."""
-        if self.n < 2:
+        """p-value of the one-sided t test that the mean lies above `bound`; 1 for n < 2, and
+        where a measured number has no spread."""
+        if self.n < 2 or self.still:
             return 1.0
         distance = self.mean - bound
-        if self.sd == 0:  # every seed says the same: no spread, no t distribution
+        if self.exact:
             return 0.0 if distance > 0 else 1.0
         return float(student.sf(distance / (self.sd / math.sqrt(self.n)), self.n - 1))
 
     def p_below(self, bound: float) -> float:
         """p-value of the one-sided t test that the mean lies below `bound`; 1 for n < 2."""
-        return Sample(self.n, -self.mean, self.sd).p_above(-bound)
+        return replace(self, mean=-self.mean).p_above(-bound)
 
 
 def paired(terms: Sequence[tuple[float, Mapping[int, float]]]) -> dict[int, float]:

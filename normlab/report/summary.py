@@ -102,7 +102,15 @@ def effect(line: Line) -> str:
     unit = line["unit"]
     low, high = (tables.number(float(line[key] or "nan"), unit=unit) for key in ("low", "high"))
     mean = tables.number(float(line["effect"] or "nan"), sign=True, unit=unit)
-    return tables.with_unit(f"{mean} [{low}, {high}]", unit)
+    interval = f" [{low}, {high}]" if line["low"] else ""
+    return tables.with_unit(f"{mean}{interval}", unit)
+
+
+def published(line: Line) -> str:
+    """The paper's effect in our sign, with its unit."""
+    unit = line["unit"]
+    value = tables.number(float(line["published"] or "nan"), sign=True, unit=unit)
+    return tables.with_unit(value, unit)
 
 
 def readme(lines: list[Line], results: str) -> str:
@@ -121,7 +129,7 @@ def readme(lines: list[Line], results: str) -> str:
     claims = [
         [
             f"`{line['experiment']}`: `{line['claim']}`", line["scale"], effect(line),
-            line["paper"], line["verdict"],
+            published(line), line["paper"], line["verdict"],
         ]
         for line in quoted(line for line in lines if line["label"] == "primary")
     ]  # fmt: skip
@@ -138,7 +146,9 @@ def readme(lines: list[Line], results: str) -> str:
         f"<details><summary>The {len(claims)} primary claims with enough seeds, each at its "
         "largest scale (points unless a unit is given)</summary>",
         "",
-        *tables.grid_lines(["claim", "scale", "ours", "paper", "verdict"], claims),
+        *tables.grid_lines(
+            ["claim", "scale", "ours", tables.PAPERS_EFFECT, tables.PAPERS_WORDS, "verdict"], claims
+        ),
         "",
         "</details>",
     ])  # fmt: skip

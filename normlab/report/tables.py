@@ -1,13 +1,14 @@
 """The table of one experiment at one scale, ours beside the paper's, as CSV, Markdown and LaTeX."""
 
 import math
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from normlab.experiment import COLUMN, PERCENT, Experiment, Published
+from normlab.experiment import COLUMN, PERCENT, Experiment
 from normlab.report.gather import csv_text
 from normlab.report.grid import Point, Results
+from normlab.report.papers import Paper, published
 from normlab.report.statistics import Sample
 from normlab.report.verdicts import Outcome, Verdict
 
@@ -27,7 +28,7 @@ TABLE_COLUMNS = [
 ]  # fmt: skip
 VERDICT_COLUMNS = [
     "experiment", "claim", "kind", "scale", "n", "effect", "low", "high", "level", "delta", "unit",
-    "p_holm", "paper", "verdict", "label", "followup", "note",
+    "p_holm", "published", "paper", "verdict", "label", "followup", "note",
 ]  # fmt: skip
 FACT_COLUMNS = [
     "experiment",
@@ -40,15 +41,6 @@ FACT_COLUMNS = [
     "paper",
     "outcome",
 ]
-
-
-@dataclass(frozen=True)
-class Paper:
-    """A published number, in its column's unit, and its difference to the source's baseline."""
-
-    value: float
-    change: float
-    source: str
 
 
 @dataclass(frozen=True)
@@ -74,32 +66,12 @@ def entries(results: Results) -> list[list[Entry]]:
                 results.experiment.protocols[protocol].unit,
                 results.sample(point, protocol),
                 results.change(point, protocol),
-                tuple(published(results.experiment, point, protocol)),
+                tuple(published(results, point, protocol)),
             )
             for protocol in columns
         ]
         for point in results.shown
     ]
-
-
-def published(experiment: Experiment, point: Point, protocol: str) -> Iterable[Paper]:
-    """What the sources say at a point under a protocol."""
-    at = dict(point)
-    for source in experiment.published:
-        values = source.values.get(protocol, {})
-        if source.at.items() <= at.items() and source.x in at and at[source.x] in values:
-            value, base = values[at[source.x]], paper_baseline(experiment, source, protocol, at)
-            yield Paper(value, value - base, source.label)
-
-
-def paper_baseline(
-    experiment: Experiment, source: Published, protocol: str, at: Mapping[str, Any]
-) -> float:
-    """A source's own number at the experiment's baseline, seen from a place; nan if it has none."""
-    base = experiment.base(protocol) or ""
-    axes = experiment.baseline.keys() - {COLUMN}
-    x = experiment.baseline.get(source.x, math.nan if axes else at.get(source.x, math.nan))
-    return source.values.get(base, {}).get(x, math.nan)
 
 
 def table_csv(results: Results) -> str:
@@ -160,6 +132,12 @@ def interval(low: float, high: float, level: int, unit: str = PERCENT) -> str:
     if math.isnan(low):
         return MISSING
     return f"[{number(low, unit=unit)}, {number(high, unit=unit)}] {level} %"
+
+
+PAPERS_EFFECT = "paper's effect"
+"""Heads the sources' numbers that stand beside ours, as the same contrast of what they printed."""
+
+PAPERS_WORDS = "the source says (its own words and sign)"
 
 
 def with_unit(value: str, unit: str) -> str:
@@ -328,6 +306,8 @@ def verdicts_csv(verdicts: Iterable[tuple[str, Verdict]]) -> str:
 
     `low` and `high` bound the interval of confidence `level` %; `effect`, `delta` and both bounds
     in `unit`; `p_holm` only for primary claims that have runs; `followup` only where contradicted.
+    `published`: the paper's effect, in the sign of `effect`; `paper`: what the source says, in its
+    own words and sign.
     """
     return csv_text(
         (
@@ -344,6 +324,7 @@ def verdicts_csv(verdicts: Iterable[tuple[str, Verdict]]) -> str:
                 "delta": one.claim.margin,
                 "unit": one.claim.unit,
                 "p_holm": float(f"{one.p_holm:.4g}"),
+                "published": rounded(one.published, one.claim.unit),
                 "paper": one.claim.paper,
                 "verdict": one.verdict,
                 "label": one.label,

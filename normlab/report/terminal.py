@@ -5,7 +5,7 @@ from pathlib import Path
 
 from normlab.report import provenance
 from normlab.report.page import ExperimentReport, ScaleReport
-from normlab.report.tables import interval, number, p_value, with_unit
+from normlab.report.tables import PAPERS_EFFECT, interval, number, p_value, with_unit
 from normlab.report.verdicts import HOLDS, NOT_RUN
 
 
@@ -31,7 +31,7 @@ def _scale(report: ExperimentReport, name: str, scale: ScaleReport) -> list[str]
     if not found.rows:
         return [f"  scale {name}: not run, fill it with: {command}"]
     lines = [f"  {provenance.subtitle(found)}"]
-    rows = [["claim", "verdict", "effect", "interval", "margin", "n", "p (Holm)"]]
+    rows = [["claim", "verdict", "effect", "interval", "margin", "n", "p (Holm)", PAPERS_EFFECT]]
     for one in scale.verdicts:
         rows.append([
             one.claim.name + ("" if one.label == "primary" else " (exploratory)"),
@@ -41,6 +41,7 @@ def _scale(report: ExperimentReport, name: str, scale: ScaleReport) -> list[str]
             with_unit(f"{one.claim.margin:g}", one.claim.unit),
             str(one.n),
             p_value(one.p_holm),
+            number(one.published, sign=True, unit=one.claim.unit),
         ])  # fmt: skip
     widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
     for row in rows:

@@ -4,7 +4,8 @@ import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 
-from normlab.experiment import Claim, Fact
+from normlab.experiment import PERCENT, Claim, Contrast, Fact
+from normlab.report import papers
 from normlab.report.grid import Results
 from normlab.report.statistics import Sample, holm
 
@@ -12,6 +13,9 @@ LEVEL = 0.05
 """What a wrong verdict may cost: 95 % intervals, and Holm's limit over the primary claims."""
 
 SEEDS_OF_A_PRIMARY = 10
+
+ROUNDING = 1e-12
+"""Of the largest term of a sum: a standard deviation that rounding alone may leave."""
 
 REPRODUCED, CONTRADICTED, NEGLIGIBLE = "reproduced", "contradicted", "negligible"
 NOT_RESOLVED, NOT_RUN = "not resolved", "not run"
@@ -28,6 +32,8 @@ class Judged:
 
     label: str
     sample: Sample
+    published: float
+    """The same contrast of a source's numbers; nan without them."""
     verdict: str
     p_for: float
     p_against: float
@@ -52,11 +58,14 @@ class Verdict:
     p_holm: float
     notes: tuple[str, ...]
     contrasts: tuple[Judged, ...]
+    published: float = math.nan
+    """The paper's effect: the deciding contrast of the numbers that one source printed, in the same
+    sign and unit as `effect`; nan if none printed all of its terms."""
 
     @property
     def followup(self) -> str:
-        """Where it is followed up, if it was contradicted and the file names the place."""
-        return self.claim.followup if self.verdict == CONTRADICTED else ""
+        """Where it is followed up, if it was contradicted and the file says so of this scale."""
+        return self.claim.followup.get(self.scale, "") if self.verdict == CONTRADICTED else ""
 
 
 def judge_direction(sample: Sample, margin: float) -> tuple[str, float, float]:
@@ -112,12 +121,13 @@ def judge(claim: Claim, results: Results) -> Verdict:
     try:
         axes = results.experiment.scales[results.scale].places
         wanted = claim.contrasts(axes)
-        samples = [Sample.of(results.contrast(one).values()) for one in wanted]
+        samples = [sampled(results, one) for one in wanted]
+        theirs = [papers.effect(results, one) for one in wanted]
     except ValueError as error:
         return _empty(claim, results.scale, (str(error),), ())
     contrasts = tuple(
-        Judged(one.label, sample, *_KINDS[claim.kind](sample, claim.margin))
-        for one, sample in zip(wanted, samples, strict=True)
+        Judged(one.label, sample, their, *_KINDS[claim.kind](sample, claim.margin))
+        for one, sample, their in zip(wanted, samples, theirs, strict=True)
     )
     run = sum(one.sample.n > 0 for one in contrasts)
     if run < len(contrasts) or not contrasts:
@@ -141,6 +151,8 @@ def judge(claim: Claim, results: Results) -> Verdict:
         held = sum(one.verdict == REPRODUCED for one in contrasts)
         notes.append(f"{held} of {len(contrasts)} contrasts hold; shown: {decides.label}")
     fewest = min(one.sample.n for one in contrasts)
+    if any(one.sample.still for one in contrasts):
+        notes.append("no spread over the seeds gives no interval")
     if fewest < 2:
         notes.append("one seed gives no interval")
     level = 90 if claim.kind == "equivalence" and verdict != CONTRADICTED else 95
@@ -162,7 +174,31 @@ def judge(claim: Claim, results: Results) -> Verdict:
         p_holm=math.nan,
         notes=tuple(notes),
         contrasts=contrasts,
+        published=decides.published,
     )
+
+
+def sampled(results: Results, wanted: Contrast) -> Sample:
+    """A contrast over the seeds.
+
+    Numbers of a probe or a task that are each the same in every seed are counts or closed forms: of
+    them a difference without spread is exact. Errors never are, however they were measured. What
+    rounding leaves of a sum is no spread.
+
+    Raises ValueError when a term names no single point of the grid.
+    """
+    sums = results.contrast(wanted)
+    sample = Sample.of(sums.values())
+    columns = [results.experiment.protocols[protocol] for _, protocol, _ in wanted.terms]
+    terms = [
+        [factor * results.numbers(results.place(cell), protocol)[seed] for seed in sums]
+        for factor, protocol, cell in wanted.terms
+    ]
+    largest = max((abs(value) for values in terms for value in values), default=0.0)
+    if sample.n < 2 or sample.sd > ROUNDING * largest:
+        return sample
+    counted = all(one.column == "value" and one.unit != PERCENT for one in columns)
+    return replace(sample, sd=0.0, exact=counted and all(len(set(of)) == 1 for of in terms))
 
 
 @dataclass(frozen=True)

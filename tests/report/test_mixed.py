@@ -4,6 +4,7 @@ import csv
 import io
 import math
 import statistics
+from dataclasses import replace
 
 import pytest
 
@@ -147,14 +148,52 @@ def test_the_tables_have_units_and_both_sides_differences(load):
 
 def test_verdicts_have_units_and_a_contradicted_claim_its_followup(load):
     found = load()
+    found.values[BN, "test"][100] += 0.1  # what has no spread at all resolves nothing
+    found.values[BN, "loss"][100] -= 0.001
     falls, loses = (judge(claim, found) for claim in found.experiment.claims.values())
-    assert (falls.verdict, falls.effect, falls.followup) == ("contradicted", -10.0, "falls_again")
+    assert (falls.verdict, falls.followup) == ("contradicted", "falls_again")
+    assert falls.effect == pytest.approx(-10 + 0.1 / 3)
     assert (loses.verdict, loses.claim.unit, loses.followup) == ("reproduced", "nats", "")
-    assert loses.effect == pytest.approx(0.25)
+    assert loses.effect == pytest.approx(0.25 + 0.001 / 3)
     lines = summary.read(tables.verdicts_csv([("mixed", falls), ("mixed", loses)]))
     assert [line["unit"] for line in lines] == ["points", "nats"]
     assert [line["followup"] for line in lines] == ["falls_again", ""]
-    assert summary.effect(lines[1]) == "+0.25 [0.25, 0.25] nats"
+    spoken = replace(falls.claim, followup={"demo": "falls_again"})
+    assert replace(falls, claim=spoken).followup == ""  # that is said of another scale
+    assert replace(falls, claim=spoken, scale="demo").followup == "falls_again"
+    assert summary.effect(lines[1]) == "+0.25 [0.249, 0.252] nats"
+
+
+def test_measured_numbers_without_spread_resolve_nothing(load):
+    """The losses' differences are all 0.25, but for rounding; nor are two arms equal at chance."""
+    (*_, loses) = load().experiment.claims.values()
+    one = judge(loses, load())
+    assert (one.verdict, one.p, one.effect) == ("not resolved", 1.0, pytest.approx(0.25))
+    assert "no spread over the seeds gives no interval" in one.notes
+    (line,) = summary.read(tables.verdicts_csv([("mixed", one)]))
+    assert summary.effect(line) == "+0.25 nats"
+    same = replace(loses, kind="equivalence", margin=0.5)
+    assert judge(same, load(status="diverged")).verdict == "not resolved"
+
+
+@pytest.mark.parametrize(
+    ("terms", "unit", "verdict"),
+    [
+        ([[1, "low", {"norm": "BN"}]], "activation", "contradicted"),  # -2 in every seed
+        ([[1, "low", {"norm": "BN"}]], "%", "not resolved"),
+        (
+            [[1, "high", {"norm": "BN"}], [-1, "high", {"norm": "GN"}]],
+            "activation",
+            "not resolved",  # they differ between the seeds, their difference does not
+        ),
+    ],
+)
+def test_a_count_is_exact_without_spread(load, terms, unit, verdict):
+    found = load(("unit: activation", f"unit: '{unit}'"))
+    (claim, _) = found.experiment.claims.values()
+    one = judge(replace(claim, spec={"contrasts": [terms]}), found)
+    assert one.verdict == verdict
+    assert (one.low == one.high == -2.0) is (verdict == "contradicted")
 
 
 def test_a_fact_holds_where_it_does_in_every_seed(load):

@@ -69,9 +69,16 @@ def test_one_seed_has_no_interval_and_proves_nothing():
     assert (sample.p_above(0), sample.p_below(0)) == (1.0, 1.0)
 
 
-def test_seeds_without_any_spread():
+def test_seeds_without_any_spread_prove_nothing():
     sample = Sample.of([1.0, 1.0, 1.0])
+    assert (sample.p_above(0.5), sample.p_below(1.5)) == (1.0, 1.0)
+    assert all(map(math.isnan, sample.interval()))
+
+
+def test_what_is_exact_needs_no_spread():
+    sample = Sample(3, 1.0, 0.0, exact=True)
     assert (sample.p_above(0.5), sample.p_above(1.0), sample.p_below(0.5)) == (0.0, 1.0, 1.0)
+    assert (sample.p_below(1.5), sample.interval()) == (0.0, (1.0, 1.0))
 
 
 def test_no_seed_at_all():

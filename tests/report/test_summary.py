@@ -14,7 +14,7 @@ def line(
 ) -> summary.Line:
     told = {"effect": "1.5", "low": "1.0", "high": "2.0", "unit": "points", "label": "primary"}
     names = {"experiment": experiment, "claim": claim, "scale": scale, "verdict": verdict}
-    return {**told, "paper": "+1 points", **names, **more}
+    return {**told, "published": "-1.0", "paper": "+1 points", **names, **more}
 
 
 LINES = [
@@ -73,6 +73,9 @@ def test_the_readmes_block():
         ["`nbs`: `falls`", "desk"],
         ["`nbs`: `flat`", "desk"],
     ]  # the primary ones that were tested
+    cells = [cell.strip() for cell in rows[0].split("|")[3:6]]
+    assert cells == ["+1.50 [1.00, 2.00]", "−1.00", "+1 points"]  # a sign in words may be another
+    assert "| paper's effect | the source says (its own words and sign) |" in block
 
 
 def test_only_what_stands_between_the_marks_is_written(tmp_path: Path):

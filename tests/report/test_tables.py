@@ -6,6 +6,7 @@ import math
 
 import pytest
 
+from normlab.experiment import Published
 from normlab.report import tables
 from normlab.report.statistics import Sample
 
@@ -34,7 +35,7 @@ def test_no_paper_is_an_empty_cell(make_runs, results_of):
 
 
 def test_a_second_source_gets_a_line_of_its_own(small, make_runs, results_of):
-    second = tables.Published("Another", "nbs", {"test_precise": {2: 30.0, 32: 25.0}})
+    second = Published("Another", "nbs", {"test_precise": {2: 30.0, 32: 25.0}})
     small.published.append(second)
     results = results_of(make_runs("desk"))
     found = [

@@ -17,8 +17,9 @@ from matplotlib.patches import Patch
 from normlab.experiment.figure import SERIES
 from normlab.report.figures import axis_label, change_label, curves, looks, title
 from normlab.report.grid import Point, Results
+from normlab.report.papers import published
 from normlab.report.statistics import Sample
-from normlab.report.tables import baseline_name, published
+from normlab.report.tables import baseline_name
 
 Bars = list[tuple[int, Point, str]]
 """Of one colour: the group's place, the point and the column of each."""
@@ -52,7 +53,7 @@ def draw(results: Results, subtitle: str) -> Figure:
             theirs = [
                 (place, paper.change)
                 for place, (_, point, protocol) in zip(places, bars, strict=True)
-                for paper in published(experiment, point, protocol)
+                for paper in published(results, point, protocol)
                 if not math.isnan(paper.change)
             ]
             panels[1].plot(*zip(*theirs, strict=True), **PAPER) if theirs else None
@@ -149,7 +150,7 @@ def legend(
         paper.source: None
         for _, bars in members
         for _, point, protocol in bars
-        for paper in published(results.experiment, point, protocol)
+        for paper in published(results, point, protocol)
         if not math.isnan(paper.change)
     }
     handles += [Line2D([], [], label=fill(source, 52), **PAPER) for source in cited]

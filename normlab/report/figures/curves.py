@@ -16,8 +16,9 @@ from matplotlib.lines import Line2D
 
 from normlab.report.figures import axis_label, change_label, looks, nice_powers, title
 from normlab.report.grid import Point, Results
+from normlab.report.papers import paper_baseline
 from normlab.report.statistics import Sample
-from normlab.report.tables import axis_name, baseline_name, paper_baseline
+from normlab.report.tables import axis_name, baseline_name
 
 Curve = list[tuple[float, Sample]]
 Statistic = Callable[[Point, str], Sample]
@@ -107,8 +108,12 @@ def papers(
     name: str,
     look: dict[str, Any],
 ) -> list[tuple[str, list[float]]]:
-    """Draw the changes that the sources report for a line; (source, places on the axis) of each."""
+    """Draw the changes that the sources report for a line; (source, places on the axis) of each.
+
+    As in the tables, a source speaks of the line that stands exactly where it says, if one does.
+    """
     drawn = []
+    others = [other for other, _ in lines(results, list(which))]
     which = {**results.experiment.figure.get("only", {}), **which}  # where all lines stand
     for source in results.experiment.published:
         numbers, at = source.values.get(protocol, {}), dict(source.at)
@@ -124,7 +129,8 @@ def papers(
         else:
             continue
         points = [(place, change) for place, change in points if not math.isnan(change)]
-        if not points or not at.items() <= which.items():
+        named = {axis: one for axis, one in which.items() if axis in {source.x, *at}}
+        if not points or not at.items() <= which.items() or (named != which and named in others):
             continue
         axes.plot(
             [at for at, _ in points], [change for _, change in points], color=look["color"],

@@ -15,8 +15,9 @@ from matplotlib.lines import Line2D
 
 from normlab.report.figures import change_label, curves, looks, title
 from normlab.report.grid import Point, Results
+from normlab.report.papers import published
 from normlab.report.statistics import Sample
-from normlab.report.tables import axis_name, baseline_name, published
+from normlab.report.tables import axis_name, baseline_name
 
 
 def draw(results: Results, subtitle: str) -> Figure:
@@ -80,9 +81,9 @@ def papers(
     axes: Axes, results: Results, point: Point, x: str, protocol: str, style: dict[str, Any]
 ) -> dict[str, None]:
     """Draw a point for each source that has both changes here; the sources."""
-    across = {one.source: one.change for one in published(results.experiment, point, x)}
+    across = {one.source: one.change for one in published(results, point, x)}
     found: dict[str, None] = {}
-    for one in published(results.experiment, point, protocol):
+    for one in published(results, point, protocol):
         at = across.get(one.source, math.nan)
         if not math.isnan(at + one.change):
             axes.plot(at, one.change, markerfacecolor="white", markersize=4.5, **style)
