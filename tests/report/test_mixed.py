@@ -252,6 +252,8 @@ def test_bars_of_columns(load):
     assert heights == [[40, 38], [30, 28], [45, 43], [35, 33]]
     colours = {group[0].get_facecolor() for group in left.containers if len(group) == 2}
     assert len(colours) == 2  # one for each norm
+    hatches = [group[0].get_hatch() for group in left.containers if len(group) == 2]
+    assert hatches == [None, "///", None, "///"]  # and for each of its epochs another filling
     theirs = [line for line in right.get_lines() if line.get_marker() == "D"]
     assert [list(line.get_ydata()) for line in theirs] == [[0.0, -2.0]]
     assert not [line for line in left.get_lines() if line.get_marker() == "D"]
@@ -324,6 +326,30 @@ def test_a_norm_has_its_colour_wherever_it_stands():
     assert both[0]["color"] == figures.NORMS["GN"]
     assert alone[0]["linestyle"] != alone[1]["linestyle"]
     assert len(set(figures.NORMS.values())) == len(figures.NORMS)
+
+
+def test_a_norm_on_another_axis_has_its_colour_and_nobody_else_has():
+    arms = [{"protocol": one} for one in ("shuffled", "pattern", "GN", "none")]
+    shuffled, pattern, gn, none = (look["color"] for look in figures.looks(arms))
+    assert gn == figures.NORMS["GN"]
+    assert len({shuffled, pattern, gn, none}) == 4
+    eight = figures.looks([{"column": str(i)} for i in range(8)])
+    assert len({look["color"] for look in eight}) == 8
+
+
+def test_panels_over_the_epochs_share_their_numbers_and_have_intervals(load):
+    found = load(
+        ("kind: bars, x: series, xlabel: statistics, by: [norm, epoch]",
+         "kind: epochs, x: epoch, xlabel: epoch, by: [norm]"),
+        (", epochs: [first, last]}", "}"),
+    )  # fmt: skip
+    left, right = figures.draw(found, "").axes
+    assert left.get_ylim() == right.get_ylim()
+    (bn, _) = left.collections
+    half = found.sample(BN, "test").half()
+    heights = bn.get_paths()[0].vertices[:, 1]
+    assert heights.min() == pytest.approx(30 - half)
+    assert heights.max() == pytest.approx(40 + half)
 
 
 @pytest.mark.parametrize("name", experiments.names())

@@ -37,8 +37,10 @@ STYLE: dict[Any, Any] = {
     "ytick.labelsize": 8.0,
 }
 
-COLOURS = ["#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9"]
-"""Okabe and Ito's palette, told apart by the colour-blind; markers differ as well."""
+COLOURS = [
+    "#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#882255", "#999933",
+]  # fmt: skip
+"""Okabe and Ito's palette and two of Tol's, told apart by the colour-blind; markers differ too."""
 
 MARKERS = ["o", "s", "^", "D", "v", "P"]
 
@@ -55,11 +57,15 @@ DASHES: list[Any] = ["-", (0, (5, 1, 1, 1)), (0, (1, 1))]
 def looks(lines: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
     """Colour, marker and dashes of each line of a figure, by where it stands; the first in front.
 
-    A line on the axis `norm` has that norm's colour, others the next of ``COLOURS``.
+    A line of a norm has that norm's colour, on whichever axis its name stands; others have the next
+    of ``COLOURS`` that no norm of the figure has.
     """
+    named = [norm_of(which) for which in lines]
+    free = [colour for colour in COLOURS if colour not in {NORMS.get(one) for one in named}]
     found: list[dict[str, Any]] = []
-    for i, which in enumerate(lines):
-        colour = NORMS.get(str(which.get("norm")), COLOURS[i % len(COLOURS)])
+    for i, one in enumerate(named):
+        others = named[:i].count("")
+        colour = NORMS[one] if one else free[others % len(free)]
         before = sum(look["color"] == colour for look in found)
         found.append({
             "color": colour,
@@ -68,6 +74,16 @@ def looks(lines: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
             "zorder": 4 - i / 10,
         })  # fmt: skip
     return found
+
+
+def norm_of(which: Mapping[str, Any]) -> str:
+    """The norm that a line is of, "" for none. Elsewhere than on the axis `norm`, a value may be
+    "none" or "frozen" and mean something else."""
+    if str(which.get("norm")) in NORMS:
+        return str(which["norm"])
+    return next(
+        (str(one) for one in which.values() if str(one) in NORMS and str(one).isupper()), ""
+    )
 
 
 def title(figure: Figure, experiment: Experiment, subtitle: str) -> None:

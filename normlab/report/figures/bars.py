@@ -46,10 +46,10 @@ def draw(results: Results, subtitle: str) -> Figure:
         shift = (i - (len(members) - 1) / 2) * width
         places = [group + shift for group, _, _ in bars]
         values = [results.sample(point, protocol) for _, point, protocol in bars]
-        ours(panels[0], places, values, width, look["color"])
+        ours(panels[0], places, values, width, look)
         if experiment.baseline:
             changes = [results.change(point, protocol) for _, point, protocol in bars]
-            ours(panels[1], places, changes, width, look["color"])
+            ours(panels[1], places, changes, width, look)
             theirs = [
                 (place, paper.change)
                 for place, (_, point, protocol) in zip(places, bars, strict=True)
@@ -67,7 +67,7 @@ def draw(results: Results, subtitle: str) -> Figure:
         panels[1].axhline(0, color="#999999", linewidth=0.7, zorder=1)
     for panel in panels:
         dress(panel, options["xlabel"], groups)
-    legend(figure, results, members, [look["color"] for look in told])
+    legend(figure, results, members, told)
     return figure
 
 
@@ -104,7 +104,9 @@ def arranged(results: Results) -> tuple[list[str], list[tuple[dict[str, Any], Ba
     return [str(value) for value in values], members
 
 
-def ours(axes: Axes, places: list[float], samples: list[Sample], width: float, colour: str) -> None:
+def ours(
+    axes: Axes, places: list[float], samples: list[Sample], width: float, look: dict[str, Any]
+) -> None:
     """Bars with their intervals (two seeds or more); nothing where there is no number."""
     known = [(place, one) for place, one in zip(places, samples, strict=True) if one.n]
     if not known:
@@ -112,8 +114,14 @@ def ours(axes: Axes, places: list[float], samples: list[Sample], width: float, c
     halves = [0.0 if math.isnan(one.half()) else one.half() for _, one in known]
     axes.bar(
         [place for place, _ in known], [one.mean for _, one in known], width * 0.92, yerr=halves,
-        color=colour, zorder=2, error_kw={"elinewidth": 0.9, "capsize": 1.5, "ecolor": "#222222"},
+        **filled(look), zorder=2, error_kw={"elinewidth": 0.9, "capsize": 1.5, "ecolor": "#222222"},
     )  # fmt: skip
+
+
+def filled(look: dict[str, Any]) -> dict[str, Any]:
+    """The colour of a bar, hatched where another bar of it has the colour already."""
+    hatched = {"hatch": "///", "edgecolor": "white", "linewidth": 0}
+    return {"facecolor": look["color"], **(hatched if look["linestyle"] != "-" else {})}
 
 
 def dress(axes: Axes, xlabel: str, groups: list[str]) -> None:
@@ -135,12 +143,12 @@ def legend(
     figure: Figure,
     results: Results,
     members: list[tuple[dict[str, Any], Bars]],
-    colours: list[str],
+    told: list[dict[str, Any]],
 ) -> None:
     """What the colours are, what the intervals are, and whose the diamonds are."""
     handles: list[Any] = [
-        Patch(color=colour, label=", ".join(curves.said_of(which)))
-        for colour, (which, _) in zip(colours, members, strict=True)
+        Patch(**filled(look), label=", ".join(curves.said_of(which)))
+        for look, (which, _) in zip(told, members, strict=True)
         if which
     ]
     handles.append(

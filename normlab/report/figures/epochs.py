@@ -1,5 +1,7 @@
 """Numbers over the epochs of training: a panel for each protocol, a line for each arm.
 
+All panels have one axis of numbers, and each line the band of its 95 % interval over seeds.
+
 Options in the experiment's file: series (protocols), by (axes that tell the lines apart), and
 x: epoch. The runs must have been evaluated along the way (`eval_last`).
 """
@@ -14,13 +16,13 @@ from normlab.report.statistics import Sample
 
 
 def draw(results: Results, subtitle: str) -> Figure:
-    """One panel per protocol, with axes of its own: training and test errors differ by much.
+    """One panel per protocol.
 
     Raises ValueError where `by` leaves several cells to a line.
     """
     experiment, options = results.experiment, results.experiment.figure
     figure = Figure(figsize=(7.2, 3.9), layout="constrained")
-    panels = figure.subplots(1, len(options["series"]), squeeze=False)[0]
+    panels = figure.subplots(1, len(options["series"]), sharey=True, squeeze=False)[0]
     title(figure, experiment, subtitle)
     arms = curves.single(results)
     for panel, protocol in zip(panels, options["series"], strict=True):
@@ -32,10 +34,16 @@ def draw(results: Results, subtitle: str) -> Figure:
                 epochs, [sample.mean for sample in samples], markersize=2.5, linewidth=1.1, **look,
                 label=f"ours {protocol} {' '.join(map(str, which.values()))}",
             )  # fmt: skip
+            bounds = [sample.interval() for sample in samples]
+            panel.fill_between(
+                epochs, [low for low, _ in bounds], [high for _, high in bounds],
+                color=look["color"], alpha=0.18, linewidth=0,
+            )  # fmt: skip
         panel.set_title(experiment.protocols[protocol].label, loc="left")
-        panel.set_ylabel(f"{axis_label(experiment.protocols[protocol])}, mean over seeds")
         panel.xaxis.set_major_locator(MaxNLocator(integer=True))
         curves.dress(panel, options["xlabel"], [], log2=False)
+    column = experiment.protocols[options["series"][0]]
+    panels[0].set_ylabel(f"{axis_label(column)}, mean and 95 % interval over seeds")
     handles = [
         Line2D(
             [], [], color=line.get_color(), marker=line.get_marker(), markersize=3.5,
