@@ -90,4 +90,5 @@ def test_the_readmes_numbers_are_those_of_the_record() -> None:
         effect, low, high = (float(row[key]) for key in ("effect", "low", "high"))
         ours = f"{effect:+.2f} [{low:.2f}, {high:.2f}]".replace("-", "−")
         claim = f"`nbs`: `{row['claim']}`"
-        assert [claim, "desk", ours, row["paper"], row["verdict"]] in lines
+        paper = f"{float(row['published']):+.2f}".replace("-", "−") if row["published"] else "–"
+        assert [claim, "desk", ours, paper, row["paper"], row["verdict"]] in lines
