@@ -36,8 +36,8 @@ def test_a_step_waits_for_nothing_that_the_gpu_computes(monkeypatch, overrides):
     trainer = whole.trainer(job)
     trainer.model.to(META)
     if trainer.bank:
-        trainer.bank._mean = {name: x.to(META) for name, x in trainer.bank._mean.items()}
-        trainer.bank._var = {name: x.to(META) for name, x in trainer.bank._var.items()}
+        for held in (trainer.bank._mean, trainer.bank._var, trainer.bank._left):
+            held.update({name: x.to(META) for name, x in held.items()})
     trainer.optimizer = build.optimizer(job.config, trainer.model)
     trainer.settings = train.Settings(**vars(trainer.settings) | {"device": META})
     monkeypatch.setattr(trainer, "_autocast", nullcontext)  # which knows of no such device
