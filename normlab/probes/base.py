@@ -18,9 +18,10 @@ from torch import Tensor, nn
 
 from normlab.batchplan import BatchPlan
 from normlab.data.base import Dataset
+from normlab.norms.base import PopulationNorm, population_layers
 from normlab.protocols import ORDERS
 
-__all__ = ["Context"]
+__all__ = ["Context", "averaging_layers", "check_averages"]
 
 
 @dataclass(frozen=True)
@@ -66,3 +67,19 @@ class Context:
         """The precision that the network is trained in."""
         on = self.precision == "bf16"
         return torch.autocast(self.device.type, dtype=torch.bfloat16, enabled=on)
+
+
+def averaging_layers(context: Context) -> dict[str, PopulationNorm]:
+    """The layers whose running averages move, by name."""
+    found = population_layers(context.model)
+    return {name: layer for name, layer in found.items() if not layer.frozen}
+
+
+def check_averages(context: Context) -> None:
+    """Refuse a network without running averages that move, or with several in a layer."""
+    layers = averaging_layers(context)
+    if not layers:
+        raise ValueError("needs a norm with population statistics that move, as norm=bn has")
+    for name, layer in layers.items():
+        if len(layer.populations()) > 1:
+            raise ValueError(f"looks at one running average a layer, and {name} has several")

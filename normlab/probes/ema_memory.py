@@ -26,9 +26,9 @@ import copy
 import torch
 from torch import Tensor, nn
 
-from normlab.norms.base import PopulationNorm, normalization, population_layers
+from normlab.norms.base import normalization
 from normlab.population import EmaBank, Population, ema_age
-from normlab.probes.base import Context
+from normlab.probes.base import Context, averaging_layers, check_averages
 
 __all__ = ["check", "measure"]
 
@@ -39,19 +39,15 @@ DECAYS = (0.9, 0.99, 0.999)
 def check(context: Context) -> None:
     """Refuse a network without population statistics that move, with several in a layer, and with
     layers that keep another share of an average than its decay."""
-    layers = _layers(context)
-    if not layers:
-        raise ValueError("needs a norm with population statistics that move, as norm=bn has")
-    for name, layer in layers.items():
-        if len(layer.populations()) > 1:
-            raise ValueError(f"looks at one running average a layer, and {name} has several")
+    check_averages(context)
+    for name, layer in averaging_layers(context).items():
         if getattr(layer, "population", None) == "sequential":
             raise ValueError(f"norm.population=sequential keeps more of {name} than its decay says")
 
 
 def measure(context: Context) -> dict[str, float]:
     """The quantities of the module's description, by name."""
-    found = [*_layers(context).values()]
+    found = [*averaging_layers(context).values()]
     copies = [copy.deepcopy(found[place]) for place in (0, -1)]
     layers = nn.ModuleList(copies).to("cpu", torch.float64)
     with torch.no_grad():
@@ -81,11 +77,6 @@ def measure(context: Context) -> dict[str, float]:
             f"age_closed_{name}": age,
         }
     return measured
-
-
-def _layers(context: Context) -> dict[str, PopulationNorm]:
-    found = population_layers(context.model)
-    return {name: layer for name, layer in found.items() if not layer.frozen}
 
 
 def _batch(channels: int, step: int) -> Tensor:

@@ -27,9 +27,9 @@ from math import log2, nan
 import torch
 from torch import Tensor
 
-from normlab.norms.base import BatchStatistics, PopulationNorm, population_layers
+from normlab.norms.base import BatchStatistics, PopulationNorm
 from normlab.population import estimate
-from normlab.probes.base import Context
+from normlab.probes.base import Context, averaging_layers, check_averages
 
 __all__ = ["check", "measure"]
 
@@ -40,12 +40,7 @@ BATCHES = 100
 def check(context: Context) -> None:
     """Refuse a network without population statistics that move, or with several in a layer, and a
     training set that is smaller than a normalization batch."""
-    layers = _layers(context)
-    if not layers:
-        raise ValueError("needs a norm with population statistics that move, as norm=bn has")
-    for name, layer in layers.items():
-        if len(layer.populations()) > 1:
-            raise ValueError(f"looks at one running average a layer, and {name} has several")
+    check_averages(context)
     nbs, images = context.plan.nbs, context.data.size("train")
     if nbs is not None and nbs > images:
         raise ValueError(f"draws batches of nbs={nbs}, and there are {images} training images")
@@ -53,7 +48,7 @@ def check(context: Context) -> None:
 
 def measure(context: Context) -> dict[str, float]:
     """The quantities of the module's description, by name."""
-    layers = _layers(context)
+    layers = averaging_layers(context)
     with context.autocast():
         populations = [
             estimate(context.model, [x], estimator="pooled", group_size=len(x), group="alone")
@@ -74,11 +69,6 @@ def measure(context: Context) -> dict[str, float]:
         for percent in (5, 50, 95):
             measured[f"{place}_batch_p{percent:02}"] = float(batch.quantile(percent / 100))
     return measured
-
-
-def _layers(context: Context) -> dict[str, PopulationNorm]:
-    found = population_layers(context.model)
-    return {name: layer for name, layer in found.items() if not layer.frozen}
 
 
 def _names(layers: dict[str, PopulationNorm]) -> list[str]:
