@@ -103,7 +103,7 @@ def from_arguments(given: Namespace) -> Subject:
     from normlab.subject.checkpoint import Checkpoint
     from normlab.subject.data import load_batches
     from normlab.subject.model import load_model
-    from normlab.subject.scoring import Scoring
+    from normlab.subject.scoring import Scoring, check
 
     if given.data is None:
         raise ValueError("--data says what the statistics are to be of: it is missing")
@@ -134,6 +134,9 @@ def from_arguments(given: Namespace) -> Subject:
         checkpoints[0].load_into(model)
     first = checkpoints[0] if checkpoints else None
     model = model.to(device).eval()
+    for one in (train, target, test):
+        if one is not None:
+            check(model, one, scoring)
     return Subject(model, first, checkpoints[1:], train, target, test, scoring, device)
 
 

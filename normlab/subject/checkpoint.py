@@ -62,7 +62,7 @@ class Checkpoint:
         at = _find(path, content, key)
         held = _entry(content, at)
         names = _names(path, held, prefix)
-        state = {name: held[stored] for name, stored in names.items()}
+        state = {n: held[stored] for n, stored in names.items() if isinstance(held[stored], Tensor)}
         return cls(path, state, _optimizer(content), content, at, names, metadata)
 
     def load_into(self, model: nn.Module) -> None:
@@ -72,7 +72,8 @@ class Checkpoint:
         model is then partly loaded.
         """
         try:
-            model.load_state_dict(dict(self.state), strict=True)
+            held = _entry(self._content, self._at)
+            model.load_state_dict({n: held[stored] for n, stored in self._names.items()})
         except RuntimeError as error:
             raise ValueError(
                 f"{self.path} does not fit the model: {self._misfit(model)}"
@@ -128,10 +129,9 @@ class Checkpoint:
 
     def check_out(self, path: str | Path, *, overwrite: bool = False) -> None:
         """Refuse to write at `path`: ValueError where it is this file's own place, is taken without
-        `overwrite`, is of another kind of file, or is in no directory."""
+        `overwrite`, would be of another kind of file, or is in no directory."""
         out = Path(path)
-        if out.exists() and out.samefile(self.path):
-            raise ValueError(f"{out} is the checkpoint itself, which is never written over")
+        self.refuse_itself(out)
         if out.exists() and not overwrite:
             raise ValueError(f"{out} exists; --overwrite replaces it")
         if (out.suffix == SAFE) != (self.path.suffix == SAFE):
@@ -142,6 +142,12 @@ class Checkpoint:
         if not out.parent.is_dir():
             raise ValueError(f"there is no directory {out.parent} to write {out.name} in")
 
+    def refuse_itself(self, path: str | Path) -> None:
+        """ValueError where `path` is this file, under whatever name."""
+        out = Path(path)
+        if out.exists() and out.samefile(self.path):
+            raise ValueError(f"{out} is a checkpoint to read, which is never written over")
+
     def _replaced(self, state: Mapping[str, Tensor]) -> Any:
         """The content, with `state` in it, sharing everything else."""
         own = _entry(self._content, self._at)
@@ -150,6 +156,9 @@ class Checkpoint:
         for name, value in state.items():
             old = self.state[name]
             rounded = value.detach().to(device=old.device, dtype=old.dtype)
+            if not rounded.isfinite().all() and value.isfinite().all():
+                kind = str(old.dtype).removeprefix("torch.")
+                raise ValueError(f"'{name}' does not fit into {kind}, its type in {self.path}")
             storage = old.untyped_storage().data_ptr()
             place = (storage, old.storage_offset(), old.stride(), old.shape)
             new[self._names[name]] = made.setdefault(place, rounded.clone())
@@ -238,9 +247,8 @@ def _entry(content: Any, at: tuple[str, ...]) -> Any:
 
 
 def _names(path: Path, held: Mapping[str, Any], prefix: str) -> dict[str, str]:
-    """The stored name of each tensor, by that which the model gives it."""
-    stored = [name for name, value in held.items() if isinstance(value, Tensor)]
-    names = {name: name for name in stored}
+    """The stored name of each entry, by that which the model gives it."""
+    names = {name: name for name in held}
     while begin := next((w for w in WRAPPERS if all(n.startswith(w) for n in names)), None):
         names = {name.removeprefix(begin): full for name, full in names.items()}
     if prefix:

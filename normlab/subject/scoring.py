@@ -1,6 +1,6 @@
 """What a model's outputs are worth: loss and error, as sums over samples."""
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -11,9 +11,9 @@ from torch.nn import functional as F
 from tqdm import tqdm
 
 from normlab import dist
-from normlab.subject.batches import samples_of
+from normlab.subject.batches import Batches, samples_of
 
-__all__ = ["Score", "Scoring", "measure"]
+__all__ = ["Score", "Scoring", "check", "measure"]
 
 Loss = Callable[[Any, Any], Any]
 
@@ -94,6 +94,23 @@ class Scoring:
         return Score(n, float(wrong), float(loss_sum))
 
 
+def check(model: nn.Module, batches: Batches, scoring: Scoring) -> None:
+    """Run `model` on one batch, without a trace.
+
+    Raises ValueError in one line for what fails in it, as with images of a size that does not fit.
+    """
+    try:
+        with torch.no_grad(), _evaluating(model):
+            for batch in batches:
+                scoring.score(scoring.forward(model, batch), batch)
+                return
+    except Exception as error:
+        said = (str(error).splitlines() or [""])[0]
+        kind = "" if isinstance(error, ValueError) else f"{type(error).__name__}: "
+        raise ValueError(f"the model and a batch of {batches.name}: {kind}{said}") from error
+    raise ValueError(f"{batches.name} has no batch")
+
+
 def measure(
     model: nn.Module,
     batches: Iterable[Any],
@@ -145,7 +162,7 @@ def _numbers(result: Any) -> tuple[float, float | None]:
 
 
 @contextmanager
-def _evaluating(model: nn.Module) -> Any:
+def _evaluating(model: nn.Module) -> Iterator[None]:
     modes = [(module, module.training) for module in model.modules()]
     try:
         model.eval()
