@@ -240,7 +240,7 @@ def test_layers_that_are_no_known_norms_are_refused_by_name_or_kept(
         ((), {"model": "frozen", "checkpoint": "frozen.pt"}, "all 1 are frozen"),
         ((), {"model": "three_channels", "checkpoint": "three_channels.pt"},
          "the model and a batch of MADE/train.npz: RuntimeError: "),
-        ((), {"model": "plain"}, "1.pt does not fit the model: it has '0.weight' and 13 more, which"),
+        ((), {"model": "plain"}, "1.pt does not fit the model: it has '0.weight' and 13 more"),
         ((), {"out": "old.pt"}, "old.pt exists; --overwrite replaces it"),
         ((), {"out": "new.safetensors"}, "another kind of file"),
         ((), {"checkpoint": None}, "give one --checkpoint FILE, or --average FILE FILE ..."),

@@ -31,12 +31,11 @@ class Pixels:
         if self.std is not None and any(value <= 0 for value in self.std):
             raise ValueError(f"std must be above 0, not {list(self.std)}")
 
-    def fitted(self, image: Image.Image, name: str) -> Tensor:
+    def fitted(self, image: Image.Image) -> Tensor:
         """(3, H, W) uint8."""
         image = image.convert("RGB")
         if self.size is not None and image.size != (self.size, self.size):
             image = _centre(image, self.size)
-        del name
         return torch.from_numpy(np.array(image)).permute(2, 0, 1)
 
     def stacked(self, images: Sequence[Tensor], names: Sequence[str]) -> Tensor:
@@ -103,7 +102,7 @@ class Folder:
         for file, _ in items:
             try:
                 with Image.open(file) as image:
-                    images.append(self._pixels.fitted(image, str(file)))
+                    images.append(self._pixels.fitted(image))
             except OSError as error:
                 raise ValueError(f"{file} is not an image that can be decoded") from error
         x = self._pixels.stacked(images, [str(file) for file, _ in items])

@@ -87,15 +87,16 @@ class Table:
     def _read(self, group: Group, taken: list[int]) -> Iterator[Row]:
         columns = [self._image, *([self._label] if self._label else [])]
         table = _opened(group.file).read_row_group(group.number, columns=columns).take(taken)
-        for row, cell in zip(taken, table.column(self._image), strict=True):
+        images = table.column(self._image)
+        labels = table.column(self._label).to_pylist() if self._label else [0] * len(taken)
+        for row, cell, label in zip(taken, images, labels, strict=True):
             where = f"{group.file}, row {row} of group {group.number}"
             content = cell.as_py()
             found = content.get("bytes") if isinstance(content, dict) else content
             if not isinstance(found, bytes):
                 raise ValueError(f"{where}: no encoded image in column '{self._image}'")
-            label = 0
-            if self._label:
-                label = table.column(self._label)[taken.index(row)].as_py()
+            if not isinstance(label, int):
+                raise ValueError(f"{where}: column '{self._label}' holds no number of a class")
             yield Row(where, found, label)
 
     def load(self, items: Sequence[Row]) -> tuple[Tensor, Tensor | None]:
@@ -103,7 +104,7 @@ class Table:
         for row in items:
             try:
                 image = Image.open(io.BytesIO(row.content))
-                images.append(self._pixels.fitted(image, row.where))
+                images.append(self._pixels.fitted(image))
             except (OSError, SyntaxError) as error:  # Pillow's words for a damaged PNG
                 raise ValueError(f"{row.where}: not an image that can be decoded") from error
         x = self._pixels.stacked(images, [row.where for row in items])

@@ -47,7 +47,7 @@ def flat(at, pixels):
     return at / "flat"
 
 
-def parquet(at, pixels, label="label", shards=2):
+def parquet(at, pixels, label="label", shards=3):
     for shard in range(shards):
         rows = range(shard, len(pixels), shards)
         images = [{"bytes": png(pixels[i]), "path": None} for i in rows]
@@ -274,6 +274,7 @@ def test_memory_does_not_grow_with_the_number_of_batches(tmp_path):
         ("e.parquet", {}, "cannot be read as Parquet"),
         ("f.parquet", {}, r"has no column img or image: \['text'\]"),
         ("g.parquet", {}, "row 0 of group 0: not an image that can be decoded"),
+        ("h.parquet", {}, "row 0 of group 0: column 'label' holds no number of a class"),
         ("empty", {}, "holds no images; name its files, as in HERE/empty/a.parquet"),
         ("sizes", {}, "b.png has 3x2 pixels and .*a.png 2x2: --image-size makes them alike"),
         ("broken", {}, "a.png is not an image that can be decoded"),
@@ -291,6 +292,8 @@ def test_what_cannot_be_read_is_refused_in_a_line(tmp_path, spec, options, said)
     pq.write_table(pa.table({"text": ["a"]}), tmp_path / "f.parquet")
     damaged = [{"bytes": b"no image", "path": None}]
     pq.write_table(pa.table({"image": damaged}), tmp_path / "g.parquet")
+    named = [{"bytes": png(pixels[0]), "path": None}]
+    pq.write_table(pa.table({"image": named, "label": ["cat"]}), tmp_path / "h.parquet")
     for place in ("empty", "sizes", "broken", "mixed/in"):
         (tmp_path / place).mkdir(parents=True)
     (tmp_path / "empty" / "a.parquet").touch()
