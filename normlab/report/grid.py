@@ -4,6 +4,7 @@ import math
 import statistics
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
 from typing import Any
 
 from normlab import agenda, config
@@ -121,7 +122,7 @@ class Results:
     chance error, and the loss of a guess, from where it ended.
     """
 
-    @property
+    @cached_property
     def points(self) -> list[Point]:
         return list(first_cells(self.experiment, self.scale))
 
