@@ -143,6 +143,7 @@ def test_ranks_learn_from_both_shards(tiny: Trained, watched: Watched) -> None:
     assert all((y >= 2).all() for _, y in took[1::2])
 
 
+@pytest.mark.usefixtures("resting")
 def test_with_its_own_eps_the_statistics_would_fit(tiny: Trained) -> None:
     case = trainings.eps_lost(tiny)
     layers = norms(case.model).values()
@@ -162,7 +163,7 @@ def test_with_its_own_eps_the_statistics_would_fit(tiny: Trained) -> None:
     lost = off()
     for layer in layers:
         layer.eps = 1e-3
-    assert off() < 0.5 * lost
+    assert off() < 0.05 < 0.5 * lost
 
 
 def test_one_group_decays_everything(tiny: Trained) -> None:
