@@ -13,11 +13,15 @@ from normlab.trial.training import Trained, seeded, set_momentum
 
 __all__ = [
     "OFFSETS", "averaged_over_all", "from_another_domain", "fused_but_kept", "healthy",
-    "never_updated", "precise_of_few_digits", "tracking_off", "with_momentum", "without_momentum",
+    "never_updated", "precise_of_few_digits", "saved_in_half",
+    "tracking_off", "with_momentum", "without_momentum",
 ]  # fmt: skip
 
 OFFSETS = [1e4 * 1.1**k for k in range(20)]
 """Of raw measurements with a standard deviation of about 1, such as pressures in pascal."""
+
+RAW = 1e3
+"""A standard deviation of raw measurements whose square is beyond half precision's 65504."""
 
 
 def healthy(of: Trained) -> Case:
@@ -106,6 +110,21 @@ def precise_of_few_digits(of: Trained) -> Case:
             break
     test = [(x + offset, y) for x, y in of.test()]
     model = nn.Sequential(OrderedDict(data=data, net=of.model())).train()
+    return Case(model, batches, test, of.optimizer, nbs=of.size.batch)
+
+
+def saved_in_half(of: Trained) -> Case:
+    """A norm in front takes raw measurements with deviations of `RAW`; `model.half()` was saved."""
+    channels = of.material.train[0].shape[1]
+    front = nn.BatchNorm1d if of.network.signals else nn.BatchNorm2d
+    data = front(channels, affine=False, momentum=None)
+    batches, test = ([(x * RAW, y) for x, y in part] for part in (of.shown(), of.test()))
+    for x, _ in batches:
+        data(x)
+    model = nn.Sequential(OrderedDict(data=data, net=of.model())).train()
+    model.load_state_dict(
+        {k: v.half() if v.is_floating_point() else v for k, v in model.state_dict().items()}
+    )
     return Case(model, batches, test, of.optimizer, nbs=of.size.batch)
 
 

@@ -145,10 +145,10 @@ FAULTS = (
         trainings.shared_norms,
     ),
     Fault(
-        "batches by label",
-        "P61",
-        "every normalization batch of the training has one label",
-        ("batch_leakage",),
-        trainings.by_label,
+        "half precision",
+        "P65",
+        "a variance of raw measurements above 65504, saved in half precision",
+        ("not_finite",),
+        checkpoints.saved_in_half,
     ),
 )

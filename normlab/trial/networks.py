@@ -50,7 +50,7 @@ class ConvNet1d(nn.Module):
 
     def __init__(self, classes: int) -> None:
         super().__init__()
-        plan = [(1, 32, 1), (32, 32, 1), (32, 64, 2), (64, 64, 1), (64, 128, 2), (128, 128, 1)]
+        plan = [(1, 32, 1), (32, 32, 2), (32, 64, 2), (64, 64, 2), (64, 128, 2), (128, 128, 2)]
         self.blocks = nn.Sequential(
             *(
                 nn.Sequential(

@@ -36,8 +36,8 @@ class Size:
     further: int = 40
     batch: int = 32
     train: int = 2560
-    shown: int = 512
-    test: int = 512
+    shown: int = 384
+    test: int = 256
 
 
 @dataclass(frozen=True)

@@ -13,14 +13,14 @@ from normlab.trial.networks import norms
 from normlab.trial.training import Trained, careful, optimizer_of, seeded, set_momentum, train
 
 __all__ = [
-    "averaged_weights", "biased_variance", "by_label", "decayed_norms", "eps_lost",
+    "averaged_weights", "biased_variance", "decayed_norms", "eps_lost",
     "frozen_backbone", "ranks_apart", "recomputed", "shared_norms", "two_domains",
 ]  # fmt: skip
 
 LR = 1e-3
 """Peak learning rate of a training that goes on."""
 
-SWA_LR = 1e-2
+SWA_LR = 3e-3
 """The constant one between the points of an average: high, as it is meant to be."""
 
 SMALL = 0.01
@@ -171,7 +171,7 @@ def decayed_norms(of: Trained) -> Case:
     model = of.model()
     optimizer = optimizer_of([{"params": list(model.parameters()), "weight_decay": 0.05}], LR)
     with seeded(of.seed):
-        train(model, optimizer, of.stream(), of.size.further // 2)
+        train(model, optimizer, of.stream(), of.size.further)
     return _case(of, model, optimizer)
 
 
@@ -210,24 +210,6 @@ def shared_norms(of: Trained) -> Case:
     with seeded(of.seed):
         train(model, optimizer, of.stream(), of.size.further)
     return _case(of, model, optimizer)
-
-
-def by_label(of: Trained) -> Case:
-    """Trained further with batches of one label each, several to a step: a sorted list, dealt to
-    the devices as it is."""
-    model = of.model()
-    optimizer = careful(model, LR)
-    x, y = of.material.train
-    parts = [y == label for label in range(of.material.classes)]
-    streams = [of.stream((x[part], y[part]), of.size.batch // 2) for part in parts]
-
-    def in_turn() -> Iterator[Labelled]:
-        while True:
-            yield from map(next, streams)
-
-    with seeded(of.seed):
-        train(model, optimizer, in_turn(), of.size.further, micro=len(streams))
-    return _case(of, model, optimizer, nbs=of.size.batch // 2)
 
 
 def _case(

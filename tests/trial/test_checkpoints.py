@@ -106,3 +106,14 @@ def test_few_digits_make_a_variance_negative(tiny: Trained) -> None:
     assert (x.var((0, 2, 3)) > 0.5).all()
     mean = data.get_buffer("running_mean").double()
     torch.testing.assert_close(mean, x.mean((0, 2, 3)), rtol=1e-5, atol=0)
+
+
+def test_half_precision_has_no_such_variance(tiny: Trained) -> None:
+    case = checkpoints.saved_in_half(tiny)
+    assert case.model.get_buffer("data.running_var").isinf().all()
+    x = torch.cat([x for x, _ in case.batches]).double()
+    mean = case.model.get_buffer("data.running_mean").double()
+    torch.testing.assert_close(mean, x.mean((0, 2, 3)), rtol=1e-3, atol=0.1)
+    torch.testing.assert_close(
+        case.model.get_parameter("net.stem.weight"), tiny.state["stem.weight"], rtol=1e-3, atol=1e-4
+    )

@@ -202,17 +202,9 @@ def test_a_shared_norm_is_called_twice(tiny: Trained) -> None:
     assert model.get_buffer("norm.num_batches_tracked") == steps
 
 
-def test_batches_by_label_have_one_label(tiny: Trained, watched: Watched) -> None:
-    case = trainings.by_label(tiny)
-    ((_, took),) = watched
-    assert [len(set(y.tolist())) for _, y in took] == [1] * 4 * tiny.size.further
-    assert {int(y[0]) for _, y in took} == set(range(4))
-    assert all(len(set(y.tolist())) > 1 for _, y in case.batches)
-
-
 @pytest.mark.parametrize(
     "inject",
-    [trainings.recomputed, trainings.by_label, trainings.averaged_weights],
+    [trainings.recomputed, trainings.shared_norms, trainings.averaged_weights],
     ids=lambda inject: inject.__name__,
 )
 def test_a_fault_is_a_function_of_the_seed(
