@@ -16,6 +16,7 @@ from normlab.diagnose.thresholds import APART, BATCHES, BIMODAL, FAR, HELD_SAMPL
 
 __all__ = ["Structure", "Target", "measure_target", "mixed", "shift", "split"]
 
+
 class Structure:
     """How samples and batches differ at every layer with population statistics.
 
@@ -141,7 +142,7 @@ def mixed(case: Case, structure: Structure) -> Iterator[Finding]:
     into two groups. They are domains if statistics of each kind's own cost less than those of both:
     classes are two kinds as well, and statistics of their own cost more.
     """
-    kinds = _kinds(case, structure)
+    kinds = _kinds(structure)
     if kinds is None:
         return
     layer, second, evidence = kinds
@@ -183,9 +184,7 @@ def mixed(case: Case, structure: Structure) -> Iterator[Finding]:
     )  # fmt: skip
 
 
-def _kinds(
-    case: Case, structure: Structure
-) -> tuple[str, Tensor, dict[str, float | str]] | None:
+def _kinds(structure: Structure) -> tuple[str, Tensor, dict[str, float | str]] | None:
     """The layer that tells two kinds of the held samples apart best, and which each is of."""
     between = structure.between()
     if between and max(between.values()) > APART:

@@ -127,7 +127,9 @@ def structure(case: Case) -> Iterator[Finding]:
             "make the model with track_running_stats=True, load the weights, then " + RECALIBRATE,
         )  # fmt: skip
     uses = Counter(live.uses) if live else Counter()
-    never = [n for n in norms if n not in case.moments and not uses[n] and n in case.forwards.layers]
+    never = [
+        n for n in norms if n not in case.moments and not uses[n] and n in case.forwards.layers
+    ]
     if never:
         yield Finding(
             "never_used", "notice", never,
@@ -174,7 +176,7 @@ def _frozen_but_updating(case: Case) -> Iterator[Finding]:
         return
     names = []
     for name, norm in case.norms.items():
-        own = [p for p in (norm._parameters.get("weight"), norm._parameters.get("bias")) if p is not None]
+        own = [p for p in norm._parameters.values() if p is not None]
         if own and not any(p.requires_grad for p in own) and name in case.live.moved:
             names.append(name)
     if not names:

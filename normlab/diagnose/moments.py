@@ -73,7 +73,7 @@ class Moments:
         self.group_size = 0
 
     def add(self, x: Tensor, group_size: int | None) -> None:
-        """Include a forward's input x (N, C, ...), normalized over groups of `group_size` samples."""
+        """Include an input x (N, C, ...), normalized over groups of `group_size` samples."""
         means, variances, positions = of_samples(x)
         samples, channels = means.shape
         size = group_size or samples
