@@ -18,8 +18,7 @@ from collections.abc import Iterator
 from normlab.diagnose import laws, origins
 from normlab.diagnose.case import Case, Numbers
 from normlab.diagnose.comparison import scatter
-from normlab.diagnose.facts import RECALIBRATE
-from normlab.diagnose.findings import Finding
+from normlab.diagnose.findings import RECALIBRATE, Finding
 from normlab.diagnose.moments import Moments
 from normlab.diagnose.thresholds import FAR, MEMORY, ROUNDED
 from normlab.population.ema import ema_noise
@@ -75,7 +74,7 @@ def told(case: Case) -> Numbers:
         found["scatter of an average of the model's momentum"] = usual
         found["time constant in updates"] = 1 / momentum
         noise = float(means.nanmedian())
-        if noise > 0:
+        if 0 < noise < MEMORY[1]:  # else it is no noise
             found["NBS by the noise, at least"] = case.nbs * usual / noise
         if counts:
             found["updates"] = max(counts)
@@ -113,5 +112,5 @@ def _memory(case: Case) -> Finding | None:
         f"of {case.nbs}, at the first layer as at the last: they hold the last batch or two, not "
         f"an average (decay 0.9 leaves {usual:.2f}){told}; {case.said()}.",
         evidence,
-        f"momentum=0.1 in torch is what others call 0.9; {RECALIBRATE}",
+        f"`momentum=0.1` in torch is what others call 0.9; {RECALIBRATE}",
     )  # fmt: skip

@@ -30,7 +30,8 @@ def gap(case: Case) -> Iterator[Finding]:
         "train_test_gap", "problem", case.worst(),
         words + ": what the network learned needs its batch's statistics.",
         {"NBS": case.nbs, **case.in_numbers()},
-        "fine-tune with frozen statistics (normlab.population.freeze), or train with a larger NBS",
+        "fine-tune with frozen statistics (`normlab.population.freeze`), or train with a larger "
+        "NBS",
     )  # fmt: skip
 
 

@@ -8,8 +8,7 @@ from torch import Tensor
 
 from normlab.diagnose.case import Case, costs
 from normlab.diagnose.comparison import Pair
-from normlab.diagnose.facts import RECALIBRATE
-from normlab.diagnose.findings import Finding
+from normlab.diagnose.findings import ADAPT, RECALIBRATE, Finding
 from normlab.diagnose.forwards import Losses, size_of, take
 from normlab.diagnose.moments import Moments, of_samples
 from normlab.diagnose.thresholds import APART, BATCHES, BIMODAL, FAR, HELD_SAMPLES
@@ -104,7 +103,7 @@ def shift(case: Case, target: Target) -> Iterator[Finding]:
         "domain_shift", "problem" if gains else "notice", names, words + ".",
         {"distance": far, "loss": target.stored.loss, "loss adapted": target.adapted.loss,
          "error": target.stored.error, "error adapted": target.adapted.error},
-        f"{RECALIBRATE} on the target (Adaptive BN: no labels needed)" if gains or not labelled
+        f"{ADAPT} (Adaptive BN: no labels are needed)" if gains or not labelled
         else "",
     )  # fmt: skip
 
@@ -179,8 +178,8 @@ def mixed(case: Case, structure: Structure) -> Iterator[Finding]:
         {**evidence, "share of the second kind": float(second.double().mean()),
          "loss together": together.loss, "loss apart": apart.loss,
          "error together": together.error, "error apart": apart.error},
-        'statistics by domain: normlab.convert(model, "separate", num_domains=2), or a checkpoint '
-        f"for each by {RECALIBRATE}",
+        'statistics by domain: `normlab.convert(model, "separate", num_domains=2)`, or a '
+        f"checkpoint for each by {RECALIBRATE}",
     )  # fmt: skip
 
 

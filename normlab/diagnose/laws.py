@@ -14,8 +14,8 @@ from torch import Tensor
 
 from normlab.diagnose.case import Case, Numbers
 from normlab.diagnose.comparison import Pair, explained
-from normlab.diagnose.facts import RECALIBRATE, some
-from normlab.diagnose.findings import Finding
+from normlab.diagnose.facts import some
+from normlab.diagnose.findings import RECALIBRATE, Finding
 from normlab.diagnose.moments import Moments
 from normlab.diagnose.thresholds import EXPLAINED, INITIAL, ROUNDED
 
@@ -48,7 +48,7 @@ def folded(case: Case) -> Finding | None:
         f"were folded into the layers before them, and are applied again; {case.said()}.",
         {"distance from folded": apart / len(case.pairs), "distance": case.far,
          **case.in_numbers()},
-        "replace the norms by nn.Identity (normlab.surgery.fuse does), or load the weights from "
+        "replace the norms by nn.Identity (`normlab.surgery.fuse` does), or load the weights from "
         "before the fusion",
     )  # fmt: skip
 
@@ -114,7 +114,7 @@ def one_parameter(case: Case) -> Finding | None:
             f"Means and variances of all layers are {best.parameter:.3g} times the precise ones "
             f"({100 * best.share:.0f} % of the distance), as Caffe's blobs before the division by "
             f"their scale factor: {case.said()}.",
-            evidence, f"divide by the factor (normlab.surgery.translate), or {RECALIBRATE}",
+            evidence, f"divide by the factor (`normlab.surgery.translate`), or {RECALIBRATE}",
         )  # fmt: skip
     evidence["power"] = best.parameter
     kinds = {0.5: "standard deviations", -1.0: "inverse variances", -0.5: "inverse deviations"}
@@ -123,7 +123,7 @@ def one_parameter(case: Case) -> Finding | None:
         f"running_var holds {kinds.get(best.parameter, 'squared variances')}: the precise variance "
         f"to the power {best.parameter:g} ({100 * best.share:.0f} % of the distance); "
         f"{case.said()}.",
-        evidence, f"convert the checkpoint again (normlab.surgery.translate), or {RECALIBRATE}",
+        evidence, f"convert the checkpoint again (`normlab.surgery.translate`), or {RECALIBRATE}",
     )  # fmt: skip
 
 

@@ -6,8 +6,7 @@ from torch.utils import _pytree as pytree
 
 from normlab.diagnose.case import Case, Numbers
 from normlab.diagnose.comparison import Pair
-from normlab.diagnose.facts import RECALIBRATE
-from normlab.diagnose.findings import Finding
+from normlab.diagnose.findings import AVERAGE, RECALIBRATE, Finding
 from normlab.diagnose.forwards import take
 from normlab.diagnose.moments import Moments
 from normlab.diagnose.thresholds import EXPLAINED, MEMORY, ROUNDED
@@ -170,7 +169,7 @@ def averaged(case: Case) -> Finding | None:
         f"The weights are the average of those of the {len(parts)} other checkpoints, and the "
         f"statistics are not those of the average: {case.said()}.",
         {"checkpoints": len(parts), "distance": case.far, **case.in_numbers()},
-        "normlab recalibrate --average, which estimates anew after averaging",
+        f"{AVERAGE}, which estimates anew after averaging",
     )  # fmt: skip
 
 
