@@ -27,7 +27,7 @@ from normlab.diagnose.facts import RECALIBRATE, some
 from normlab.diagnose.findings import Finding
 from normlab.diagnose.forwards import take
 from normlab.diagnose.moments import Moments
-from normlab.diagnose.thresholds import EXPLAINED, FAR, INITIAL, MEMORY, ROUNDED
+from normlab.diagnose.thresholds import EXPLAINED, FAR, FIRST, INITIAL, MEMORY, ROUNDED
 from normlab.population.ema import ema_noise
 
 __all__ = ["cause", "scatter", "told"]
@@ -53,6 +53,8 @@ def cause(case: Case, target: dict[str, Moments] | None) -> Iterator[Finding]:
     means, _ = scatter(case.pairs)
     moved = case.far > FAR / 2 and float(means.nanmedian()) > MEMORY[1]
     if not case.stored_costs and not moved:
+        if far > FAR and (found := _eps(case)) is not None:
+            yield found
         return
     yield _eps(case) or _averaged(case) or _domain(case, target) or _stale(case)
 
@@ -204,11 +206,19 @@ def _biased(case: Case) -> Finding | None:
     def left(law: Any) -> float:
         return sum(float(p.distance(p.mean, law(p)).mean()) for p in pairs.values()) / len(pairs)
 
+    def seen(p: Pair, b: int) -> Tensor:
+        """Of batches of that NBS: as they were, where they had it, for the halves of a pair that
+        was normalized together are no two random samples; else of random ones."""
+        if b == p.moments.group_size:
+            return p.moments.variances.mean
+        return p.moments.expected_variance(b, unbiased=True)
+
     def unbiased(b: int) -> float:
-        return left(lambda p: p.moments.expected_variance(b, unbiased=True))
+        return left(lambda p: seen(p, b))
 
     def short(b: int) -> float:
-        return left(lambda p: p.moments.expected_variance(b, unbiased=False))
+        n = b
+        return left(lambda p: seen(p, n) * (1 - 1 / (n * p.moments.positions)))
 
     def long(b: int) -> float:
         return left(lambda p: _twice_corrected(p.moments, b))
@@ -373,7 +383,9 @@ def _domain(case: Case, target: dict[str, Moments] | None) -> Finding | None:
                  if n in target}  # fmt: skip
         near = sum(pair.far() for pair in pairs.values()) / max(len(pairs), 1)
     of_target = near is not None and near < (1 - EXPLAINED) * case.far
-    if not (of_target or shifted or (first.far() > typical and first.far() > ROUNDED)):
+    of_batches = first.moments.variances.mean  # what a running average at this NBS holds
+    own = min(first.far(), float(first.distance(None, of_batches).mean()))
+    if not (of_target or shifted or (own > FIRST * typical and own > ROUNDED)):
         return None
     evidence: dict[str, float | str] = {
         "distance of the first layer": first.far(), "median of the others": typical,
