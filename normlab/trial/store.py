@@ -23,7 +23,10 @@ from normlab.trial.training import Size, Trained
 __all__ = ["Store"]
 
 TRAINING = ("trial/networks.py", "trial/material.py", "trial/training.py")
-VERDICT = ("trial", "diagnose", "population", "norms", "surgery")
+VERDICT = (
+    *TRAINING, *(f"trial/{name}.py" for name in ("case", "checkpoints", "trainings", "faults")),
+    "trial/judge.py", "diagnose", "subject", "population", "norms", "surgery",
+)  # fmt: skip
 
 
 class Store:
