@@ -44,6 +44,8 @@ def cause(case: Case, target: dict[str, Moments] | None) -> Iterator[Finding]:
     means, _ = scatter(case.pairs)
     moved = case.far > FAR / 2 and float(means.nanmedian()) > MEMORY[1]
     if not case.stored_costs and not moved:
+        if far > FAR and (found := origins.another_eps(case)) is not None:
+            yield found
         return
     yield (
         origins.another_eps(case)

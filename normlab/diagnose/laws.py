@@ -154,13 +154,13 @@ def biased(case: Case) -> Finding | None:
         return sum(float(p.distance(p.mean, law(p)).mean()) for p in pairs.values()) / len(pairs)
 
     def unbiased(b: int) -> float:
-        return left(lambda p: p.moments.expected_variance(b, unbiased=True))
+        return left(lambda p: _of_batches(p.moments, b))
 
     def short(b: int) -> float:
-        return left(lambda p: p.moments.expected_variance(b, unbiased=False))
+        return left(lambda p: _of_batches(p.moments, b) * (1 - 1 / (b * p.moments.positions)))
 
     def long(b: int) -> float:
-        return left(lambda p: _twice_corrected(p.moments, b))
+        return left(lambda p: _of_batches(p.moments, b) / (1 - 1 / (b * p.moments.positions)))
 
     base = min([left(lambda p: p.precise_var), *map(unbiased, sizes)])
     value, b, kind = min((f(b), b, k) for k, f in (("short", short), ("long", long)) for b in sizes)
@@ -181,6 +181,9 @@ def biased(case: Case) -> Finding | None:
     )  # fmt: skip
 
 
-def _twice_corrected(moments: Moments, nbs: int) -> Tensor:
-    elements = nbs * moments.positions
-    return moments.expected_variance(nbs, unbiased=True) * (elements / (elements - 1))
+def _of_batches(moments: Moments, nbs: int) -> Tensor:
+    """The mean unbiased variance of batches of that NBS: as it was, where they had it; else of
+    random ones. The halves of a pair that was normalized together are no two random samples."""
+    if nbs == moments.group_size:
+        return moments.variances.mean
+    return moments.expected_variance(nbs)

@@ -9,7 +9,7 @@ from normlab.diagnose.comparison import Pair
 from normlab.diagnose.findings import AVERAGE, RECALIBRATE, Finding
 from normlab.diagnose.forwards import take
 from normlab.diagnose.moments import Moments
-from normlab.diagnose.thresholds import EXPLAINED, MEMORY, ROUNDED
+from normlab.diagnose.thresholds import EXPLAINED, FIRST, MEMORY, ROUNDED
 
 __all__ = ["another_eps", "averaged", "other_domain", "stale"]
 
@@ -75,7 +75,9 @@ def other_domain(case: Case, target: dict[str, Moments] | None) -> Finding | Non
                  if n in target}  # fmt: skip
         near = sum(pair.far() for pair in pairs.values()) / max(len(pairs), 1)
     of_target = near is not None and near < (1 - EXPLAINED) * case.far
-    if not (of_target or shifted or (first.far() > typical and first.far() > ROUNDED)):
+    of_batches = first.moments.variances.mean  # what a running average at this NBS holds
+    own = min(first.far(), float(first.distance(None, of_batches).mean()))
+    if not (of_target or shifted or (own > FIRST * typical and own > ROUNDED)):
         return None
     evidence: Numbers = {
         "distance of the first layer": first.far(), "median of the others": typical,

@@ -53,3 +53,7 @@ near zero, of which everything is a large share."""
 CONSTANT = 1e-6
 """Variance of batch means in units of a layer's variance below which they are constant but for
 rounding: random batches of n samples have about 1 / n of it."""
+
+FIRST = 10.0
+"""Times the median of the layers behind it that the first layer is off by where the inputs are
+others: those behind it normalize again. Weights that moved leave it at five times at most."""

@@ -4,12 +4,13 @@ Twenty faults are put into five networks and thirty networks are left healthy; `
 is given what its user would have of each.
 """
 
+import importlib.util
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from normlab.trial.judge import Verdict
-    from normlab.trial.training import Size
 
 __all__ = ["OUT", "SEED", "main", "verdicts"]
 
@@ -25,8 +26,10 @@ def main(*, quick: bool = False, results: Path = OUT, work: Path = WORK, seed: i
 
     quick: a few faults and networks, hardly trained, which shows that everything runs and nothing
     else; written as `trial-quick`. work: keeps what is done, so that an interrupted trial goes on.
-    Raises ValueError where CIFAR-10 is not there, ImportError without timm.
+    Raises ValueError where CIFAR-10 or timm is not there.
     """
+    if importlib.util.find_spec("timm") is None:
+        raise ValueError("the trial takes networks from timm: pip install 'normlab[bench]'")
     from normlab.trial import write
 
     done = verdicts(quick=quick, work=work, seed=seed)
@@ -40,9 +43,9 @@ def verdicts(*, quick: bool, work: Path, seed: int) -> "list[Verdict]":
     """Those on every fault in every network, and then those on the healthy ones."""
     from tqdm import tqdm
 
-    from normlab.trial import checkpoints, material
+    from normlab.trial import material
     from normlab.trial.faults import FAULTS
-    from normlab.trial.judge import judge
+    from normlab.trial.judge import judged
     from normlab.trial.networks import FIVE, THIRTY
     from normlab.trial.store import Store
     from normlab.trial.training import Size
@@ -50,11 +53,13 @@ def verdicts(*, quick: bool, work: Path, seed: int) -> "list[Verdict]":
     size = Size(20, 4, 16, 256, 64, 64) if quick else Size()
     five, faults = (FIVE[1::3], FAULTS[::3]) if quick else (FIVE, FAULTS)
     thirty = THIRTY[4:6] if quick else THIRTY
+    plan = [(network, seed + k, faults) for k, network in enumerate(five)]
+    plan += [(network, seed + k, (None,)) for k, network in enumerate(thirty)]
     store = Store(work, size)
     done = []
-    with tqdm(total=len(five) * len(faults) + len(thirty), unit="diagnosis", disable=None) as bar:
-        for k, network in enumerate(five + thirty):
-            at = seed + (k if k < len(five) else k - len(five))
+    total = sum(len(wanted) for _, _, wanted in plan)
+    with tqdm(total=total, unit="diagnosis", disable=None) as bar:
+        for network, at, wanted in plan:
             data = material.load(
                 "digits" if network.signals else "cifar10",
                 seed=at,
@@ -63,16 +68,9 @@ def verdicts(*, quick: bool, work: Path, seed: int) -> "list[Verdict]":
                 signals=network.signals,
             )
             trained = store.trained(network, at, data)
-            for fault in faults if k < len(five) else (None,):
-                bar.set_postfix_str(f"{network.name} {fault.name if fault else 'healthy'}")
-                case = fault.inject if fault else checkpoints.healthy
-                done.append(
-                    store.verdict(
-                        network,
-                        fault.name if fault else "",
-                        at,
-                        lambda: judge(case(trained), fault, trained),
-                    )
-                )
+            for fault in wanted:
+                name = fault.name if fault else ""
+                bar.set_postfix_str(f"{network.name} {name or 'healthy'}")
+                done.append(store.verdict(network, name, at, partial(judged, fault, trained)))
                 bar.update()
     return done

@@ -8,9 +8,10 @@ from statistics import NormalDist
 
 from normlab.diagnose import diagnose
 from normlab.trial.case import Case, Fault
+from normlab.trial.checkpoints import healthy
 from normlab.trial.training import Trained
 
-__all__ = ["Share", "Verdict", "alarms", "judge", "recall", "recognized", "wilson"]
+__all__ = ["Share", "Verdict", "alarms", "judge", "judged", "recall", "recognized", "wilson"]
 
 
 @dataclass(frozen=True)
@@ -46,6 +47,11 @@ class Verdict:
     def besides(self) -> tuple[str, ...]:
         """The problems that were said to be there and have another name."""
         return tuple(name for name in self.problems if name not in self.expected)
+
+
+def judged(fault: Fault | None, of: Trained) -> Verdict:
+    """Put a fault, or none, into a network and diagnose what comes of it."""
+    return judge(fault.inject(of) if fault else healthy(of), fault, of)
 
 
 def judge(case: Case, fault: Fault | None, of: Trained) -> Verdict:

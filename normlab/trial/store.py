@@ -6,12 +6,11 @@ Trainings are kept by what they depend on, verdicts by the code of the diagnosis
 import hashlib
 import json
 from collections.abc import Callable
-from dataclasses import asdict, fields
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
 
 from normlab import runs
 from normlab.trial import training
@@ -23,7 +22,10 @@ from normlab.trial.training import Size, Trained
 __all__ = ["Store"]
 
 TRAINING = ("trial/networks.py", "trial/material.py", "trial/training.py")
-VERDICT = ("trial", "diagnose", "population", "norms", "surgery")
+VERDICT = (
+    *TRAINING, *(f"trial/{name}.py" for name in ("case", "checkpoints", "trainings", "faults")),
+    "trial/judge.py", "diagnose", "subject", "population", "norms", "surgery",
+)  # fmt: skip
 
 
 class Store:
@@ -48,7 +50,9 @@ class Store:
         temporary.replace(path)
         return made
 
-    def verdict(self, network: Network, fault: str, seed: int, make: Callable[[], Verdict]) -> Verdict:
+    def verdict(
+        self, network: Network, fault: str, seed: int, make: Callable[[], Verdict]
+    ) -> Verdict:
         """That of this fault ("": of none) in this network, now or before."""
         word = hashlib.sha256(fault.encode()).hexdigest()[:8] if fault else "healthy"
         path = self.verdicts / f"{network.name.replace(':', '-')}-s{seed}-{word}.json"

@@ -142,7 +142,7 @@ def train(
     *,
     micro: int = 1,
     constant: bool = False,
-    after: Callable[[int], None] = lambda step: None,
+    after: Callable[[int], None] = lambda _: None,
 ) -> None:
     """So many steps of SGD in training mode.
 

@@ -215,6 +215,4 @@ def shared_norms(of: Trained) -> Case:
 def _case(
     of: Trained, model: nn.Module, optimizer: torch.optim.Optimizer, nbs: int | None = None
 ) -> Case:
-    return Case(
-        model, of.shown(), of.test(), optimizer.state_dict(), nbs=nbs or of.size.batch
-    )
+    return Case(model, of.shown(), of.test(), optimizer.state_dict(), nbs=nbs or of.size.batch)

@@ -207,8 +207,6 @@ def test_a_shared_norm_is_called_twice(tiny: Trained) -> None:
     [trainings.recomputed, trainings.shared_norms, trainings.averaged_weights],
     ids=lambda inject: inject.__name__,
 )
-def test_a_fault_is_a_function_of_the_seed(
-    tiny: Trained, inject: Callable[[Trained], Any]
-) -> None:
+def test_a_fault_is_a_function_of_the_seed(tiny: Trained, inject: Callable[[Trained], Any]) -> None:
     one, two = (inject(tiny).model.state_dict() for _ in range(2))
     assert all(torch.equal(one[key], two[key]) for key in one)
