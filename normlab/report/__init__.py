@@ -13,7 +13,8 @@ from pathlib import Path
 from normlab import experiment as experiments
 from normlab import runs as run_directories
 from normlab.experiment import Experiment
-from normlab.report import figures, provenance, summary, tables, terminal
+from normlab.report import provenance, summary, tables, terminal
+from normlab.report.drawings import drawn
 from normlab.report.gather import Row, by_run, csv_text, merge, read, rows_of, unite
 from normlab.report.grid import Grid, compose, results, sort_key
 from normlab.report.page import ExperimentReport, ScaleReport, page
@@ -156,8 +157,12 @@ def report_experiment(
         for scale in experiment.scales
     }
 
+    wanted = {
+        (cell, str(seed)) for grid in grids.values() for cell in grid.points for seed in grid.seeds
+    }
+
     def mine(rows: list[Row]) -> list[Row]:
-        return [row for row in rows if any(row in grid for grid in grids.values())]
+        return [row for row in rows if (row["cell"], row["seed"]) in wanted]
 
     here = mine(local)
     # A record may hold a run with less than this experiment asks of it, since experiments share
@@ -203,17 +208,15 @@ def report_scale(
         return ScaleReport(grid, found, [], ""), []
     marks = provenance.marks(found, run_directories.source_digest())
     facts = [*provenance.facts(found), *(f"Note: {mark}" for mark in marks)]
-    figure = figures.draw(found, provenance.subtitle(found))
-    svg = figures.render(figure, "svg")
+    figure = drawn(found, provenance.subtitle(found))
     content: dict[str, str | bytes] = {
         f"table-{scale}.csv": tables.table_csv(found),
         f"table-{scale}.md": tables.markdown(found, facts),
         f"table-{scale}.tex": tables.latex(found, facts),
-        f"figure-{scale}.png": figures.render(figure, "png"),
-        f"figure-{scale}.svg": svg,
+        **{f"figure-{scale}.{kind}": data for kind, data in figure.items()},
     }
     written = [write(folder / name, data) for name, data in content.items()]
-    return ScaleReport(grid, found, marks, svg.decode()), written
+    return ScaleReport(grid, found, marks, figure["svg"].decode()), written
 
 
 def write(path: Path, content: str | bytes) -> Path:

@@ -22,9 +22,9 @@ Cell = tuple[str, frozenset[int]]
 
 
 def directory() -> Path:
-    """$XDG_CACHE_HOME/normlab/cells, else ~/.cache/normlab/cells."""
+    """What reports remember: $XDG_CACHE_HOME/normlab/report, else ~/.cache/normlab/report."""
     base = os.environ.get("XDG_CACHE_HOME")
-    return (Path(base) if base else Path.home() / ".cache") / "normlab" / "cells"
+    return (Path(base) if base else Path.home() / ".cache") / "normlab" / "report"
 
 
 def remembered(

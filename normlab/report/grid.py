@@ -4,6 +4,7 @@ import math
 import statistics
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
 from typing import Any
 
 from normlab import agenda, config
@@ -125,7 +126,7 @@ class Results:
     repeated: str
     """Of what the numbers of a sample are: seeds, or of given networks as `given.repeated` says."""
 
-    @property
+    @cached_property
     def points(self) -> list[Point]:
         return points(self.experiment, self.scale, self.grid)
 
@@ -134,8 +135,9 @@ class Results:
         """What a claim may name a cell by, with all values that there are."""
         grid = self.experiment.scales[self.scale]
         found = {axis: list(values) for axis, values in grid.places.items()}
-        for axis, value in (pair for point in self.points if grid.given for pair in point):
-            found[axis] = [*found.get(axis, []), *([value] * (value not in found.get(axis, [])))]
+        for axis, value in (pair for point in self.points for pair in point if grid.given):
+            known = found.setdefault(axis, [])
+            known += [] if value in known else [value]
         return found
 
     @property

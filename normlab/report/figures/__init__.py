@@ -42,6 +42,8 @@ COLOURS = [
 ]  # fmt: skip
 """Okabe and Ito's palette and two of Tol's, told apart by the colour-blind; markers differ too."""
 
+DPI = 200
+
 MARKERS = ["o", "s", "^", "D", "v", "P"]
 
 NORMS = {
@@ -115,6 +117,10 @@ def draw(results: Results, subtitle: str) -> Figure:
         raise ValueError(f"no figure kind '{kind}' (kinds: {', '.join(names())})")
     with mpl.rc_context(STYLE):
         figure: Figure = import_module(f"{__name__}.{kind}").draw(results, subtitle)
+        figure.dpi = DPI
+        # Laid out once: each format would do it again, which takes longer than drawing.
+        figure.draw_without_rendering()
+        figure.set_layout_engine("none")
         return figure
 
 
@@ -123,7 +129,7 @@ def render(figure: Figure, kind: str) -> bytes:
     out = io.BytesIO()
     metadata: dict[str, Any] = {"Date": None} if kind == "svg" else {"Software": None}
     with mpl.rc_context(STYLE):
-        figure.savefig(out, format=kind, dpi=200, metadata=metadata)
+        figure.savefig(out, format=kind, dpi=DPI, metadata=metadata)
     return out.getvalue()
 
 
