@@ -61,6 +61,7 @@ def run(config: dict[str, Any], named: Collection[str] = OF_THE_PLACE) -> Outcom
     else:
         check(config)
         check_taken(config, named)
+        config = identified(config)
     if is_task(config):
         config = config | {"world_size": 1}
     from normlab import allocator
@@ -92,9 +93,19 @@ def _taken_up(directory: RunDir, asked: dict[str, Any], named: Collection[str]) 
     return config
 
 
+def identified(config: dict[str, Any]) -> dict[str, Any]:
+    """A checked config with ``weights``, by which a run with those of a file is known. Raises
+    ValueError for a file that is none of weights, or holds others than are asked for."""
+    if config["init_from"] is None:
+        return config
+    from normlab import weights
+
+    return config | {"weights": weights.known(config["init_from"], config["weights"])}
+
+
 def directory_of(config: dict[str, Any]) -> RunDir:
-    """Where the run of a checked config lies. Raises ValueError or OSError for a device or data
-    that are not there."""
+    """Where the run of a checked and identified config lies. Raises ValueError or OSError for a
+    device or data that are not there."""
     from normlab import build
 
     device, data = build.device(config), build.data_of(config)
@@ -204,6 +215,7 @@ def _completed(config: dict[str, Any], directory: RunDir) -> Outcome:
     asked = [str(protocol) for protocol in agenda.protocols(config)]
     job = worker.construct(
         config
+        | ({} if config["epochs"] else {"init_from": None})  # the checkpoint holds them
         | {"evals": [spec for spec in asked if spec in possible]}
         | {"probes": [name for name in config["probes"] if name in possible]}
         | {"ema_bank": agenda.tracked_decays(state)}

@@ -251,7 +251,7 @@ def summary(run: RunDir) -> dict[str, Any]:
     config, env, status = run.config(), run.env(), run.status()
     values = {
         "id": run.id,
-        "model": config["model"]["name"],
+        "model": env.get("network", config["model"]["name"]),
         "norm": config["norm"]["name"],
         "data": config["data"]["name"],
         "nbs": env.get("nbs"),

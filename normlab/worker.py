@@ -72,8 +72,7 @@ def construct(config: dict[str, Any]) -> Job:
         raise ValueError(
             f"nbs={plan.nbs}: a step needs {extra} forward-only images (virtual_extra="
             f"{plan.virtual_extra}, accumulation={plan.accumulation}, world_size="
-            f"{plan.world_size}), and there are only"
-            f" {data.size('train')} training images"
+            f"{plan.world_size}), and there are only {data.size('train')} training images"
         )
     try:
         model = build.model(config, data)
@@ -156,6 +155,8 @@ def work(job: Job, run: RunDir, stop: Stop) -> dict[str, Any]:
     elif (begun := _branched(job, run, device)) is not None:
         trainer.load_state_dict(checkpoint.load(begun.kept(config["freeze_after"])))
         log.info("begins where %s was after epoch %d", begun.id, trainer.epoch)
+    elif config["epochs"] == 0:
+        trainer.save()  # what is measured from here on outlives a kill
     elif job.dropped:
         log.info("each epoch drops %d of %d samples", job.dropped, job.data.size("train"))
     measured = agenda.epochs(config)
@@ -184,7 +185,7 @@ def work(job: Job, run: RunDir, stop: Stop) -> dict[str, Any]:
         log.warning("diverged: %s", error)
         ended = {"status": "diverged", "reason": str(error), "seconds": trainer.elapsed}
         return ended | trainer.last
-    return {"status": "done", "seconds": trainer.elapsed} | trainer.history[-1]
+    return {"status": "done", "seconds": trainer.elapsed} | [{"epoch": 0}, *trainer.history][-1]
 
 
 def _missing(config: dict[str, Any], run: RunDir, device: torch.device) -> list[Due]:
@@ -263,9 +264,8 @@ def _probe(job: Job, run: RunDir, epoch: int, name: str) -> None:
     """Measure a probe, and write its quantities together: it is made, or it is not."""
     measured = build.probe(name)(context(job, epoch))
     run.add_probe(name, [(epoch, quantity, value) for quantity, value in measured.items()])
-    log.info(
-        "epoch %d, %s: %s", epoch, name, "  ".join(f"{q} {v:.4g}" for q, v in measured.items())
-    )
+    said = "  ".join(f"{quantity} {value:.4g}" for quantity, value in measured.items())
+    log.info("epoch %d, %s: %s", epoch, name, said)
 
 
 def evaluate_finished(job: Job, run: RunDir, stop: Stop) -> None:

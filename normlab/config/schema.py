@@ -67,6 +67,8 @@ class Config:
     freeze_statistics: str = MISSING
     freeze_affine: str = MISSING
     init: str = MISSING
+    init_from: str | None = MISSING
+    weights: str | None = MISSING
     seed: int = MISSING
     precision: str = MISSING
     world_size: int = MISSING
@@ -115,7 +117,7 @@ _CHOICES = {
 
 _SIZES = {  # at least so many, at most batchplan.MOST
     "batch_size": 1,
-    "epochs": 1,
+    "epochs": 0,
     "seed": 0,
     "world_size": 1,
     "eval_last": 1,
@@ -187,7 +189,13 @@ def check(config: dict[str, Any]) -> None:
         )
     if recipe["milestones"] != sorted(recipe["milestones"]):
         raise ConfigError(f"recipe.milestones must ascend, got {recipe['milestones']}")
-    if config["eval_last"] > config["epochs"]:
+    if not config["epochs"] and config["init_from"] is None:
+        raise ConfigError(
+            "epochs=0 trains nothing: init_from=<file> names the weights that are to be measured"
+        )
+    if config["weights"] is not None and config["init_from"] is None:
+        raise ConfigError(f"weights={config['weights']} says which init_from=<file> has to hold")
+    if config["eval_last"] > max(1, config["epochs"]):
         raise ConfigError(
             f"eval_last must be at most epochs={config['epochs']},"
             f" got eval_last={config['eval_last']}"
