@@ -44,6 +44,7 @@ LATER: dict[str, Any] = {
     "freeze_statistics": "precise",
     "freeze_affine": "trainable",
     "keep_after": None,
+    "tracker": None,
 }
 """Dotted keys introduced after version 1, each with the default of its introduction."""
 
@@ -56,7 +57,7 @@ NOT_TRAINING = {
     "evals", "eval_last", "eval_at", "probes", "ema_bank", "runs", "data_root", "skip_done",
     "checkpoint_every", "scale", "experiment", "allocator", "device", "threads", "remainder",
     "sync_group_size", "debug_sync", "resume", "keep_after",
-    "launch", "max_restarts", "stall_timeout",
+    "tracker", "launch", "max_restarts", "stall_timeout",
 }  # fmt: skip
 
 
