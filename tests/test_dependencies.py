@@ -37,7 +37,7 @@ def imported() -> set[str]:
 
 def test_what_is_imported_is_declared() -> None:
     extras = PROJECT["optional-dependencies"]
-    used = [extras[name] for name in ("bench", *TRACKERS)]
+    used = [extras[name] for name in ("bench", "models", *TRACKERS)]
     assert imported() <= names(PROJECT["dependencies"]).union(*map(names, used))
 
 
@@ -74,3 +74,8 @@ def test_the_tests_have_what_the_benchmarks_compare_with() -> None:
 def test_the_tests_have_the_tracker_that_is_small() -> None:
     extras = PROJECT["optional-dependencies"]
     assert names(extras["tensorboard"]) <= names(extras["dev"])
+
+
+def test_the_tests_have_what_a_users_model_comes_with() -> None:
+    extras = PROJECT["optional-dependencies"]
+    assert names(extras["models"]) <= names(extras["dev"])
