@@ -40,11 +40,14 @@ def main(given: Namespace) -> int:
         subject.model.load_state_dict(weights, strict=False)  # its files fit
     rank, ranks = group.place()
     with group.joined(cuda=subject.device.type == "cuda", timeout=PATIENCE):
-        report = recalibrate(
-            subject.model, subject.train.of_rank(rank, ranks), estimator=given.estimator,
-            nbs=given.nbs, test=subject.test and subject.test.of_rank(rank, ranks),
-            scoring=subject.scoring, unknown=given.unknown,
-        )  # fmt: skip
+        try:
+            report = recalibrate(
+                subject.model, subject.train.of_rank(rank, ranks), estimator=given.estimator,
+                nbs=given.nbs, test=subject.test and subject.test.of_rank(rank, ranks),
+                scoring=subject.scoring, unknown=given.unknown,
+            )  # fmt: skip
+        except ValueError as error:  # the way out, as it is called here
+            raise ValueError(str(error).replace("unknown='keep'", "--unknown keep")) from error
         new = _new(checkpoint, weights, report)
         agreement.by_first(partial(_write, checkpoint, new, given), subject.device)
         if rank == 0:

@@ -196,6 +196,11 @@ def _converted(model: nn.Module, unknown: Unknown) -> nn.Module:
         result = convert(
             result, "bn", only=lambda _, module: _convertible(module), unknown=unknown, decay=0.9
         )
+    for module in result.modules():
+        if isinstance(module, _BatchNorm):
+            # What was kept: `estimate` takes it for forgotten unless it tracks nothing, which in
+            # eval() is all the same to it.
+            module.track_running_stats = False
     layers = population_layers(result)
     if all(layer.frozen for layer in layers.values()):
         frozen = [name for name, module in model.named_modules() if _is_frozen(module)]
@@ -218,7 +223,8 @@ def _convertible(module: nn.Module) -> bool:
 
 
 def _is_frozen(module: nn.Module) -> bool:
-    """torchvision's or timm's batch norm that is made of constants."""
+    """torchvision's, timm's or detectron2's batch norm that is made of constants: by name, since
+    these packages need not be there."""
     return type(module).__name__ in ("FrozenBatchNorm2d", "FrozenBatchNormAct2d")
 
 
@@ -234,10 +240,10 @@ def _untouched(model: nn.Module, converted: nn.Module, population: Population) -
                 found[name] = "no batch reached it"
         elif _is_frozen(module):
             found[name] = "frozen"
-        elif isinstance(module, _BatchNorm):
-            found[name] = "it has no running statistics"
         elif _convertible(module):
             found[name] = f"a {type(module).__name__}"
+        elif isinstance(module, _BatchNorm):
+            found[name] = "it has no running statistics"
     return found
 
 

@@ -88,11 +88,15 @@ class Checkpoint:
             for n, v in wanted.items()
             if n in self.state and isinstance(v, Tensor) and v.shape != self.state[n].shape
         ]
-        told = [f"it lacks {_some(missing)}"] * bool(missing)
-        told += [f"it has {_some(unexpected)}, which the model has not"] * bool(unexpected)
-        told += [f"{shapes[0]}{_more(shapes)}"] * bool(shapes)
+        told = []
+        if missing:
+            told.append(f"it lacks {_some(missing)}")
+        if unexpected:
+            told.append(f"it has {_some(unexpected)}, which the model has not")
+        if shapes:
+            told.append(f"{shapes[0]}{_more(shapes)}")
         for begin in {f"{name.split('.')[0]}." for name in unexpected}:
-            if all(begin + name in self.state for name in missing) and missing:
+            if missing and all(begin + name in self.state for name in missing):
                 told.append(f"--state-prefix {begin} takes the tensors whose names begin so")
         return "; ".join(told) or "its tensors are refused"
 

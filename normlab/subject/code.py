@@ -15,6 +15,8 @@ from typing import Any
 __all__ = ["call", "is_code", "named"]
 
 _loaded: dict[Path, ModuleType] = {}
+_folders: set[Path] = set()
+"""Where the user's code lies."""
 
 
 def is_code(spec: str) -> bool:
@@ -54,6 +56,7 @@ def _module(file: Path, spec: str) -> ModuleType:
         raise ValueError(f"there is no file {file} ({spec})")
     place = file.resolve()
     if place not in _loaded:
+        _folders.add(place.parent)
         if (folder := str(place.parent)) not in sys.path:
             sys.path.insert(0, folder)  # as `python file.py` has it
         name = place.stem if place.stem not in sys.modules else f"{place.stem}_{len(_loaded)}"
@@ -75,13 +78,6 @@ def _in_a_line(spec: str, error: Exception) -> str:
     """What failed, and at which line of which file it did: the user's, where it is one of them."""
     said = (str(error).splitlines() or [""])[0]
     frames = traceback.extract_tb(error.__traceback__)
-    theirs = [f for f in frames if Path(f.filename).resolve() in _files()]
+    theirs = [frame for frame in frames if Path(frame.filename).parent in _folders]
     at = f" at {theirs[-1].filename}:{theirs[-1].lineno}" if theirs else ""
     return f"{spec} failed{at}: {type(error).__name__}: {said}"
-
-
-def _files() -> set[Path]:
-    folders = {place.parent for place in _loaded}
-    modules = [getattr(module, "__file__", None) for module in list(sys.modules.values())]
-    places = {Path(file).resolve() for file in modules if file}
-    return {place for place in places if place.parent in folders} | set(_loaded)

@@ -14,6 +14,7 @@ from normlab.subject.batches import Batches, samples_of
 
 __all__ = ["load_batches"]
 
+_END = object()
 FORMS = "a folder of images, a .parquet file, a .npz or .npy file, or path/to/file.py:FUNCTION"
 
 
@@ -106,7 +107,8 @@ def _of_code(spec: str, batch_size: int, samples: int | None) -> Batches:
 
     def plan() -> Iterator[Any]:
         left = samples
-        for batch in code.call(function, spec, **options):
+        made = code.call(iter, spec, code.call(function, spec, **options))
+        while (batch := code.call(next, spec, made, _END)) is not _END:
             yield batch
             if left is not None and (left := left - samples_of(batch)) <= 0:
                 return

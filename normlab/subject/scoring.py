@@ -152,7 +152,7 @@ def _sum(one: float | None, other: float | None) -> float | None:
 def _numbers(result: Any) -> tuple[float, float | None]:
     parts = result if isinstance(result, tuple | list) else (result, None)
     try:
-        loss, error = parts
+        loss, error = (p.detach() if isinstance(p, Tensor) else p for p in parts)
         return float(loss), None if error is None else float(error)
     except (TypeError, ValueError, RuntimeError):
         raise ValueError(
