@@ -12,7 +12,7 @@ from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
-from normlab import environment, lease, logs, runs
+from normlab import environment, lease, logs, runs, trackers
 from normlab.config import (
     OF_THE_PLACE,
     ConfigError,
@@ -27,6 +27,7 @@ from normlab.config import (
 from normlab.lease import LeaseLost
 from normlab.outcome import Outcome, last, outcome_of
 from normlab.runs import FINISHED, RunDir
+from normlab.trackers import mirror
 
 if TYPE_CHECKING:
     from normlab.perform import Task
@@ -62,6 +63,7 @@ def run(config: dict[str, Any], named: Collection[str] = OF_THE_PLACE) -> Outcom
         check(config)
         check_taken(config, named)
         config = identified(config)
+    trackers.check(config)
     if is_task(config):
         config = config | {"world_size": 1}
     from normlab import allocator
@@ -198,7 +200,16 @@ def constructed(config: dict[str, Any]) -> "Job":
 
 
 def _completed(config: dict[str, Any], directory: RunDir) -> Outcome:
-    """A finished run, once it has the measurements that it lacked and can still make."""
+    """A finished run, once it has the measurements that it lacked and can still make, and its
+    trackers what they lacked of them."""
+    outcome = _measured(config, directory)
+    if mirror.behind(directory, config):
+        with _locked(directory), _logging_to(directory), mirror.following(directory, config):
+            pass  # they are told at once
+    return outcome
+
+
+def _measured(config: dict[str, Any], directory: RunDir) -> Outcome:
     from normlab import agenda, checkpoint, worker
 
     missing, bank = agenda.missing(config, directory), set(config["ema_bank"])
@@ -334,6 +345,7 @@ def _prepare(directory: RunDir, config: dict[str, Any], described: dict[str, Any
     recorded = directory.env()
     if not recorded or not directory.checkpoint.exists():  # nothing of it is left to continue
         directory.clear()
+        mirror.clear(directory)
         directory.write_config(config)
         _set_threads(directory, described["threads"])
         directory.write_env(described)

@@ -56,7 +56,8 @@ _OF_TRAINING = {"model", "norm", "data", "nbs", "batch_size", "epochs", "lr", "d
 # What no run executes: changing it cannot change a run's numbers.
 _NOT_RUN = {
     "report", "bench", "cli.py", "app.py", "show.py", "equiv", "experiment",
-    "engines.py", "forecast", "runs.py", "lease.py", "plugins.py", "__main__.py", "__init__.py",
+    "engines.py", "forecast", "runs.py", "lease.py", "plugins.py", "trackers", "__main__.py",
+    "__init__.py",
 }  # fmt: skip
 
 

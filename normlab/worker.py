@@ -42,6 +42,7 @@ from normlab.population import EmaBank, freeze
 from normlab.probes.base import Context
 from normlab.protocols import Protocol
 from normlab.runs import FINISHED, RunDir
+from normlab.trackers import mirror
 from normlab.train import Diverged, Trainer
 
 log = logging.getLogger(__name__)
@@ -135,6 +136,7 @@ def work(job: Job, run: RunDir, stop: Stop) -> dict[str, Any]:
     the run work together; the first alone writes into the directory.
     """
     config, device = job.config, build.device(job.config)
+    measured = agenda.epochs(config)
     trainer = Trainer(
         model=job.model,
         optimizer=job.optimizer,
@@ -152,14 +154,13 @@ def work(job: Job, run: RunDir, stop: Stop) -> dict[str, Any]:
         trainer.load_state_dict(checkpoint.load(run.checkpoint))
         agreement.check_same({"epoch and step": trainer.position}, device)
         log.info("resumed at epoch %d, step %d", trainer.epoch + 1, trainer.step)
-    elif (begun := _branched(job, run, device)) is not None:
+    elif begun := freezing.beginning(config, run, device, first_needed=min(measured)):
         trainer.load_state_dict(checkpoint.load(begun.kept(config["freeze_after"])))
         log.info("begins where %s was after epoch %d", begun.id, trainer.epoch)
     elif config["epochs"] == 0:
         trainer.save()  # what is measured from here on outlives a kill
     elif job.dropped:
         log.info("each epoch drops %d of %d samples", job.dropped, job.data.size("train"))
-    measured = agenda.epochs(config)
     try:
         while True:
             # Measure what is asked for after the epoch that has just ended, or before the first.
@@ -193,16 +194,6 @@ def _missing(config: dict[str, Any], run: RunDir, device: torch.device) -> list[
     wanted, missing = agenda.wanted(config), agenda.missing(config, run)
     told = agreement.told([one in missing for one in wanted], device)
     return [one for one, lacks in zip(wanted, told, strict=True) if lacks]
-
-
-def _branched(job: Job, run: RunDir, device: torch.device) -> RunDir | None:
-    """Where the run begins, if it need not from nothing, as the first rank sees it."""
-    needed = min(agenda.epochs(job.config), default=job.config["epochs"])
-    parent = freezing.parent(job.config, run, first_needed=needed)
-    if parent is None:  # for all ranks alike
-        return None
-    there = parent.kept(job.config["freeze_after"]).exists()
-    return parent if any(agreement.told([there], device)) else None
 
 
 def _snapshot(trainer: Trainer) -> dict[str, Any]:
@@ -289,8 +280,11 @@ def evaluate_finished(job: Job, run: RunDir, stop: Stop) -> None:
 
 def finish(job: Job, run: RunDir, stop: Stop) -> None:
     """Do a run's work, and record that it has ended."""
-    status = work(job, run, stop)
-    if dist.place()[0] == 0:
+    if dist.place()[0] > 0:
+        work(job, run, stop)
+        return
+    with mirror.following(run, job.config) as followed:
+        status = work(job, followed, stop)
         run.write_env(run.env() | {"ended": now()})
         run.write_status(status)
         if told := agenda.left_to_one_process(job.config, run):

@@ -46,6 +46,7 @@ LATER: dict[str, Any] = {
     "keep_after": None,
     "init_from": None,
     "weights": None,
+    "tracker": None,
 }
 """Dotted keys introduced after version 1, each with the default of its introduction."""
 
@@ -58,7 +59,7 @@ _OPEN = ("norm", "model", "data")  # groups whose keys are those of what is chos
 NOT_TRAINING = {
     "evals", "eval_last", "eval_at", "probes", "ema_bank", "runs", "data_root", "skip_done",
     "checkpoint_every", "scale", "experiment", "allocator", "device", "threads", "remainder",
-    "sync_group_size", "debug_sync", "resume", "keep_after", "init_from",
+    "sync_group_size", "debug_sync", "resume", "keep_after", "init_from", "tracker",
     "launch", "max_restarts", "stall_timeout",
 }  # fmt: skip
 

@@ -1,0 +1,120 @@
+"""Stored against precise statistics, layer by layer, in the units that tell how far is far."""
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from normlab.diagnose.moments import Moments
+from normlab.diagnose.thresholds import BATCHES
+
+__all__ = ["Pair", "explained", "usable"]
+
+
+@dataclass(frozen=True)
+class Pair:
+    """One layer's stored statistics beside those of the data; (C,), float64.
+
+    Channels of which either variance is no positive number are left out by `mask`.
+    """
+
+    name: str
+    mean: Tensor
+    var: Tensor
+    moments: Moments
+    eps: float
+
+    @property
+    def precise_mean(self) -> Tensor:
+        return self.moments.statistics().mean
+
+    @property
+    def precise_var(self) -> Tensor:
+        return self.moments.statistics().var
+
+    @property
+    def mask(self) -> Tensor:
+        """Channels that can be compared: finite, varying ones."""
+        alive = self.precise_var > 1e-6 * self.eps
+        return torch.isfinite(self.mean) & torch.isfinite(self.var) & (self.var > 0) & alive
+
+    def distance(self, mean: Tensor | None = None, var: Tensor | None = None) -> Tensor:
+        """Of the stored statistics from these (default: the precise ones), per channel in `mask`.
+
+        dm^2 / max(v, v') + log^2(v / v') / 2: the squared difference in standard deviations, and
+        the term for the variance that the divergence of two normal laws has to second order.
+        """
+        keep = self.mask
+        mean = self.precise_mean if mean is None else mean
+        var = self.precise_var if var is None else var
+        mean, var, own = mean[keep], var[keep].clamp_min(1e-30), self.var[keep]
+        shift = (self.mean[keep] - mean).square() / torch.maximum(var, own)
+        return shift + (own / var).log().square() / 2
+
+    def far(self) -> float:
+        """Mean distance over the channels; 0 where there is none to compare."""
+        found = self.distance()
+        return float(found.mean()) if len(found) else 0.0
+
+    def in_spreads(self) -> float:
+        """Mean squared difference of the means, in units of a batch mean's variance.
+
+        What the precise mean itself is off is taken out. NaN of fewer than BATCHES batches.
+        """
+        groups = self.moments.groups
+        if groups.count < BATCHES or not self.mask.any():
+            return math.nan
+        keep = self.mask
+        var = self.precise_var[keep]
+        shift = ((self.mean - self.precise_mean)[keep].square() / var).mean()
+        spread = (groups.var[keep] / var).mean()
+        return float(shift / spread.clamp_min(1e-300)) - 1 / groups.count
+
+    def variances_in_spreads(self) -> float:
+        """The same of the variances: from the mean of the batches' unbiased ones."""
+        groups = self.moments.variances
+        if groups.count < BATCHES or not self.mask.any():
+            return math.nan
+        keep = self.mask
+        var = self.precise_var[keep].square()
+        shift = ((self.var - groups.mean)[keep].square() / var).mean()
+        spread = (groups.var[keep] / var).mean()
+        return float(shift / spread.clamp_min(1e-300)) - 1 / groups.count
+
+    def in_deviations(self) -> float:
+        """Root of the mean squared difference of the means, in standard deviations."""
+        keep = self.mask
+        if not keep.any():
+            return math.nan
+        var = torch.maximum(self.precise_var, self.var)[keep]
+        return float(((self.mean - self.precise_mean)[keep].square() / var).mean().sqrt())
+
+    def log_ratio(self) -> Tensor:
+        """log(stored / precise variance) of the channels in `mask`."""
+        keep = self.mask
+        return (self.var[keep] / self.precise_var[keep]).log()
+
+    def ratio(self) -> float:
+        """Geometric mean over the channels of stored / precise variance."""
+        found = self.log_ratio()
+        return float(found.mean().exp()) if len(found) else math.nan
+
+
+def usable(pairs: Mapping[str, Pair]) -> dict[str, Pair]:
+    """Those with channels to compare."""
+    return {name: pair for name, pair in pairs.items() if bool(pair.mask.any())}
+
+
+def explained(pairs: Mapping[str, Pair], law: Mapping[str, tuple[Tensor, Tensor]]) -> float:
+    """Share of the distance of all layers that is gone once the stored statistics are set against
+    what a cause predicts (`law`: mean and var by layer) in place of the precise ones.
+
+    Every layer counts alike. 1: all of it; negative: the cause is further off than none.
+    """
+    before = after = 0.0
+    for name, pair in pairs.items():
+        before += float(pair.distance().mean())
+        after += float(pair.distance(*law[name]).mean())
+    return 1 - after / before if before > 0 else 0.0
