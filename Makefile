@@ -137,7 +137,7 @@ lock:
 	@'$(PY)' -c 'import sys; sys.exit(sys.version_info[:2] != (3, 11))' || { \
 	 echo "the pins must exist for the oldest Python too: make lock PY=python3.11" >&2; exit 1; }
 	{ sed -n '/^#/p' constraints.txt; '$(PY)' -m pip install --quiet --disable-pip-version-check \
-	 --dry-run --ignore-installed --report - '.[joblib,slurm,dev,bench]' | $(PINS); } > constraints.new
+	 --dry-run --ignore-installed --report - '.[joblib,slurm,models,dev,bench]' | $(PINS); } > constraints.new
 	mv constraints.new constraints.txt
 
 ## lock-ray     write constraints-ray.txt anew: what Ray's launcher needs beyond the locked environment

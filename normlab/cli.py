@@ -27,6 +27,7 @@ usage: normlab <command> [arguments]
   equiv   [key=value ...]       ghost, accumulation and ranks form the same batch: in numbers
   show    [WHAT]                norms, convs, models, data, recipes, scales, experiments, ...
   show    norm NAME             the card of a layer: formula, variance, population, limits, errors
+  recalibrate --out FILE ...    a trained model's statistics estimated anew, in a new checkpoint
   bench   [TOPIC] [--quick]     the speed of training, data and statistics; of layers; of ranks
 
 normlab <command> --help tells more; normlab --version.
@@ -136,6 +137,20 @@ def bench(argv: list[str]) -> int:
     return measure([*filter(None, [given.topic]), *["--quick"] * given.quick])
 
 
+def recalibrate(argv: list[str]) -> int:
+    from normlab.recalibrate.options import add_arguments
+
+    parser = _parser(
+        "recalibrate",
+        "A checkpoint's batch-norm statistics estimated anew, in a new file; weights stay.",
+    )
+    add_arguments(parser)
+    given = parser.parse_args(argv)
+    from normlab.recalibrate.command import main as carry_out
+
+    return carry_out(given)
+
+
 COMMANDS = {
     "train": train,
     "sweep": sweep,
@@ -144,6 +159,7 @@ COMMANDS = {
     "plan": plan,
     "equiv": equiv,
     "show": show,
+    "recalibrate": recalibrate,
     "bench": bench,
 }
 

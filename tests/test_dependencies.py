@@ -34,7 +34,8 @@ def imported() -> set[str]:
 
 
 def test_what_is_imported_is_declared() -> None:
-    declared = names(PROJECT["dependencies"]) | names(PROJECT["optional-dependencies"]["bench"])
+    extras = PROJECT["optional-dependencies"]
+    declared = names(PROJECT["dependencies"]) | names(extras["bench"]) | names(extras["models"])
     assert imported() <= declared
 
 
@@ -64,3 +65,8 @@ def test_the_tests_have_the_engines_that_share_an_environment() -> None:
 def test_the_tests_have_what_the_benchmarks_compare_with() -> None:
     extras = PROJECT["optional-dependencies"]
     assert names(extras["bench"]) <= names(extras["dev"])
+
+
+def test_the_tests_have_what_a_users_model_comes_with() -> None:
+    extras = PROJECT["optional-dependencies"]
+    assert names(extras["models"]) <= names(extras["dev"])
