@@ -59,24 +59,24 @@ def test_training_images_estimate_and_all_of_val_is_tested(root: Path) -> None:
 
 
 def write_stored(root: Path, where: str) -> Path:
-    """Plain images of their file's number in the place of corrupted ones."""
-    folder = root / where / "contrast" / "3"
-    for i, path in enumerate(sorted((root / "imagenet" / "val").glob("*/*"))):
+    """Other images in the place of corrupted ones, of the size that is shown."""
+    folder, rng = root / where / "contrast" / "3", np.random.default_rng(9)
+    for path in sorted((root / "imagenet" / "val").glob("*/*")):
         (folder / path.parent.name).mkdir(parents=True, exist_ok=True)
-        plain = np.full((SIDE, SIDE, 3), 10 * i, dtype=np.uint8)
-        Image.fromarray(plain).save(folder / path.parent.name / path.name)
+        pixels = rng.integers(0, 256, (SIDE, SIDE, 3), dtype=np.uint8)
+        Image.fromarray(pixels).save(folder / path.parent.name / path.name)
     return folder
 
 
 @pytest.mark.parametrize("where", ["imagenet/ImageNet-C", "imagenet-c/digital"])
 def test_imagenet_c_is_shown_where_it_has_the_corruption(root: Path, where: str) -> None:
     made = load(root)
-    write_stored(root, where)
+    folder = write_stored(root, where)
     dataset = load(root)
-    of_file = {str(p): 10 * i for i, p in enumerate(sorted((root / "imagenet/val").glob("*/*")))}
-    levels = torch.tensor([of_file[path] for path, _ in dataset._samples["test"]]) / 255
+    files = [folder.joinpath(*Path(path).parts[-2:]) for path, _ in dataset._samples["test"]]
+    pixels = np.stack([np.asarray(Image.open(file)) for file in files])
     mean, std = (torch.tensor(v).view(3, 1, 1) for v in (MEAN, STD))
-    expected = ((levels.view(-1, 1, 1, 1) - mean) / std).expand(-1, 3, SIDE, SIDE)
+    expected = (torch.from_numpy(pixels).permute(0, 3, 1, 2) / 255 - mean) / std
     torch.testing.assert_close(shown(dataset, CONTRAST), expected, rtol=1e-5, atol=1e-5)
     for domain in (JPEG, Domain(), Domain("contrast", 2)):  # which it does not have
         assert torch.equal(shown(dataset, domain), shown(made, domain))
