@@ -222,6 +222,17 @@ def check_graphs(config: dict[str, Any]) -> None:
         )
 
 
+def check_gpus(config: dict[str, Any]) -> None:
+    """Refuse more ranks on this machine than it has GPUs."""
+    size = config["world_size"]
+    here = config["launch"] and device(config).type == "cuda"
+    if here and 1 < size > (count := torch.cuda.device_count()):
+        raise ValueError(
+            f"world_size={size}: each rank needs a GPU of its own, and this machine has {count}"
+            f" (launch=false prepares a run for several machines; world_size={count}; device=cpu)"
+        )
+
+
 def compiled(config: dict[str, Any], network: nn.Module) -> nn.Module | None:
     """What training calls in the place of `network`, on the same weights; None: the network."""
     if not config["compile"]:

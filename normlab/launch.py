@@ -163,11 +163,11 @@ def committed_outcome(config: dict[str, Any], directory: RunDir) -> Outcome | No
 
 
 def _run(config: dict[str, Any], directory: RunDir, *, memory_kept: bool) -> Outcome:
-    from normlab import perform, worker
+    from normlab import build, perform, worker
 
     if directory.status().get("status") in FINISHED:
         return _completed(config, directory)
-    check_gpus(config)
+    build.check_gpus(config)
     config = _with_tracked(config, directory)
     job = perform.construct(config) if is_task(config) else constructed(config)
     described = environment.describe(job) | {"memory_kept": memory_kept}
@@ -264,22 +264,6 @@ def _prepared(config: dict[str, Any], directory: RunDir) -> Outcome:
     path, size = directory.path.resolve(), config["world_size"]
     line = agent.torchrun(path, size, max_restarts=config["max_restarts"])
     return Outcome(directory.id, "prepared", False, directory.path, {}, command=line)
-
-
-def check_gpus(config: dict[str, Any]) -> None:
-    """Refuse more ranks on this machine than it has GPUs."""
-    import torch
-
-    from normlab import build
-
-    size = config["world_size"]
-    if size == 1 or not config["launch"] or build.device(config).type != "cuda":
-        return
-    if size > (count := torch.cuda.device_count()):
-        raise ValueError(
-            f"world_size={size}: each rank needs a GPU of its own, and this machine has {count}"
-            f" (launch=false prepares a run for several machines; world_size={count}; device=cpu)"
-        )
 
 
 def _start(job: "Job | Task", directory: RunDir) -> None:

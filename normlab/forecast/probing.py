@@ -131,7 +131,7 @@ def probe(config: dict[str, Any], *, threads: int | None) -> Cost | str:
     if is_task(config):
         return "a task runs from its beginning to its end"
     try:
-        launch.check_gpus(config | {"launch": True})
+        build.check_gpus(config | {"launch": True})
     except ValueError as refused:
         return str(refused)
     with kernels.use(config["kernels"]):  # the path that the run would take
