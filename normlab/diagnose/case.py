@@ -21,13 +21,12 @@ Numbers = dict[str, float | str]
 
 def costs(worse: Losses, better: Losses) -> bool:
     """Whether `worse` is: beyond chance, and by more than healthy networks vary."""
-    if not worse.beyond_chance(better):
-        return False
     higher = worse.loss - better.loss
-    return not (  # a NaN is worse
-        higher <= COSTLY_LOSS * max(better.loss, FAR)
-        and not worse.error - better.error > COSTLY_ERROR
-    )
+    less = higher <= COSTLY_LOSS * max(better.loss, FAR)  # a NaN is worse
+    more_errors = worse.error - better.error > COSTLY_ERROR
+    if worse.beyond_chance(better) and (not less or more_errors):
+        return True
+    return more_errors and worse.more_errors_than(better)
 
 
 @dataclass
@@ -53,6 +52,8 @@ class Case:
     with_stored: Losses
     with_precise: Losses
     with_batch: Losses
+    tested: tuple[Losses, Losses] | None = None
+    """On held-out data, where there are any: with stored and with precise statistics."""
     broken: set[str] = field(default_factory=set)
     """Layers whose buffers are defective, as a finding has said."""
 
@@ -62,12 +63,15 @@ class Case:
 
     @property
     def stored_costs(self) -> bool:
-        """Whether the stored statistics cost something against precise ones.
+        """Whether the stored statistics cost something against precise ones, on either data.
 
+        A network that fits its training data may show a cost on held-out data alone.
         Without labels: whether the layers are far from them.
         """
         if self.with_precise.loss == self.with_precise.loss:  # not NaN
-            return costs(self.with_stored, self.with_precise)
+            return costs(self.with_stored, self.with_precise) or (
+                self.tested is not None and costs(*self.tested)
+            )
         return self.far > FAR
 
     @property

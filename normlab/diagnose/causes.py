@@ -27,7 +27,7 @@ from normlab.diagnose.facts import RECALIBRATE, some
 from normlab.diagnose.findings import Finding
 from normlab.diagnose.forwards import take
 from normlab.diagnose.moments import Moments
-from normlab.diagnose.thresholds import EXPLAINED, INITIAL, MEMORY, ROUNDED
+from normlab.diagnose.thresholds import EXPLAINED, FAR, INITIAL, MEMORY, ROUNDED
 from normlab.population.ema import ema_noise
 
 __all__ = ["cause", "scatter", "told"]
@@ -43,12 +43,16 @@ def cause(case: Case, target: dict[str, Moments] | None) -> Iterator[Finding]:
     far = max(pair.far() for pair in pairs.values())
     if far < ROUNDED and not case.stored_costs:
         return
+    if case.broken and case.far < FAR:
+        return  # what it costs is due to the buffers that a finding of their own is about
     for look in (_folded, _by_law, _biased, _memory):
         found = look(case)
         if found is not None:
             yield found
             return
-    if not case.stored_costs:
+    means, _ = scatter(case.pairs)
+    moved = case.far > FAR / 2 and float(means.nanmedian()) > MEMORY[1]
+    if not case.stored_costs and not moved:
         return
     yield _eps(case) or _averaged(case) or _domain(case, target) or _stale(case)
 
@@ -280,13 +284,15 @@ def _memory(case: Case) -> Finding | None:
     low, high = MEMORY
     middle = float(means.nanmedian())
     middle_var = float(variances.nanmedian())
-    top = max(float(means.nan_to_num().quantile(0.9)), float(variances.nan_to_num().quantile(0.9)))
-    if not (low < middle < high and low / 2 < middle_var < high and top < 2 * high):
-        return None
+    top = max(float(means.nanquantile(0.9)), float(variances.nanquantile(0.9)))
     usual = ema_noise(0.9)
     momenta = {
         m for m in (getattr(norm, "momentum", None) for norm in case.norms.values()) if m is not None
     }
+    if momenta and min(momenta) >= 0.5:  # the model says so itself: less noise will do
+        low = 2 * usual
+    if not (low < middle < high and low / 2 < middle_var < high and top < 2 * high):
+        return None
     evidence: dict[str, float | str] = {
         "means in batch scatters": middle, "variances in batch scatters": middle_var,
         "of an average with decay 0.9": usual, "NBS": case.nbs, **case.in_numbers(),
@@ -403,6 +409,8 @@ def _as_of_a_shift(case: Case, first: Pair) -> tuple[bool, float]:
         return False, 0.0
     shift = (first.mean - first.precise_mean)[first.mask]
     directions = directions[first.mask]
+    if not torch.isfinite(directions).all():
+        return False, 0.0
     fitted = directions @ torch.linalg.lstsq(directions, shift[:, None], driver="gelsd").solution
     share = 1 - float((shift - fitted[:, 0]).square().sum() / shift.square().sum().clamp_min(1e-300))
     beyond = first.in_spreads()

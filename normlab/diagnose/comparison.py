@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from normlab.diagnose.moments import Moments
-from normlab.diagnose.thresholds import BATCHES
+from normlab.diagnose.thresholds import BATCHES, CONSTANT
 
 __all__ = ["Pair", "explained", "usable"]
 
@@ -43,13 +43,14 @@ class Pair:
     def distance(self, mean: Tensor | None = None, var: Tensor | None = None) -> Tensor:
         """Of the stored statistics from these (default: the precise ones), per channel in `mask`.
 
-        dm^2 / max(v, v') + log^2(v / v') / 2: the squared difference in standard deviations, and
-        the term for the variance that the divergence of two normal laws has to second order.
+        dm^2 / max(v, v') + log^2(v / v') / 2 with eps in every variance, as a layer has it: the
+        squared difference in standard deviations, and the term for the variance that the divergence
+        of two normal laws has to second order. Dead channels, whose output eps decides, are near.
         """
         keep = self.mask
         mean = self.precise_mean if mean is None else mean
         var = self.precise_var if var is None else var
-        mean, var, own = mean[keep], var[keep].clamp_min(1e-30), self.var[keep]
+        mean, var, own = mean[keep], var[keep].clamp_min(0) + self.eps, self.var[keep] + self.eps
         shift = (self.mean[keep] - mean).square() / torch.maximum(var, own)
         return shift + (own / var).log().square() / 2
 
@@ -61,16 +62,17 @@ class Pair:
     def in_spreads(self) -> float:
         """Mean squared difference of the means, in units of a batch mean's variance.
 
-        What the precise mean itself is off is taken out. NaN of fewer than BATCHES batches.
+        What the precise mean itself is off is taken out. NaN of fewer than BATCHES batches, and
+        where these have one mean: behind a linear map of another norm's output.
         """
         groups = self.moments.groups
         if groups.count < BATCHES or not self.mask.any():
             return math.nan
         keep = self.mask
-        var = self.precise_var[keep]
+        var = self.precise_var[keep] + self.eps
         shift = ((self.mean - self.precise_mean)[keep].square() / var).mean()
         spread = (groups.var[keep] / var).mean()
-        return float(shift / spread.clamp_min(1e-300)) - 1 / groups.count
+        return float(shift / spread) - 1 / groups.count if spread > CONSTANT else math.nan
 
     def variances_in_spreads(self) -> float:
         """The same of the variances: from the mean of the batches' unbiased ones."""
@@ -78,10 +80,10 @@ class Pair:
         if groups.count < BATCHES or not self.mask.any():
             return math.nan
         keep = self.mask
-        var = self.precise_var[keep].square()
+        var = (self.precise_var[keep] + self.eps).square()
         shift = ((self.var - groups.mean)[keep].square() / var).mean()
         spread = (groups.var[keep] / var).mean()
-        return float(shift / spread.clamp_min(1e-300)) - 1 / groups.count
+        return float(shift / spread) - 1 / groups.count if spread > CONSTANT else math.nan
 
     def in_deviations(self) -> float:
         """Root of the mean squared difference of the means, in standard deviations."""

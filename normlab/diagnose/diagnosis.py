@@ -144,6 +144,8 @@ def _diagnose(
         {}, precise, held, forwards.run(batches, statistics=precise, watch=structure.look,
                                         after=structure.next_batch), with_batch,
     )  # fmt: skip
+    if test is not None:
+        case.tested = forwards.run(test), forwards.run(test, statistics=precise)
     found = list(facts.buffers(case))
     case.pairs.update(_pairs(case))
     measured = None if target is None else domains.measure_target(forwards, target, precise)
@@ -227,10 +229,9 @@ def _scores(
         ("train", "batch"): case.with_batch,
     }
     if test is not None:
-        run = case.forwards.run
-        all_losses["test", "stored"] = run(test)
-        all_losses["test", "precise"] = run(test, statistics=case.precise)
-        all_losses["test", "batch"] = run(test, batch=True, group_size=case.nbs)
+        assert case.tested is not None
+        all_losses["test", "stored"], all_losses["test", "precise"] = case.tested
+        all_losses["test", "batch"] = case.forwards.run(test, batch=True, group_size=case.nbs)
     if target is not None:
         all_losses["target", "precise"] = target.stored
         all_losses["target", "adapted"] = target.adapted

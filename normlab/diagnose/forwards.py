@@ -64,13 +64,23 @@ class Losses:
 
     def excess(self, other: "Losses") -> tuple[float, float]:
         """The loss above `other`'s on the same batches, and its standard error over the batches."""
+        return self._excess(self.losses, other.losses)
+
+    def _excess(self, mine: list[float], others: list[float]) -> tuple[float, float]:
         total = self.samples
-        each = [a - b for a, b in zip(self.losses, other.losses, strict=True)]
+        each = [a - b for a, b in zip(mine, others, strict=True)]
         mean = sum(each) / total
         if len(each) < 2:
             return mean, math.inf
         left = sum((d - mean * n) ** 2 for d, n in zip(each, self.n, strict=True))
         return mean, math.sqrt(left * len(each) / (len(each) - 1)) / total
+
+    def more_errors_than(self, other: "Losses") -> bool:
+        """Whether the error is above `other`'s by more than its scatter over the batches."""
+        if math.isnan(self.error) or math.isnan(other.error):
+            return False
+        mean, error = self._excess(self.errors, other.errors)
+        return mean > SIGNIFICANT * error
 
     def beyond_chance(self, other: "Losses") -> bool:
         """Whether the loss is above `other`'s by more than its scatter over the batches."""

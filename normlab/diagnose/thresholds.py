@@ -49,3 +49,7 @@ FAR = 0.05
 """Mean distance over the layers that counts as a cost where no label tells what it costs, and the
 loss below which a share of it is taken of this instead: networks that fit their data have a loss
 near zero, of which everything is a large share."""
+
+CONSTANT = 1e-6
+"""Variance of batch means in units of a layer's variance below which they are constant but for
+rounding: random batches of n samples have about 1 / n of it."""
