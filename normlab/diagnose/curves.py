@@ -12,6 +12,7 @@ from torch import Tensor
 from normlab.diagnose.case import costs
 from normlab.diagnose.forwards import Forwards, Losses
 from normlab.diagnose.moments import Moments
+from normlab.diagnose.thresholds import COSTLY_LOSS, FAR
 from normlab.population import Population
 
 __all__ = ["Curve", "Snapshots", "by_batch", "by_samples"]
@@ -46,8 +47,10 @@ class Snapshots:
 
 def _curve(points: dict[int, Losses]) -> Curve:
     best = points[max(points)]
-    enough = [x for x in sorted(points) if not costs(points[x], best)]
-    needed = next((x for x in enough if all(y in enough for y in points if y > x)), None)
+    # Few batches are scored here: a loss that is clearly higher counts, whatever its scatter.
+    most = best.loss + COSTLY_LOSS * max(best.loss, FAR)
+    enough = [x for x, one in points.items() if one.loss <= most and not costs(one, best)]
+    needed = next((x for x in sorted(enough) if all(y in enough for y in points if y > x)), None)
     xs = sorted(points)
     return Curve(xs, [points[x].loss for x in xs], [points[x].error for x in xs], needed)
 

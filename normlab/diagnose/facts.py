@@ -7,8 +7,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from normlab.diagnose.case import Case, Numbers
-from normlab.diagnose.findings import RECALIBRATE, Finding
+from normlab.diagnose.case import Case
+from normlab.diagnose.findings import RECALIBRATE, Finding, Severity
 from normlab.diagnose.live import norms_of
 from normlab.diagnose.thresholds import NEGLIGIBLE
 from normlab.norms.base import PopulationNorm
@@ -47,56 +47,65 @@ def _momentum(norm: nn.Module) -> float | None:
     return None if momentum is None else float(momentum)
 
 
+_DEFECTS = {
+    "not_finite": "hold NaN or infinity: outputs are NaN in eval()",
+    "negative_variance": "hold a variance below 0, as E[x^2] - E[x]^2 in float32 gives: outputs "
+    "are NaN in eval()",
+    "zeroed": "have mean 0 and variance 0, an estimate over no batches: inputs are divided by "
+    "sqrt(eps)",
+}
+
+
+def _defect(mean: Tensor, var: Tensor) -> str | None:
+    if not bool(torch.isfinite(mean).all() and torch.isfinite(var).all()):
+        return "not_finite"
+    if bool((var < 0).any()):
+        return "negative_variance"
+    return None if bool(mean.any() or var.any()) else "zeroed"
+
+
 def buffers(case: Case) -> Iterator[Finding]:
     """Defects of the buffers; notes them in `case.broken`."""
-    kinds: dict[str, list[str]] = {"not_finite": [], "negative_variance": [], "zeroed": []}
-    for name, norm in case.norms.items():
+    reached = {name: norm for name, norm in case.norms.items() if name in case.moments}
+    kinds: dict[str, list[str]] = {kind: [] for kind in _DEFECTS}
+    for name, norm in reached.items():
         mean, var = _statistics(norm)
-        if mean is None or var is None:
-            continue
-        if not bool(torch.isfinite(mean).all() and torch.isfinite(var).all()):
-            kinds["not_finite"].append(name)
-        elif bool((var < 0).any()):
-            kinds["negative_variance"].append(name)
-        elif not mean.any() and not var.any() and name in case.moments:
-            kinds["zeroed"].append(name)
-    never = [name for name in case.norms if name in untouched(case.model) & case.moments.keys()]
-    stopped = [name for name in never if _momentum(case.norms[name]) == 0]
-    never = [name for name in never if name not in stopped]
-    words = {
-        "not_finite": "hold NaN or infinity: outputs are NaN in eval()",
-        "negative_variance": "hold a variance below 0, as E[x^2] - E[x]^2 in float32 gives: "
-        "outputs are NaN in eval()",
-        "zeroed": "have mean 0 and variance 0, an estimate over no batches: inputs are divided by "
-        "sqrt(eps)",
-    }
+        kind = _defect(mean, var) if mean is not None and var is not None else None
+        if kind is not None:
+            kinds[kind].append(name)
     for kind, names in kinds.items():
         if names:
             yield Finding(
-                kind, "problem", names, f"The statistics of {some(names)} {words[kind]}.",
+                kind, "problem", names, f"The statistics of {some(names)} {_DEFECTS[kind]}.",
                 {"layers": len(names), "of": len(case.norms)}, RECALIBRATE,
             )  # fmt: skip
+    new = [name for name in reached if name in untouched(case.model)]
+    stopped = [name for name in new if _momentum(case.norms[name]) == 0]
+    never = [name for name in new if name not in stopped]
     if never:
-        counts: Numbers = {"layers": len(never), "of": len(case.norms)}
-        tracked = [_count(case.norms[name]) for name in never]
-        counts["num_batches_tracked"] = max((t for t in tracked if t is not None), default=0)
+        counted = max((_count(case.norms[name]) or 0 for name in never), default=0)
         yield Finding(
             "never_updated", "problem", never,
             f"The statistics of {some(never)} are those of a new layer, mean 0 and variance 1, "
-            f"with num_batches_tracked {counts['num_batches_tracked']:.0f}: {case.said()}.",
-            counts, RECALIBRATE,
+            f"with num_batches_tracked {counted}: {case.said()}.",
+            {"layers": len(never), "of": len(case.norms), "num_batches_tracked": counted},
+            RECALIBRATE,
         )  # fmt: skip
-    for names, severity in ((stopped, "problem"), (_stopped(case, stopped), "notice")):
-        if names:
-            still = "are still mean 0 and variance 1" if severity == "problem" else "never move"
-            yield Finding(
-                "momentum_zero", severity, names,  # type: ignore[arg-type]
-                f"momentum is 0 in {some(names)}: its statistics {still} "
-                "(torch's momentum is the share of the new batch).",
-                {"momentum": 0.0, "layers": len(names)},
-                f"{RECALIBRATE}; and `momentum=0.1` before training goes on",
-            )  # fmt: skip
+    if stopped:
+        yield _without_momentum(stopped, "problem", "are still mean 0 and variance 1")
+    if moved := _stopped(case, stopped):
+        yield _without_momentum(moved, "notice", "never move")
     case.broken |= {name for names in kinds.values() for name in names} | {*never, *stopped}
+
+
+def _without_momentum(names: list[str], severity: Severity, still: str) -> Finding:
+    return Finding(
+        "momentum_zero", severity, names,
+        f"momentum is 0 in {some(names)}: its statistics {still} (torch's momentum is the share of "
+        "the new batch).",
+        {"momentum": 0.0, "layers": len(names)},
+        f"{RECALIBRATE}; and `momentum=0.1` before training goes on",
+    )  # fmt: skip
 
 
 def _stopped(case: Case, found: list[str]) -> list[str]:

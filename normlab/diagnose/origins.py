@@ -1,5 +1,7 @@
 """Where statistics come from that no law explains: other inputs, other weights, another eps."""
 
+import math
+
 import torch
 from torch import Tensor
 from torch.utils import _pytree as pytree
@@ -63,44 +65,79 @@ def _far_with(case: Case) -> float:
 
 
 def other_domain(case: Case, target: dict[str, Moments] | None) -> Finding | None:
-    """Whether the first layer, in front of which no norm is, shows other inputs."""
-    names = list(case.pairs)
-    first = case.pairs[names[0]]
-    rest = torch.tensor([case.pairs[name].far() for name in names[1:]] or [0.0])
-    typical = float(rest.median())
-    shifted, share = _as_of_a_shift(case, first)
-    near = None
-    if target is not None:
-        pairs = {n: Pair(n, p.mean, p.var, target[n], p.eps) for n, p in case.pairs.items()
-                 if n in target}  # fmt: skip
-        near = sum(pair.far() for pair in pairs.values()) / max(len(pairs), 1)
-    of_target = near is not None and near < (1 - EXPLAINED) * case.far
-    of_batches = first.moments.variances.mean  # what a running average at this NBS holds
-    own = min(first.far(), float(first.distance(None, of_batches).mean()))
-    if not (of_target or shifted or (own > FIRST * typical and own > ROUNDED)):
+    """Whether the statistics are the target's, or the first layer shows other inputs.
+
+    No norm is in front of it; the layers behind it normalize again what other inputs shift.
+    """
+    near = _distance_from(case, target)
+    of_target = near < (1 - EXPLAINED) * case.far
+    name = next(iter(case.moments))
+    first = case.pairs.get(name)
+    if first is None and not of_target:
         return None
-    evidence: Numbers = {
-        "distance of the first layer": first.far(), "median of the others": typical,
-        "share of the first layer's shift that shifted inputs explain": share, **case.in_numbers(),
-    }  # fmt: skip
-    words = f"The first layer, {first.name}, is off by {first.in_deviations():.2f} deviations and "
-    words += f"its variance {first.ratio():.2f} times the precise one"
-    if of_target and near is not None:
-        evidence["distance from the target's"] = near
+    evidence: Numbers = {"distance from the target's": near} if target is not None else {}
+    words = (
+        f"The statistics are those of the target (distance {near:.2g}), not of the data "
+        f"({case.far:.2g})"
+    )
+    if first is not None and not of_target:
+        shifted, share = _as_of_a_shift(case, first)
+        others = [pair for other, pair in case.pairs.items() if other != name]
+        if not shifted and not _stands_out(first, others):
+            return None
+        evidence |= {
+            "distance of the first layer": first.far(),
+            "distance of the others": _median([pair.far() for pair in others]),
+            "share of the first layer's shift that shifted inputs explain": share,
+        }
         words = (
-            f"The statistics are those of the target (distance {near:.2g}), not of the data "
-            f"({case.far:.2g})"
+            f"The first layer, {name}, is off by {first.in_deviations():.2f} deviations and its "
+            f"variance {first.ratio():.2f} times the precise one, "
         )
-    elif shifted:
-        words += f", and {100 * share:.0f} % of the shift is what a constant added to the inputs is"
-    else:
-        words += ", more than the layers behind it, which normalize again"
-    others = [name for name in case.worst() if name != first.name]
+        if shifted:
+            words += f"{100 * share:.0f} % of it as a constant added to the inputs shifts it"
+        else:
+            words += "far more than the layers behind it, which normalize again"
     return Finding(
-        "other_domain", case.severity(), [first.name, *others],
-        f"{words}: other inputs, or others' preprocessing; {case.said()}.", evidence,
+        "other_domain", case.severity(), [name, *(n for n in case.worst() if n != name)],
+        f"{words}: other inputs, or others' preprocessing; {case.said()}.",
+        evidence | case.in_numbers(),
         f"{RECALIBRATE} on the data that the model will meet; compare the preprocessing",
     )  # fmt: skip
+
+
+def _distance_from(case: Case, target: dict[str, Moments] | None) -> float:
+    """Mean distance of the stored statistics from the target's; infinite where there is none."""
+    if target is None:
+        return math.inf
+    each = [
+        Pair(name, pair.mean, pair.var, target[name], pair.eps).far()
+        for name, pair in case.pairs.items()
+        if name in target
+    ]
+    return sum(each) / len(each) if each else math.inf
+
+
+def _stands_out(first: Pair, others: list[Pair]) -> bool:
+    """Whether the first layer is further off than weights that moved would leave it.
+
+    By its distance, or by its variances in units of how those of batches scatter.
+    """
+    of_batches = first.moments.variances.mean  # what a running average at this NBS holds
+    own = min(first.far(), float(first.distance(None, of_batches).mean()))
+    if own < ROUNDED:
+        return False
+    scatter = _median([pair.variances_in_spreads() for pair in others])
+    return (
+        own > FIRST * _median([pair.far() for pair in others])
+        or first.variances_in_spreads() > FIRST * max(scatter, 1.0)
+    )  # fmt: skip
+
+
+def _median(values: list[float]) -> float:
+    """Of those that are numbers; 0 of none."""
+    known = sorted(value for value in values if value == value)
+    return known[len(known) // 2] if known else 0.0
 
 
 def _as_of_a_shift(case: Case, first: Pair) -> tuple[bool, float]:

@@ -81,8 +81,8 @@ def told(found: Diagnosis) -> list[str]:
         what = {"samples": "samples", "batch": "samples in a batch"}[name]
         if curve.needed is not None:
             said.append(
-                f"An estimate of this model's statistics needs {curve.needed} {what}, of "
-                f"{', '.join(map(str, curve.xs))} that were tried."
+                f"An estimate of this model's statistics is as good with {curve.needed} {what} as "
+                f"with {curve.xs[-1]} (tried: {', '.join(map(str, curve.xs))})."
             )
     return said
 
