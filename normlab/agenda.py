@@ -23,8 +23,10 @@ def protocols(config: dict[str, Any]) -> list[Protocol]:
 
 
 def epochs(config: dict[str, Any]) -> list[int]:
-    """After which epochs a run is measured: the last ``eval_last`` and those of ``eval_at``."""
-    last = range(max(1, config["epochs"] - config["eval_last"] + 1), config["epochs"] + 1)
+    """After which epochs a run is measured: the last ``eval_last`` and those of ``eval_at``; a run
+    without any, as it begins."""
+    end = config["epochs"]
+    last = range(max(min(1, end), end - config["eval_last"] + 1), end + 1)
     return sorted({*last, *config["eval_at"]})
 
 
@@ -60,7 +62,7 @@ def lost(config: dict[str, Any], run: RunDir, state: dict[str, Any]) -> list[Due
 
     It needs weights that were not kept, an EMA that was not tracked, or running statistics that
     other ranks have moved otherwise. What the training itself measured needs neither, and the
-    weights of epoch 0 are made of the seed again.
+    weights of epoch 0 are made of the seed, or read, again.
     """
     position, tracked = state["position"], tracked_decays(state)
 

@@ -23,7 +23,7 @@ import normlab.norms
 import normlab.norms.conv.base
 import normlab.probes
 import normlab.tasks
-from normlab import batchplan, dist, schedule, signatures
+from normlab import batchplan, dist, schedule, signatures, weights
 from normlab.config import plan_of
 from normlab.data.base import Dataset
 from normlab.domains import Domain
@@ -69,8 +69,11 @@ def data(config: dict[str, Any]) -> Dataset:
 
 
 def steps(config: dict[str, Any], dataset: Dataset) -> tuple[int, int]:
-    """(SGD steps, training samples left out) of an epoch. Raises ValueError for too few samples,
-    labels that do not allow the order, and a remainder that is to be an error."""
+    """(SGD steps, training samples left out) of an epoch; none where nothing is trained. Raises
+    ValueError for too few samples, labels that do not allow the order, and a remainder that is to
+    be an error."""
+    if config["epochs"] == 0:
+        return 0, 0
     size, order, step = dataset.size("train"), Order.parse(config["order"]), plan(config)
     if not order.patterned:
         left = size % len(config["domains"])  # images that make no domain's share larger
@@ -175,7 +178,8 @@ def _forwards(config: dict[str, Any], dataset: Dataset) -> int:
 
 
 def model(config: dict[str, Any], dataset: Dataset) -> nn.Module:
-    """The network, its weights drawn with the run's seed, on the run's device and layout."""
+    """The network, on the run's device and layout, its weights drawn with the run's seed or, with
+    ``init_from``, those of the file."""
     network = normlab.models.find(signatures.module(config["model"]))
     reserved = {"norm", "num_classes", "shape", "init"}
     options = signatures.options("model", config["model"], network, reserved)
@@ -198,6 +202,8 @@ def model(config: dict[str, Any], dataset: Dataset) -> nn.Module:
         options = signatures.options("conv", config["conv"], kind, taken)
         built = normlab.norms.conv.base.replace(built, kind, **options)
     name_layers(built, debug=config["debug_sync"])
+    if config["init_from"] is not None:
+        weights.load(built, config["init_from"], config["weights"])
     layout = torch.channels_last if config["channels_last"] else torch.contiguous_format
     return built.to(device(config)).to(memory_format=layout)
 
@@ -213,6 +219,17 @@ def check_graphs(config: dict[str, Any]) -> None:
         raise ValueError(
             f"compile={GRAPHS} needs one forward pass per rank and step, and this plan has"
             f" accumulation={accumulation}: compile=true or false, or another way to form the batch"
+        )
+
+
+def check_gpus(config: dict[str, Any]) -> None:
+    """Refuse more ranks on this machine than it has GPUs."""
+    size = config["world_size"]
+    here = config["launch"] and device(config).type == "cuda"
+    if here and 1 < size > (count := torch.cuda.device_count()):
+        raise ValueError(
+            f"world_size={size}: each rank needs a GPU of its own, and this machine has {count}"
+            f" (launch=false prepares a run for several machines; world_size={count}; device=cpu)"
         )
 
 

@@ -1,8 +1,8 @@
 """`normlab <command> ...`: each command in one line, imported only when it is the one.
 
 Exit codes: 0 done, 1 a run failed or diverged, or some of what was asked for could not be made and
-the rest was, 2 refused (one to five lines say why, and nothing was written), 130 Ctrl-C, 143
-SIGTERM.
+the rest was, or a diagnosis found a problem, 2 refused (one to five lines say why, and nothing was
+written), 130 Ctrl-C, 143 SIGTERM.
 NORMLAB_TRACEBACK=1 shows where a refusal comes from.
 """
 
@@ -27,6 +27,7 @@ usage: normlab <command> [arguments]
   equiv   [key=value ...]       ghost, accumulation and ranks form the same batch: in numbers
   show    [WHAT]                norms, convs, models, data, recipes, scales, experiments, ...
   show    norm NAME             the card of a layer: formula, variance, population, limits, errors
+  diagnose --model SPEC ...     what is wrong with a trained model's batch norms, and the cure
   recalibrate --out FILE ...    a trained model's statistics estimated anew, in a new checkpoint
   bench   [TOPIC] [--quick]     the speed of training, data and statistics; of layers; of ranks
 
@@ -151,6 +152,17 @@ def recalibrate(argv: list[str]) -> int:
     return carry_out(given)
 
 
+def diagnose(argv: list[str]) -> int:
+    from normlab.diagnose.options import add_arguments
+
+    parser = _parser("diagnose", "What is wrong with a trained model's batch norms, and the cure.")
+    add_arguments(parser)
+    given = parser.parse_args(argv)
+    from normlab.diagnose.command import main as carry_out
+
+    return carry_out(given)
+
+
 COMMANDS = {
     "train": train,
     "sweep": sweep,
@@ -159,6 +171,7 @@ COMMANDS = {
     "plan": plan,
     "equiv": equiv,
     "show": show,
+    "diagnose": diagnose,
     "recalibrate": recalibrate,
     "bench": bench,
 }

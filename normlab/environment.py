@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from normlab import experiment, runs, tasks
-from normlab.config import cell_key
+from normlab.config import cell_key, network_name
 
 if TYPE_CHECKING:
     from normlab.perform import Task
@@ -65,7 +65,8 @@ def _of_data(job: "Job | Task") -> dict[str, Any]:
 def _of_training(job: "Job") -> dict[str, Any]:
     parameters = sum(p.numel() for p in job.model.parameters())
     return {
-        "nbs": job.plan.nbs, "parameters": parameters, "dropped_per_epoch": job.dropped,
+        "network": network_name(job.config), "nbs": job.plan.nbs, "parameters": parameters,
+        "dropped_per_epoch": job.dropped,
     }  # fmt: skip
 
 

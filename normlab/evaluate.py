@@ -149,6 +149,7 @@ class Evaluator:
             for one in protocol.of_each(self.domains):
                 self.check(one)
             return
+        self.data.size(protocol.split)  # one that the data set does not have
         decays = self.bank.decays if self.bank else ()
         if protocol.decay is not None and protocol.decay not in decays:
             raise ValueError(f"evals: '{protocol}' needs ema_bank=[{protocol.decay}]")

@@ -9,6 +9,9 @@ import logging
 from collections.abc import Callable
 from typing import Any
 
+import torch
+
+from normlab import agreement
 from normlab.config import run_id
 from normlab.norms.base import population_layers
 from normlab.population import Population, freeze
@@ -35,6 +38,18 @@ def parent(config: dict[str, Any], run: RunDir, *, first_needed: int) -> RunDir 
     there = RunDir(found).env()
     same = all(there.get(key) == env[key] for key in ("source", "torch", "threads"))
     return RunDir(found) if same and "world_sizes" not in there else None
+
+
+def beginning(
+    config: dict[str, Any], run: RunDir, device: torch.device, *, first_needed: int
+) -> RunDir | None:
+    """Where a run begins, if it need not from nothing: its `parent`, if that has kept what it was,
+    as the first rank sees it."""
+    found = parent(config, run, first_needed=first_needed)
+    if found is None:  # for all ranks alike
+        return None
+    there = found.kept(config["freeze_after"]).exists()
+    return found if any(agreement.told([there], device)) else None
 
 
 def is_frozen(config: dict[str, Any], epoch: int) -> bool:

@@ -12,7 +12,7 @@ from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
-from normlab import environment, lease, logs, runs
+from normlab import environment, lease, logs, runs, trackers
 from normlab.config import (
     OF_THE_PLACE,
     ConfigError,
@@ -27,6 +27,7 @@ from normlab.config import (
 from normlab.lease import LeaseLost
 from normlab.outcome import Outcome, last, outcome_of
 from normlab.runs import FINISHED, RunDir
+from normlab.trackers import mirror
 
 if TYPE_CHECKING:
     from normlab.perform import Task
@@ -61,6 +62,8 @@ def run(config: dict[str, Any], named: Collection[str] = OF_THE_PLACE) -> Outcom
     else:
         check(config)
         check_taken(config, named)
+        config = identified(config)
+    trackers.check(config)
     if is_task(config):
         config = config | {"world_size": 1}
     from normlab import allocator
@@ -92,9 +95,19 @@ def _taken_up(directory: RunDir, asked: dict[str, Any], named: Collection[str]) 
     return config
 
 
+def identified(config: dict[str, Any]) -> dict[str, Any]:
+    """A checked config with ``weights``, by which a run with those of a file is known. Raises
+    ValueError for a file that is none of weights, or holds others than are asked for."""
+    if config["init_from"] is None:
+        return config
+    from normlab import weights
+
+    return config | {"weights": weights.known(config["init_from"], config["weights"])}
+
+
 def directory_of(config: dict[str, Any]) -> RunDir:
-    """Where the run of a checked config lies. Raises ValueError or OSError for a device or data
-    that are not there."""
+    """Where the run of a checked and identified config lies. Raises ValueError or OSError for a
+    device or data that are not there."""
     from normlab import build
 
     device, data = build.device(config), build.data_of(config)
@@ -150,11 +163,11 @@ def committed_outcome(config: dict[str, Any], directory: RunDir) -> Outcome | No
 
 
 def _run(config: dict[str, Any], directory: RunDir, *, memory_kept: bool) -> Outcome:
-    from normlab import perform, worker
+    from normlab import build, perform, worker
 
     if directory.status().get("status") in FINISHED:
         return _completed(config, directory)
-    check_gpus(config)
+    build.check_gpus(config)
     config = _with_tracked(config, directory)
     job = perform.construct(config) if is_task(config) else constructed(config)
     described = environment.describe(job) | {"memory_kept": memory_kept}
@@ -187,7 +200,16 @@ def constructed(config: dict[str, Any]) -> "Job":
 
 
 def _completed(config: dict[str, Any], directory: RunDir) -> Outcome:
-    """A finished run, once it has the measurements that it lacked and can still make."""
+    """A finished run, once it has the measurements that it lacked and can still make, and its
+    trackers what they lacked of them."""
+    outcome = _measured(config, directory)
+    if mirror.behind(directory, config):
+        with _locked(directory), _logging_to(directory), mirror.following(directory, config):
+            pass  # they are told at once
+    return outcome
+
+
+def _measured(config: dict[str, Any], directory: RunDir) -> Outcome:
     from normlab import agenda, checkpoint, worker
 
     missing, bank = agenda.missing(config, directory), set(config["ema_bank"])
@@ -204,6 +226,7 @@ def _completed(config: dict[str, Any], directory: RunDir) -> Outcome:
     asked = [str(protocol) for protocol in agenda.protocols(config)]
     job = worker.construct(
         config
+        | ({} if config["epochs"] else {"init_from": None})  # the checkpoint holds them
         | {"evals": [spec for spec in asked if spec in possible]}
         | {"probes": [name for name in config["probes"] if name in possible]}
         | {"ema_bank": agenda.tracked_decays(state)}
@@ -241,22 +264,6 @@ def _prepared(config: dict[str, Any], directory: RunDir) -> Outcome:
     path, size = directory.path.resolve(), config["world_size"]
     line = agent.torchrun(path, size, max_restarts=config["max_restarts"])
     return Outcome(directory.id, "prepared", False, directory.path, {}, command=line)
-
-
-def check_gpus(config: dict[str, Any]) -> None:
-    """Refuse more ranks on this machine than it has GPUs."""
-    import torch
-
-    from normlab import build
-
-    size = config["world_size"]
-    if size == 1 or not config["launch"] or build.device(config).type != "cuda":
-        return
-    if size > (count := torch.cuda.device_count()):
-        raise ValueError(
-            f"world_size={size}: each rank needs a GPU of its own, and this machine has {count}"
-            f" (launch=false prepares a run for several machines; world_size={count}; device=cpu)"
-        )
 
 
 def _start(job: "Job | Task", directory: RunDir) -> None:
@@ -322,6 +329,7 @@ def _prepare(directory: RunDir, config: dict[str, Any], described: dict[str, Any
     recorded = directory.env()
     if not recorded or not directory.checkpoint.exists():  # nothing of it is left to continue
         directory.clear()
+        mirror.clear(directory)
         directory.write_config(config)
         _set_threads(directory, described["threads"])
         directory.write_env(described)

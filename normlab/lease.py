@@ -150,13 +150,15 @@ def place(directory: Path) -> Path | None:
 
 
 def remove(path: Path) -> None:
-    """Delete a file, if it is there, of a directory that we may hold. Raises LeaseLost."""
-    if (aside := place(path.parent)) is None:
-        path.unlink(missing_ok=True)
-        return
+    """Delete a file or a folder, if it is there, of a directory that we may hold. Raises
+    LeaseLost."""
+    aside = place(path.parent)
     try:
-        path.replace(aside / path.name)
-        (aside / path.name).unlink()
+        gone = path if aside is None else path.replace(aside / path.name)
+        if gone.is_dir():
+            shutil.rmtree(gone)
+        else:
+            gone.unlink(missing_ok=True)
     except FileNotFoundError:
         check(path.parent)
 

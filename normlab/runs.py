@@ -56,7 +56,8 @@ _OF_TRAINING = {"model", "norm", "data", "nbs", "batch_size", "epochs", "lr", "d
 # What no run executes: changing it cannot change a run's numbers.
 _NOT_RUN = {
     "report", "bench", "cli.py", "app.py", "show.py", "equiv", "experiment",
-    "engines.py", "forecast", "runs.py", "lease.py", "plugins.py", "__main__.py", "__init__.py",
+    "engines.py", "forecast", "runs.py", "lease.py", "plugins.py", "trackers", "__main__.py",
+    "__init__.py",
 }  # fmt: skip
 
 
@@ -251,7 +252,7 @@ def summary(run: RunDir) -> dict[str, Any]:
     config, env, status = run.config(), run.env(), run.status()
     values = {
         "id": run.id,
-        "model": config["model"]["name"],
+        "model": env.get("network", config["model"]["name"]),
         "norm": config["norm"]["name"],
         "data": config["data"]["name"],
         "nbs": env.get("nbs"),

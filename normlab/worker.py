@@ -42,6 +42,7 @@ from normlab.population import EmaBank, freeze
 from normlab.probes.base import Context
 from normlab.protocols import Protocol
 from normlab.runs import FINISHED, RunDir
+from normlab.trackers import mirror
 from normlab.train import Diverged, Trainer
 
 log = logging.getLogger(__name__)
@@ -72,8 +73,7 @@ def construct(config: dict[str, Any]) -> Job:
         raise ValueError(
             f"nbs={plan.nbs}: a step needs {extra} forward-only images (virtual_extra="
             f"{plan.virtual_extra}, accumulation={plan.accumulation}, world_size="
-            f"{plan.world_size}), and there are only"
-            f" {data.size('train')} training images"
+            f"{plan.world_size}), and there are only {data.size('train')} training images"
         )
     try:
         model = build.model(config, data)
@@ -136,6 +136,7 @@ def work(job: Job, run: RunDir, stop: Stop) -> dict[str, Any]:
     the run work together; the first alone writes into the directory.
     """
     config, device = job.config, build.device(job.config)
+    measured = agenda.epochs(config)
     trainer = Trainer(
         model=job.model,
         optimizer=job.optimizer,
@@ -153,12 +154,13 @@ def work(job: Job, run: RunDir, stop: Stop) -> dict[str, Any]:
         trainer.load_state_dict(checkpoint.load(run.checkpoint))
         agreement.check_same({"epoch and step": trainer.position}, device)
         log.info("resumed at epoch %d, step %d", trainer.epoch + 1, trainer.step)
-    elif (begun := _branched(job, run, device)) is not None:
+    elif begun := freezing.beginning(config, run, device, first_needed=min(measured)):
         trainer.load_state_dict(checkpoint.load(begun.kept(config["freeze_after"])))
         log.info("begins where %s was after epoch %d", begun.id, trainer.epoch)
+    elif config["epochs"] == 0:
+        trainer.save()  # what is measured from here on outlives a kill
     elif job.dropped:
         log.info("each epoch drops %d of %d samples", job.dropped, job.data.size("train"))
-    measured = agenda.epochs(config)
     try:
         while True:
             # Measure what is asked for after the epoch that has just ended, or before the first.
@@ -184,7 +186,7 @@ def work(job: Job, run: RunDir, stop: Stop) -> dict[str, Any]:
         log.warning("diverged: %s", error)
         ended = {"status": "diverged", "reason": str(error), "seconds": trainer.elapsed}
         return ended | trainer.last
-    return {"status": "done", "seconds": trainer.elapsed} | trainer.history[-1]
+    return {"status": "done", "seconds": trainer.elapsed} | [{"epoch": 0}, *trainer.history][-1]
 
 
 def _missing(config: dict[str, Any], run: RunDir, device: torch.device) -> list[Due]:
@@ -192,16 +194,6 @@ def _missing(config: dict[str, Any], run: RunDir, device: torch.device) -> list[
     wanted, missing = agenda.wanted(config), agenda.missing(config, run)
     told = agreement.told([one in missing for one in wanted], device)
     return [one for one, lacks in zip(wanted, told, strict=True) if lacks]
-
-
-def _branched(job: Job, run: RunDir, device: torch.device) -> RunDir | None:
-    """Where the run begins, if it need not from nothing, as the first rank sees it."""
-    needed = min(agenda.epochs(job.config), default=job.config["epochs"])
-    parent = freezing.parent(job.config, run, first_needed=needed)
-    if parent is None:  # for all ranks alike
-        return None
-    there = parent.kept(job.config["freeze_after"]).exists()
-    return parent if any(agreement.told([there], device)) else None
 
 
 def _snapshot(trainer: Trainer) -> dict[str, Any]:
@@ -263,9 +255,8 @@ def _probe(job: Job, run: RunDir, epoch: int, name: str) -> None:
     """Measure a probe, and write its quantities together: it is made, or it is not."""
     measured = build.probe(name)(context(job, epoch))
     run.add_probe(name, [(epoch, quantity, value) for quantity, value in measured.items()])
-    log.info(
-        "epoch %d, %s: %s", epoch, name, "  ".join(f"{q} {v:.4g}" for q, v in measured.items())
-    )
+    said = "  ".join(f"{quantity} {value:.4g}" for quantity, value in measured.items())
+    log.info("epoch %d, %s: %s", epoch, name, said)
 
 
 def evaluate_finished(job: Job, run: RunDir, stop: Stop) -> None:
@@ -289,8 +280,11 @@ def evaluate_finished(job: Job, run: RunDir, stop: Stop) -> None:
 
 def finish(job: Job, run: RunDir, stop: Stop) -> None:
     """Do a run's work, and record that it has ended."""
-    status = work(job, run, stop)
-    if dist.place()[0] == 0:
+    if dist.place()[0] > 0:
+        work(job, run, stop)
+        return
+    with mirror.following(run, job.config) as followed:
+        status = work(job, followed, stop)
         run.write_env(run.env() | {"ended": now()})
         run.write_status(status)
         if told := agenda.left_to_one_process(job.config, run):

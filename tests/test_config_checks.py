@@ -10,7 +10,8 @@ def test_all_that_is_offered_passes_the_check() -> None:
     for group in ("norm", "model", "data", "recipe", "scale"):
         for name in config.options(group):
             nbs = ["nbs=32"] if name in ("ghost", "renorm", "virtual") else []
-            check(compose([f"{group}={name}", "world_size=1", *nbs]))
+            given = ["init_from=any"] if name == "pretrained" else []
+            check(compose([f"{group}={name}", "world_size=1", *nbs, *given]))
 
 
 @pytest.mark.parametrize(
@@ -20,7 +21,9 @@ def test_all_that_is_offered_passes_the_check() -> None:
         ("lr=0", "lr=0.0"),
         ("lr=nan", "lr=nan"),
         ("lr=inf", "lr=inf"),
-        ("epochs=0", "epochs must be at least 1 and at most 2147483647, got epochs=0"),
+        ("epochs=-1", "epochs must be at least 0 and at most 2147483647, got epochs=-1"),
+        ("epochs=0", "epochs=0 trains nothing: init_from=<file> names the weights"),
+        ("weights=0123", "weights=0123 says which init_from=<file> has to hold"),
         ("batch_size=0", "batch_size must be at least 1"),
         ("seed=-1", "seed must be at least 0"),
         ("decay=1", "decay must be at least 0 and below 1, got decay=1.0"),
@@ -77,7 +80,7 @@ def test_all_that_is_offered_passes_the_check() -> None:
         ("nbs=-4", "nbs must be at least 2"),
         ("batch_size=99999999999999999999999 nbs=7", "batch_size must be at least 1 and at most"),
         ("seed=99999999999999999999999", "seed must be at least 0 and at most 2147483647"),
-        ("epochs=99999999999999999999999", "epochs must be at least 1 and at most 2147483647"),
+        ("epochs=99999999999999999999999", "epochs must be at least 0 and at most 2147483647"),
         ("micro_batch=99999999999999999999999", "micro_batch must be at least 1 and at most"),
         ("model.width=99999999999999999999999", "model.width must be at most 2147483647"),
         ("norm.eps=nan", "norm.eps must be a finite number, got norm.eps=nan"),

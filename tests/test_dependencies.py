@@ -9,6 +9,8 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+TRACKERS = {"wandb": "wandb", "mlflow": "mlflow-skinny"}
+"""Packages that the tests do without, each an extra, and the distributions that hold them."""
 
 
 def names(requirements: list[str]) -> set[str]:
@@ -30,13 +32,13 @@ def imported() -> set[str]:
                 packages.add(node.module.split(".")[0])
     known = packages_distributions()
     outside = packages - set(sys.stdlib_module_names) - {"normlab"}
-    return {canonical(known[package][0]) for package in outside}
+    return {canonical((known.get(p) or [TRACKERS[p]])[0]) for p in outside}
 
 
 def test_what_is_imported_is_declared() -> None:
     extras = PROJECT["optional-dependencies"]
-    declared = names(PROJECT["dependencies"]) | names(extras["bench"]) | names(extras["models"])
-    assert imported() <= declared
+    used = [extras[name] for name in ("bench", "models", *TRACKERS)]
+    assert imported() <= names(PROJECT["dependencies"]).union(*map(names, used))
 
 
 def pins(file: str) -> set[str]:
@@ -46,6 +48,8 @@ def pins(file: str) -> set[str]:
 def test_what_is_declared_is_pinned() -> None:
     extras = dict(PROJECT["optional-dependencies"])
     assert names(extras.pop("ray")) <= pins("constraints-ray.txt")
+    for name in TRACKERS:
+        del extras[name]
     declared = names(PROJECT["dependencies"]).union(*map(names, extras.values()))
     assert declared <= pins("constraints.txt")
 
@@ -65,6 +69,11 @@ def test_the_tests_have_the_engines_that_share_an_environment() -> None:
 def test_the_tests_have_what_the_benchmarks_compare_with() -> None:
     extras = PROJECT["optional-dependencies"]
     assert names(extras["bench"]) <= names(extras["dev"])
+
+
+def test_the_tests_have_the_tracker_that_is_small() -> None:
+    extras = PROJECT["optional-dependencies"]
+    assert names(extras["tensorboard"]) <= names(extras["dev"])
 
 
 def test_the_tests_have_what_a_users_model_comes_with() -> None:

@@ -16,6 +16,8 @@ def test_every_claim_speaks_of_cells_that_every_scale_runs(name):
     loaded = experiment.load(name)
     assert loaded.claims
     for scale, grid in loaded.scales.items():
+        if grid.given:  # whose cells are the user's
+            continue
         for claim in loaded.claims.values():
             assert claim.contrasts(grid.places), (scale, claim.name)
 

@@ -304,7 +304,7 @@ def test_an_experiment_loads_and_every_claim_can_be_judged(name: str) -> None:
     for scale in loaded.scales:
         grid = loaded.scale(scale)
         assert loaded.cells(scale)
-        for claim in loaded.claims.values():
+        for claim in () if grid.given else loaded.claims.values():  # given: as the user's runs are
             assert claim.contrasts(grid.places)
     wanted = {*loaded.table["columns"], *loaded.figure["series"]}
     published = {protocol for source in loaded.published for protocol in source.values}

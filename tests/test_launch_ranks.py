@@ -15,7 +15,7 @@ import pytest
 import torch
 from faults import identical
 
-from normlab import cli, config, launch, runs, worker
+from normlab import build, cli, config, launch, runs, worker
 from normlab.config import ConfigError
 
 JOB = ["data=synthetic", "data.n=128", "batch_size=32", "norm=sync", "nbs=32", "world_size=2",
@@ -139,10 +139,10 @@ def test_more_ranks_than_gpus_are_refused(monkeypatch):
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
     gpu = config.compose([*JOB, "device=cuda"])
     with pytest.raises(ValueError, match=r"world_size=2: each rank needs a GPU .* has 1 "):
-        launch.check_gpus(gpu)
-    launch.check_gpus(gpu | {"launch": False})
-    launch.check_gpus(gpu | {"device": "cpu"})
-    launch.check_gpus(gpu | {"world_size": 1})
+        build.check_gpus(gpu)
+    build.check_gpus(gpu | {"launch": False})
+    build.check_gpus(gpu | {"device": "cpu"})
+    build.check_gpus(gpu | {"world_size": 1})
 
 
 @pytest.mark.parametrize(

@@ -7,6 +7,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pages
 import pytest
 
 from normlab.report import summary
@@ -16,10 +17,10 @@ README = Path(__file__).resolve().parent.parent / "README.md"
 
 def shown(*commands: str) -> list[tuple[str, str]]:
     """(arguments, output) of the README's `normlab` commands that begin so."""
-    blocks = re.findall(r"```console\n(.*?)```", README.read_text(), re.DOTALL)
-    parts = [part for block in blocks for part in re.split(r"^\$ ", block, flags=re.MULTILINE)]
-    found = [part.removeprefix("normlab ").partition("\n") for part in parts]
-    return [(line, output.strip()) for line, _, output in found if line.startswith(commands)]
+    console = [block for kind, block in pages.blocks(README.read_text()) if kind == "console"]
+    typed = [each for block in console for each in pages.commands(block)]
+    found = [(line.removeprefix("normlab "), output) for line, output in typed]
+    return [(line, output) for line, output in found if line.startswith(commands)]
 
 
 def normlab(arguments: str, where: Path) -> "subprocess.CompletedProcess[str]":

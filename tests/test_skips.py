@@ -1,4 +1,5 @@
-"""Under CI a test is skipped for want of a GPU or the right to mount, and for nothing else."""
+"""Under CI a test is skipped for want of a GPU, the right to mount or a large tracker, and for
+nothing else."""
 
 import os
 import subprocess
@@ -17,6 +18,10 @@ def test_mount(): pytest.skip("needs a mount: not here")
 
 def test_refused(): pytest.skip("refused: one position")
 
+def test_wandb(): pytest.skip("needs the extra wandb")
+
+def test_tensorboard(): pytest.skip("needs the extra tensorboard")
+
 def test_missing(): pytest.importorskip("nowhere_to_be_found")
 
 @pytest.mark.skipif(True, reason="no compiler")
@@ -27,7 +32,7 @@ def test_expected(): raise ValueError
 """
 
 
-@pytest.mark.parametrize(("environment", "failed"), [({"CI": "true"}, 2), ({"CI": ""}, 0), ({}, 0)])
+@pytest.mark.parametrize(("environment", "failed"), [({"CI": "true"}, 3), ({"CI": ""}, 0), ({}, 0)])
 def test_what_may_be_skipped(tmp_path: Path, environment: dict[str, str], failed: int) -> None:
     (tmp_path / "test_some.py").write_text(SKIPS)
     here = {name: value for name, value in os.environ.items() if name != "CI"}
@@ -37,9 +42,8 @@ def test_what_may_be_skipped(tmp_path: Path, environment: dict[str, str], failed
         capture_output=True, text=True,
     )  # fmt: skip
     said = done.stdout
-    assert f"{5 - failed} skipped, 1 xfailed" in said
+    assert f"{7 - failed} skipped, 1 xfailed" in said
     assert done.returncode == (1 if failed else 0)
-    assert (
-        "skipped under CI, where only a GPU or a mount may be missing: no compiler" in said
-    ) == (failed > 0)
-    assert ("FAILED test_some.py::test_missing" in said) == (failed > 0)
+    assert ("skipped under CI, where this may not be missing: no compiler" in said) == (failed > 0)
+    for name in ("missing", "tensorboard"):
+        assert (f"FAILED test_some.py::test_{name}" in said) == (failed > 0)

@@ -14,7 +14,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from normlab import cli, config, experiment, launch, perform, plugins, runs, tasks
+from normlab import cli, config, experiment, launch, perform, plugins, runs, tasks, trackers
 from normlab.config import ConfigError
 from normlab.tasks.base import Row
 
@@ -66,6 +66,20 @@ def start(*overrides, named=()):
 def identity(*overrides):
     composed = config.compose([*WALK, *overrides])
     return config.run_id(composed, device="cpu", data_digest="", kernels=False)
+
+
+def test_a_tracker_is_told_what_a_task_has_measured(monkeypatch):
+    told = {}
+    tracker = types.SimpleNamespace(
+        durable=True, log=lambda values, epoch: told.update({epoch: values}), end=lambda _: None
+    )
+    monkeypatch.setattr(trackers, "find", lambda _: lambda *_: tracker)
+    monkeypatch.setattr(trackers, "check", lambda _: None)
+    outcome = start("device=cpu", "tracker=tensorboard")
+    rows = runs.RunDir(outcome.path).probes()
+    assert sum(map(len, told.values())) == len(rows) == 4
+    for row in rows:
+        assert told[int(row["epoch"])][f"walk/{row['quantity']}"] == float(row["value"])
 
 
 def test_a_task_leaves_rows_and_a_status():

@@ -44,18 +44,22 @@ LATER: dict[str, Any] = {
     "freeze_statistics": "precise",
     "freeze_affine": "trainable",
     "keep_after": None,
+    "init_from": None,
+    "weights": None,
+    "tracker": None,
 }
 """Dotted keys introduced after version 1, each with the default of its introduction."""
 
 _OPEN = ("norm", "model", "data")  # groups whose keys are those of what is chosen
 
-# What a run reads, writes, prints or is called; none of it reaches the weights. `remainder` decides
-# only whether to refuse. The number of threads changes the last bits of sums: it is recorded, and
-# restored on resuming. The size of a sync group follows from the NBS and the micro-batch.
+# What a run reads, writes, prints or is called; none of it reaches the weights. What `init_from`
+# holds is in `weights`. `remainder` decides only whether to refuse. The number of threads changes
+# the last bits of sums: it is recorded, and restored on resuming. The size of a sync group follows
+# from the NBS and the micro-batch.
 NOT_TRAINING = {
     "evals", "eval_last", "eval_at", "probes", "ema_bank", "runs", "data_root", "skip_done",
     "checkpoint_every", "scale", "experiment", "allocator", "device", "threads", "remainder",
-    "sync_group_size", "debug_sync", "resume", "keep_after",
+    "sync_group_size", "debug_sync", "resume", "keep_after", "init_from", "tracker",
     "launch", "max_restarts", "stall_timeout",
 }  # fmt: skip
 
@@ -104,7 +108,7 @@ def check_taken(config: dict[str, Any], named: Collection[str]) -> None:
     if not is_task(config):
         return
     takes = [*_ALWAYS, *_of_task(config)]
-    measured = {"evals", "eval_last", "eval_at", "probes", "ema_bank"}
+    measured = {"evals", "eval_last", "eval_at", "probes", "ema_bank", "init_from"}
     for key in named:
         group = key.partition(".")[0]
         if group not in takes and (group not in NOT_TRAINING or group in measured):
@@ -184,14 +188,20 @@ def cell_key(config: dict[str, Any]) -> str:
     return _digest(kept)
 
 
+def network_name(config: dict[str, Any]) -> str:
+    """The model's name, and by what given weights are known: ``resnet50@<8 hex>``."""
+    name, weights = str(config["model"]["name"]), config.get("weights")
+    return f"{name}@{weights[:8]}" if weights else name
+
+
 def run_id(config: dict[str, Any], *, device: str, data_digest: str, kernels: bool) -> str:
     """``<model>-<norm>-nbs<n>-s<seed>-<8 hex>``, the name of the run's directory.
 
     device: the kind (cpu, cuda). data_digest: of the underlying data. kernels: whether the fused
-    kernels are on. Norms that look at no other sample have no ``nbs`` part; ``conv`` and ``init``
-    follow the norm, ``order`` and the epoch of ``freeze_after`` the NBS, where they are not the
-    default (``tiny-gn-ws-s0-...``). A task: ``<task>-<norm>-s<seed>-<8 hex>``, without the norm
-    where it takes none.
+    kernels are on. Norms that look at no other sample have no ``nbs`` part; given weights follow
+    the model, ``conv`` and ``init`` the norm, ``order`` and the epoch of ``freeze_after`` the NBS,
+    where they are not the default (``tiny-gn-ws-s0-...``). A task: ``<task>-<norm>-s<seed>-<8
+    hex>``, without the norm where it takes none.
     """
     kept = training_config(config)
     digest = _digest(
@@ -206,7 +216,7 @@ def run_id(config: dict[str, Any], *, device: str, data_digest: str, kernels: bo
     if is_task(config):
         parts = [config["task"]["name"], *([config["norm"]["name"]] if "norm" in kept else [])]
         return "-".join([*parts, f"s{config['seed']}", digest])
-    parts = [config["model"]["name"], config["norm"]["name"]]
+    parts = [network_name(config), config["norm"]["name"]]
     parts += [config["conv"]["name"]] if "conv" in kept else []
     parts += [config["init"]] if "init" in kept else []
     if "nbs" in kept:

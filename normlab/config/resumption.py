@@ -8,7 +8,7 @@ from normlab.config.schema import ConfigError, plan_of
 
 OF_THE_PLACE = (
     "world_size", "runs", "data_root", "launch", "max_restarts", "stall_timeout", "debug_sync",
-    "checkpoint_every", "allocator",
+    "checkpoint_every", "allocator", "tracker",
 )  # fmt: skip
 """What may be said beside ``resume``: where and how a run is at work, not what it is."""
 

@@ -12,7 +12,7 @@ from typing import Any
 
 from omegaconf import MISSING
 
-from normlab import batchplan, probes, tasks
+from normlab import batchplan, probes, tasks, trackers
 from normlab.domains import Domain
 from normlab.orders import Order
 from normlab.protocols import Protocol
@@ -67,6 +67,8 @@ class Config:
     freeze_statistics: str = MISSING
     freeze_affine: str = MISSING
     init: str = MISSING
+    init_from: str | None = MISSING
+    weights: str | None = MISSING
     seed: int = MISSING
     precision: str = MISSING
     world_size: int = MISSING
@@ -76,6 +78,7 @@ class Config:
     eval_last: int = MISSING
     eval_at: list[int] = MISSING
     probes: list[str] = MISSING
+    tracker: Any = MISSING
     ema_bank: list[float] = MISSING
     channels_last: bool = MISSING
     compile: bool | str = MISSING
@@ -115,7 +118,7 @@ _CHOICES = {
 
 _SIZES = {  # at least so many, at most batchplan.MOST
     "batch_size": 1,
-    "epochs": 1,
+    "epochs": 0,
     "seed": 0,
     "world_size": 1,
     "eval_last": 1,
@@ -187,7 +190,13 @@ def check(config: dict[str, Any]) -> None:
         )
     if recipe["milestones"] != sorted(recipe["milestones"]):
         raise ConfigError(f"recipe.milestones must ascend, got {recipe['milestones']}")
-    if config["eval_last"] > config["epochs"]:
+    if not config["epochs"] and config["init_from"] is None:
+        raise ConfigError(
+            "epochs=0 trains nothing: init_from=<file> names the weights that are to be measured"
+        )
+    if config["weights"] is not None and config["init_from"] is None:
+        raise ConfigError(f"weights={config['weights']} says which init_from=<file> has to hold")
+    if config["eval_last"] > max(1, config["epochs"]):
         raise ConfigError(
             f"eval_last must be at most epochs={config['epochs']},"
             f" got eval_last={config['eval_last']}"
@@ -290,14 +299,23 @@ def _check_evals(config: dict[str, Any]) -> None:
 
 
 def _check_probes(config: dict[str, Any]) -> None:
-    for name in config["probes"]:
-        if name not in (known := probes.names()):
-            close = difflib.get_close_matches(name, known, 1)
-            meant = f"; did you mean '{close[0]}'?" if close else ""
-            raise ConfigError(f"probes: no probe '{name}'{meant} (probes: {', '.join(known)})")
-    if len(set(config["probes"])) < len(config["probes"]):
-        raise ConfigError(f"probes: one of them is named twice: {config['probes']}")
+    _check_names("probes", config["probes"], "probe", probes.names())
+    tracker = config["tracker"]
+    if not (tracker is None or isinstance(tracker, str | list)):
+        raise ConfigError(f"tracker must be null, a name or a list of names, got tracker={tracker}")
+    _check_names("tracker", trackers.asked(config), "tracker", trackers.names())
     _check_task(config)
+
+
+def _check_names(key: str, given: list[str], kind: str, known: list[str]) -> None:
+    """Refuse a name that nothing has, and one that is given twice."""
+    for name in given:
+        if name not in known:
+            close = difflib.get_close_matches(str(name), known, 1)
+            meant = f"; did you mean '{close[0]}'?" if close else ""
+            raise ConfigError(f"{key}: no {kind} '{name}'{meant} ({kind}s: {', '.join(known)})")
+    if len(set(given)) < len(given):
+        raise ConfigError(f"{key}: one of them is named twice: {given}")
 
 
 def _check_task(config: dict[str, Any]) -> None:

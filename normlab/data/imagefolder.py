@@ -10,7 +10,7 @@ import math
 import os
 import signal
 import threading
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -22,7 +22,15 @@ from torchvision.datasets import ImageFolder
 from torchvision.transforms import v2
 
 from normlab.data import cache
-from normlab.data.base import Augment, Batch, Dataset, Planned, numbers, unknown_split
+from normlab.data.base import (
+    SPLITS,
+    Augment,
+    Batch,
+    Dataset,
+    Planned,
+    numbers,
+    unknown_split,
+)
 from normlab.data.corruptions import corrupt
 from normlab.data.patterns import Indices
 from normlab.data.streams import SPLIT_SEED, Stream, generator
@@ -33,6 +41,7 @@ STD = (0.229, 0.224, 0.225)
 AREA, RATIO, TRIES = (0.08, 1.0), (3 / 4, 4 / 3), 10
 
 Token = tuple[int, int, int, Domain]  # step, place in the batch, image, how it is to look
+Samples = list[tuple[str, int]]  # path and label of each image
 
 
 def load(root: str, *, seed: int, size: int = 224, workers: int = 8) -> "Folder":
@@ -46,42 +55,72 @@ def load(root: str, *, seed: int, size: int = 224, workers: int = 8) -> "Folder"
     Raises ValueError if directories are missing or do not hold the same classes.
     """
     del seed
-    return Folder("imagefolder", root, size=size, workers=workers)
+    return from_directories("imagefolder", root, size=size, workers=workers)
+
+
+def from_directories(
+    name: str, root: str, *, size: int, workers: int, val_per_class: int | None = None
+) -> "Folder":
+    """A data set of training images and others; if there is no third directory, `val_per_class`
+    training images of each class (None: a tenth) become "val"."""
+    check_options(size, workers)
+    folder = _folder(name, Path(root).expanduser())
+    listed = {split: listing(directory) for split, directory in folder.items()}
+    train = listed["train"]
+    check_classes(train, *listed.values())
+    samples = {split: images.samples for split, images in listed.items()}
+    if "val" not in listed:
+        held = _held_apart(np.array(train.targets), val_per_class, train.classes)
+        kept = np.setdiff1d(np.arange(len(train)), held)
+        samples["val"] = [train.samples[i] for i in held]
+        samples["train"] = [train.samples[i] for i in kept]
+    return Folder(
+        name,
+        samples,
+        num_classes=len(train.classes),
+        digest=digest_of(folder["train"].parent, *listed.values()),
+        size=size,
+        workers=workers,
+    )
+
+
+def check_options(size: int, workers: int) -> None:
+    """Raise ValueError for images without pixels, and for fewer processes than none."""
+    if size < 1:
+        raise ValueError(f"data.size={size}: it must be at least 1")
+    if workers < 0:
+        raise ValueError(f"data.workers={workers}: it must be at least 0")
 
 
 class Folder(Dataset):
-    """Image directories as a data set; if there is no third directory, `val_per_class` training
-    images of each class (None: a tenth) become "val"."""
+    """Image files as a data set.
+
+    samples    split -> (path, label) of each image, in stored order
+    corrupted  domains whose test images are stored, of their final size or about that: domain ->
+               the directory that has <class>/<file> for each test image
+    """
 
     corrupts = True
 
     def __init__(
-        self, name: str, root: str, *, size: int, workers: int, val_per_class: int | None = None
+        self,
+        name: str,
+        samples: Mapping[str, Samples],
+        *,
+        num_classes: int,
+        digest: str,
+        size: int,
+        workers: int,
+        note: str = "",
+        corrupted: Mapping[Domain, Path] | None = None,
     ) -> None:
-        if size < 1:
-            raise ValueError(f"data.size={size}: it must be at least 1")
-        if workers < 0:
-            raise ValueError(f"data.workers={workers}: it must be at least 0")
-        folder = _folder(name, Path(root).expanduser())
-        listed = {split: _listing(directory) for split, directory in folder.items()}
-        train = listed["train"]
-        for split, images in listed.items():
-            if images.classes != train.classes:
-                odd = sorted(set(images.classes) ^ set(train.classes))
-                raise ValueError(
-                    f"{folder[split]} and {folder['train']} do not hold the same classes: {odd[0]}"
-                )
-        self._samples: dict[str, list[tuple[str, int]]] = {s: x.samples for s, x in listed.items()}
-        if "val" not in listed:
-            held = _held_apart(np.array(train.targets), val_per_class, train.classes)
-            kept = np.setdiff1d(np.arange(len(train)), held)
-            self._samples["val"] = [train.samples[i] for i in held]
-            self._samples["train"] = [train.samples[i] for i in kept]
         self.name = name
-        self.num_classes = len(train.classes)
+        self.num_classes = num_classes
         self.shape = (3, size, size)
-        self.digest = _digest(folder["train"].parent, listed)
-        self.note = ""
+        self.digest = digest
+        self.note = note
+        self._samples = samples
+        self._corrupted = corrupted or {}
         self._workers = workers
 
     def size(self, split: str) -> int:
@@ -94,9 +133,11 @@ class Folder(Dataset):
         mean, std = (torch.tensor(v).view(3, 1, 1) for v in (MEAN, STD))
         return -mean / std, (1 - mean) / std
 
-    def _of(self, split: str) -> list[tuple[str, int]]:
-        if split not in self._samples:
+    def _of(self, split: str) -> Samples:
+        if split not in SPLITS:
             raise unknown_split(split)
+        if split not in self._samples:
+            raise ValueError(f"data={self.name} has no {split} (it has {', '.join(self._samples)})")
         return self._samples[split]
 
     def _batches(
@@ -109,7 +150,13 @@ class Folder(Dataset):
         channels_last: bool,
     ) -> Iterator[Batch]:
         loader = DataLoader(
-            Decoder(self._of(split), self.shape[1], augment, split),
+            Decoder(
+                self._of(split),
+                self.shape[1],
+                augment,
+                split,
+                self._corrupted if split == "test" else {},
+            ),
             batch_sampler=Tokens(plan),
             num_workers=self._workers,
             pin_memory=device.type == "cuda",
@@ -148,19 +195,31 @@ class Decoder(torch.utils.data.Dataset[tuple[Tensor, int]]):
     """Token -> (pixels uint8 (3, size, size), label)."""
 
     def __init__(
-        self, samples: list[tuple[str, int]], size: int, augment: Augment | None, split: str
+        self,
+        samples: Samples,
+        size: int,
+        augment: Augment | None,
+        split: str,
+        corrupted: Mapping[Domain, Path],
     ) -> None:
         self.samples, self.size, self.augment, self.split = samples, size, augment, split
+        self.corrupted = corrupted
         self.centre = v2.Compose([v2.Resize(size * 256 // 224), v2.CenterCrop(size)])
+        self.whole = v2.Compose([v2.Resize(size), v2.CenterCrop(size)])
 
     def __getitem__(self, token: Token) -> tuple[Tensor, int]:
         step, place, index, domain = token
         path, label = self.samples[index]
+        stored = self.corrupted.get(domain)
+        if stored is not None:
+            path = str(stored.joinpath(*Path(path).parts[-2:]))
         try:
             with Image.open(path) as file:
                 image = file.convert("RGB")
         except OSError as e:
             raise ValueError(f"{path} is not an image that can be decoded") from e
+        if stored is not None:
+            return v2.functional.pil_to_tensor(self.whole(image)), label
         if self.augment is None:
             image = self.centre(image)
         else:
@@ -205,11 +264,19 @@ def _folder(name: str, root: Path) -> dict[str, Path]:
     )
 
 
-def _listing(directory: Path) -> ImageFolder:
+def listing(directory: Path) -> ImageFolder:
+    """The images of a directory by class. Raises ValueError for one without any."""
     try:
         return ImageFolder(directory)
     except FileNotFoundError as e:  # no class, or one without images
         raise ValueError(f"{directory}: {str(e).splitlines()[0]}") from e
+
+
+def check_classes(one: ImageFolder, *others: ImageFolder) -> None:
+    """Raise ValueError where directories do not hold the same classes."""
+    for other in others:
+        if odd := sorted(set(one.classes) ^ set(other.classes)):
+            raise ValueError(f"{other.root} and {one.root} do not hold the same classes: {odd[0]}")
 
 
 def _held_apart(labels: Indices, per_class: int | None, classes: Sequence[str]) -> Indices:
@@ -228,22 +295,27 @@ def _held_apart(labels: Indices, per_class: int | None, classes: Sequence[str]) 
     return np.sort(np.concatenate(held))
 
 
-def _digest(parent: Path, listed: dict[str, ImageFolder]) -> str:
-    """16 hex digits of the SHA-256 over sorted relative paths and file sizes.
+def digest_of(parent: Path, *listed: ImageFolder) -> str:
+    """Of images that are listed already, below `parent`: see `digest_of_files`."""
+    classes = [Path(images.root) / c for images in listed for c in images.classes]
+    return digest_of_files(parent, classes, lambda: [p for one in listed for p, _ in one.samples])
 
-    Asking a network disk for a million sizes takes minutes: the result is kept under the class
+
+def digest_of_files(
+    parent: Path, directories: Sequence[Path], files: Callable[[], Iterable[str | Path]]
+) -> str:
+    """16 hex digits of the SHA-256 over sorted relative paths and sizes of the files in these.
+
+    Asking a network disk for a million sizes takes minutes: the result is kept under the
     directories' modification times, which change when a file is added, removed or renamed.
     """
     stamp = hashlib.sha256(str(parent.resolve()).encode())
-    for images in listed.values():
-        for c in images.classes:
-            directory = Path(images.root) / c
-            stamp.update(f"{directory}|{directory.stat().st_mtime_ns}\n".encode())
+    for directory in directories:
+        stamp.update(f"{directory}|{directory.stat().st_mtime_ns}\n".encode())
 
     def compute() -> str:
-        files = sorted(Path(path) for images in listed.values() for path, _ in images.samples)
         total = hashlib.sha256()
-        for file in files:
+        for file in sorted(map(Path, files())):
             total.update(f"{file.relative_to(parent).as_posix()}|{file.stat().st_size}\n".encode())
         return cache.shorten(total.hexdigest())
 

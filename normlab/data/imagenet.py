@@ -1,6 +1,6 @@
 """`data=imagenet`: ILSVRC 2012, 1.28 million images, as `train/<wnid>/` and `val/<wnid>/`."""
 
-from normlab.data.imagefolder import Folder
+from normlab.data.imagefolder import Folder, from_directories
 
 VAL_PER_CLASS = 50  # as many as the official validation set has
 
@@ -12,4 +12,6 @@ def load(root: str, *, seed: int, size: int = 224, workers: int = 8) -> Folder:
     Arguments and errors as for `normlab.data.imagefolder.load`.
     """
     del seed
-    return Folder("imagenet", root, size=size, workers=workers, val_per_class=VAL_PER_CLASS)
+    return from_directories(
+        "imagenet", root, size=size, workers=workers, val_per_class=VAL_PER_CLASS
+    )

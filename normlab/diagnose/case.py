@@ -8,6 +8,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from normlab.diagnose.comparison import Pair
+from normlab.diagnose.findings import Severity
 from normlab.diagnose.forwards import Forwards, Losses
 from normlab.diagnose.live import Live, norms_of
 from normlab.diagnose.moments import Moments
@@ -74,6 +75,16 @@ class Case:
             )
         return self.far > FAR
 
+    def severity(self, *, defect: bool = False) -> Severity:
+        """Of a cause: a problem where the statistics cost something, or it is a defect anyway."""
+        return "problem" if defect or self.stored_costs else "notice"
+
+    @property
+    def counts(self) -> list[int]:
+        """The updates that the layers count, of those that do."""
+        counts = [norm._buffers.get("num_batches_tracked") for norm in self.norms.values()]
+        return [int(count) for count in counts if count is not None]
+
     @property
     def far(self) -> float:
         """Mean distance of the stored statistics over the layers."""
@@ -89,7 +100,9 @@ class Case:
         """Loss and error of the three, where there are labels."""
         found: Numbers = {}
         for name, losses in (
-            ("stored", self.with_stored), ("precise", self.with_precise), ("batch", self.with_batch),
+            ("stored", self.with_stored),
+            ("precise", self.with_precise),
+            ("batch", self.with_batch),
         ):  # fmt: skip
             found[f"loss with {name} statistics"] = losses.loss
             found[f"error with {name} statistics"] = losses.error

@@ -10,7 +10,7 @@ from torch import Tensor
 from normlab.diagnose.moments import Moments
 from normlab.diagnose.thresholds import BATCHES, CONSTANT
 
-__all__ = ["Pair", "explained", "usable"]
+__all__ = ["Pair", "explained", "scatter"]
 
 
 @dataclass(frozen=True)
@@ -104,11 +104,6 @@ class Pair:
         return float(found.mean().exp()) if len(found) else math.nan
 
 
-def usable(pairs: Mapping[str, Pair]) -> dict[str, Pair]:
-    """Those with channels to compare."""
-    return {name: pair for name, pair in pairs.items() if bool(pair.mask.any())}
-
-
 def explained(pairs: Mapping[str, Pair], law: Mapping[str, tuple[Tensor, Tensor]]) -> float:
     """Share of the distance of all layers that is gone once the stored statistics are set against
     what a cause predicts (`law`: mean and var by layer) in place of the precise ones.
@@ -120,3 +115,10 @@ def explained(pairs: Mapping[str, Pair], law: Mapping[str, tuple[Tensor, Tensor]
         before += float(pair.distance().mean())
         after += float(pair.distance(*law[name]).mean())
     return 1 - after / before if before > 0 else 0.0
+
+
+def scatter(pairs: Mapping[str, Pair]) -> tuple[Tensor, Tensor]:
+    """Squared errors of the stored means and variances of all layers, in units of a batch's."""
+    means = torch.tensor([pair.in_spreads() for pair in pairs.values()], dtype=torch.float64)
+    variances = torch.tensor([p.variances_in_spreads() for p in pairs.values()]).double()
+    return means, variances

@@ -30,7 +30,8 @@ def gap(case: Case) -> Iterator[Finding]:
         "train_test_gap", "problem", case.worst(),
         words + ": what the network learned needs its batch's statistics.",
         {"NBS": case.nbs, **case.in_numbers()},
-        "fine-tune with frozen statistics (normlab.population.freeze), or train with a larger NBS",
+        "fine-tune with frozen statistics (`normlab.population.freeze`), or train with a larger "
+        "NBS",
     )  # fmt: skip
 
 
@@ -74,9 +75,9 @@ def leakage(case: Case) -> Iterator[Finding]:
         return
     yield Finding(
         "batch_leakage", "problem", [],
-        f"Under their own statistics batches of one or two labels are easier than random ones: loss "
-        f"{by_label.loss:.3g} against {random.loss:.3g}, error {100 * by_label.error:.1f} % against "
-        f"{100 * random.error:.1f} %. The network reads labels from its batch.",
+        f"Under their own statistics batches of one or two labels are easier than random ones: "
+        f"loss {by_label.loss:.3g} against {random.loss:.3g}, error {100 * by_label.error:.1f} % "
+        f"against {100 * random.error:.1f} %. The network reads labels from its batch.",
         {"loss by label": by_label.loss, "loss random": random.loss, "NBS": size,
          "error by label": by_label.error, "error random": random.error},
         "train with shuffled batches; SyncBN or shuffled samples between ranks where they share "

@@ -68,9 +68,7 @@ def by_samples(
     return _curve(points)
 
 
-def by_batch(
-    forwards: Forwards, some: list[Any], held: Iterable[Any], sizes: list[int]
-) -> Curve:
+def by_batch(forwards: Forwards, some: list[Any], held: Iterable[Any], sizes: list[int]) -> Curve:
     """Estimates of the samples in `some`, in batches of each size, each scored on `held`."""
     held = list(held)
     forwards.expect(len(sizes) * (len(some) + len(held)))

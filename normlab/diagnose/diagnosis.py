@@ -69,9 +69,9 @@ def diagnose(
 
     Compares the stored statistics with precise ones (those of the data under the present weights)
     and with batch statistics, layer by layer and by what they cost; names the cause where they
-    differ; looks for defects of buffers, modes and uses; and estimates how many samples this model's
-    statistics need. "problem": it costs something that was measured, or is a defect whatever it
-    costs.
+    differ; looks for defects of buffers, modes and uses; and estimates how many samples this
+    model's statistics need. "problem": it costs something that was measured, or is a defect
+    whatever it costs.
 
     The model is copied: it, its modes and the random state stay as they are. Forwards are in eval
     mode without gradients, except one training step of a copy on 16 samples. Memory does not grow
@@ -80,8 +80,8 @@ def diagnose(
 
     Args:
         model: with its checkpoint loaded, on the device of the batches.
-        batches: of the training data as random draws, without augmentation: a list or a loader, gone
-            through several times, the same each time. Eight batches at least tell how far the
+        batches: of the training data as random draws, without augmentation: a list or a loader,
+            gone through several times, the same each time. Eight batches at least tell how far the
             statistics of a batch scatter.
         test: held-out batches, for the losses alone.
         target: batches of another domain, of which no label is needed.
@@ -99,9 +99,7 @@ def diagnose(
     _check_again(batches, test, target)
     forwards = Forwards(model, scoring or Scoring(), progress=progress)
     try:
-        return _diagnose(
-            model, forwards, batches, test, target, optimizer, states, nbs
-        )
+        return _diagnose(model, forwards, batches, test, target, optimizer, states, nbs)
     finally:
         forwards.bar.close()
 
@@ -258,4 +256,3 @@ def _curves(
         "samples": curves.by_samples(case.forwards, held, snapshots, whole),
         "batch": curves.by_batch(case.forwards, some, held, sizes),
     }
-

@@ -8,13 +8,13 @@ from torch import Tensor
 
 from normlab.diagnose.case import Case, costs
 from normlab.diagnose.comparison import Pair
-from normlab.diagnose.facts import RECALIBRATE
-from normlab.diagnose.findings import Finding
+from normlab.diagnose.findings import ADAPT, RECALIBRATE, Finding
 from normlab.diagnose.forwards import Losses, size_of, take
 from normlab.diagnose.moments import Moments, of_samples
 from normlab.diagnose.thresholds import APART, BATCHES, BIMODAL, FAR, HELD_SAMPLES
 
 __all__ = ["Structure", "Target", "measure_target", "mixed", "shift", "split"]
+
 
 class Structure:
     """How samples and batches differ at every layer with population statistics.
@@ -103,7 +103,7 @@ def shift(case: Case, target: Target) -> Iterator[Finding]:
         "domain_shift", "problem" if gains else "notice", names, words + ".",
         {"distance": far, "loss": target.stored.loss, "loss adapted": target.adapted.loss,
          "error": target.stored.error, "error adapted": target.adapted.error},
-        f"{RECALIBRATE} on the target (Adaptive BN: no labels needed)" if gains or not labelled
+        f"{ADAPT} (Adaptive BN: no labels are needed)" if gains or not labelled
         else "",
     )  # fmt: skip
 
@@ -141,7 +141,7 @@ def mixed(case: Case, structure: Structure) -> Iterator[Finding]:
     into two groups. They are domains if statistics of each kind's own cost less than those of both:
     classes are two kinds as well, and statistics of their own cost more.
     """
-    kinds = _kinds(case, structure)
+    kinds = _kinds(structure)
     if kinds is None:
         return
     layer, second, evidence = kinds
@@ -178,14 +178,12 @@ def mixed(case: Case, structure: Structure) -> Iterator[Finding]:
         {**evidence, "share of the second kind": float(second.double().mean()),
          "loss together": together.loss, "loss apart": apart.loss,
          "error together": together.error, "error apart": apart.error},
-        'statistics by domain: normlab.convert(model, "separate", num_domains=2), or a checkpoint '
-        f"for each by {RECALIBRATE}",
+        'statistics by domain: `normlab.convert(model, "separate", num_domains=2)`, or a '
+        f"checkpoint for each by {RECALIBRATE}",
     )  # fmt: skip
 
 
-def _kinds(
-    case: Case, structure: Structure
-) -> tuple[str, Tensor, dict[str, float | str]] | None:
+def _kinds(structure: Structure) -> tuple[str, Tensor, dict[str, float | str]] | None:
     """The layer that tells two kinds of the held samples apart best, and which each is of."""
     between = structure.between()
     if between and max(between.values()) > APART:

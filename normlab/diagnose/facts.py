@@ -8,15 +8,12 @@ import torch
 from torch import Tensor, nn
 
 from normlab.diagnose.case import Case, Numbers
-from normlab.diagnose.findings import Finding
+from normlab.diagnose.findings import RECALIBRATE, Finding
 from normlab.diagnose.live import norms_of
 from normlab.diagnose.thresholds import NEGLIGIBLE
 from normlab.norms.base import PopulationNorm
 
-__all__ = ["RECALIBRATE", "buffers", "some", "structure", "untouched"]
-
-RECALIBRATE = "normlab recalibrate"
-"""Of every cure by precise statistics; a command line adds its own options."""
+__all__ = ["buffers", "some", "structure", "untouched"]
 
 
 def some(names: list[str]) -> str:
@@ -97,7 +94,7 @@ def buffers(case: Case) -> Iterator[Finding]:
                 f"momentum is 0 in {some(names)}: its statistics {still} "
                 "(torch's momentum is the share of the new batch).",
                 {"momentum": 0.0, "layers": len(names)},
-                f"{RECALIBRATE}; and momentum=0.1 before training goes on",
+                f"{RECALIBRATE}; and `momentum=0.1` before training goes on",
             )  # fmt: skip
     case.broken |= {name for names in kinds.values() for name in names} | {*never, *stopped}
 
@@ -124,10 +121,12 @@ def structure(case: Case) -> Iterator[Finding]:
             f"{some(off)} {'has' if len(off) == 1 else 'have'} no running statistics "
             "(track_running_stats=False): a prediction depends on the batch it is made in.",
             {"layers": len(off), "of": len(norms)},
-            "make the model with track_running_stats=True, load the weights, then " + RECALIBRATE,
+            "make the model with `track_running_stats=True`, load the weights, then " + RECALIBRATE,
         )  # fmt: skip
     uses = Counter(live.uses) if live else Counter()
-    never = [n for n in norms if n not in case.moments and not uses[n] and n in case.forwards.layers]
+    never = [
+        n for n in norms if n not in case.moments and not uses[n] and n in case.forwards.layers
+    ]
     if never:
         yield Finding(
             "never_used", "notice", never,
@@ -155,7 +154,7 @@ def structure(case: Case) -> Iterator[Finding]:
             "bias_before_norm", "notice", list(pairs),
             f"{len(pairs)} layers add a bias that the batch norm behind them subtracts again "
             f"({next(iter(pairs.values()))} first): parameters that learn nothing.",
-            {"layers": len(pairs)}, "bias=False in the layers before a norm",
+            {"layers": len(pairs)}, "`bias=False` in the layers before a norm",
         )  # fmt: skip
     yield from _fused(case)
 
@@ -174,7 +173,7 @@ def _frozen_but_updating(case: Case) -> Iterator[Finding]:
         return
     names = []
     for name, norm in case.norms.items():
-        own = [p for p in (norm._parameters.get("weight"), norm._parameters.get("bias")) if p is not None]
+        own = [p for p in norm._parameters.values() if p is not None]
         if own and not any(p.requires_grad for p in own) and name in case.live.moved:
             names.append(name)
     if not names:
@@ -185,7 +184,7 @@ def _frozen_but_updating(case: Case) -> Iterator[Finding]:
         f"{some(names)}: weight and bias have requires_grad=False, but a forward in train() moves "
         "the statistics: frozen layers that drift.",
         {"layers": len(names), "other parameters learn": str(learns)},
-        'normlab.convert(model, "frozen"), which no train() thaws',
+        '`normlab.convert(model, "frozen")`, which no train() thaws',
     )  # fmt: skip
 
 
@@ -198,8 +197,8 @@ def _counts(case: Case, uses: Counter[str]) -> Iterator[Finding]:
             f"A backward pass moves the statistics of {some(again)} once more (activation "
             "checkpointing runs the forward again): the decay is squared.",
             {"layers": len(again), "of": len(case.norms)},
-            "momentum = 1 - sqrt(1 - momentum) in these layers, or normlab.convert(model, "
-            '"bn"), which knows a recomputation',
+            "`momentum = 1 - sqrt(1 - momentum)` in these layers, or `normlab.convert(model, "
+            '"bn")`, which knows a recomputation',
         )  # fmt: skip
         return
     counts = {}
@@ -218,7 +217,7 @@ def _counts(case: Case, uses: Counter[str]) -> Iterator[Finding]:
             f"{some(doubled)} counted {2 * least} updates and the other layers {least}: two for "
             "each step, as activation checkpointing makes them; their decay was squared.",
             {"layers": len(doubled), "updates": 2 * least, "of the others": least},
-            f"{RECALIBRATE}; in training momentum = 1 - sqrt(1 - momentum) where a forward is "
+            f"{RECALIBRATE}; in training `momentum = 1 - sqrt(1 - momentum)` where a forward is "
             "recomputed",
         )  # fmt: skip
         return
@@ -251,7 +250,7 @@ def _fused(case: Case) -> Iterator[Finding]:
             f"{some(names)} {'is' if len(names) == 1 else 'are'} an identity behind a layer with a "
             "bias: folded norms, whose statistics can be neither estimated nor adapted.",
             {"layers": len(names), "norms left": len(case.norms)},
-            "diagnose the checkpoint from before the fusion (normlab.surgery.unfuse takes back "
+            "diagnose the checkpoint from before the fusion (`normlab.surgery.unfuse` takes back "
             "normlab's own)",
         )  # fmt: skip
     if not case.norms:

@@ -4,7 +4,12 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Literal
 
-__all__ = ["MEANINGS", "Finding", "Severity", "verdict"]
+__all__ = ["ADAPT", "AVERAGE", "MEANINGS", "RECALIBRATE", "Finding", "Severity", "verdict"]
+
+RECALIBRATE = "`normlab recalibrate`"
+ADAPT = "`normlab recalibrate --adapt`"
+AVERAGE = "`normlab recalibrate --average`"
+"""Of the cures by other statistics; a command line puts its own options into them."""
 
 Severity = Literal["problem", "notice"]
 
@@ -55,7 +60,7 @@ class Finding:
     name: of MEANINGS. severity: "problem" where it costs something that was measured or is a defect
     whatever it costs, else "notice". layers: by name, the worst first; none: the model as a whole.
     sentence: one, with the numbers. evidence: these and further ones by name. cure: a command or a
-    line of code.
+    line of code between backticks, and words.
     """
 
     name: str

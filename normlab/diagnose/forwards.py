@@ -149,7 +149,7 @@ class Forwards:
 
     def expect(self, batches: int) -> None:
         """Tell the bar of so many further forwards."""
-        self.bar.total += batches
+        self.bar.total = (self.bar.total or 0) + batches
         self.bar.refresh()
 
     @torch.no_grad()

@@ -7,6 +7,7 @@ whether a buffer moves, and how many times in a forward and its backward, is see
 import copy
 import warnings
 from collections import Counter
+from contextlib import suppress
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -69,10 +70,8 @@ def watch(model: nn.Module, batch: Any, scoring: Scoring) -> Live | None:
         except Exception:  # a model of which train() asks something else, or too small a batch
             return None
         uses, forward = Counter(found.uses), {name: _held(norm) for name, norm in norms.items()}
-        try:
+        with suppress(RuntimeError):  # nothing to differentiate, or not so
             _backward(result)
-        except RuntimeError:  # nothing to differentiate, or not twice
-            pass
     after = {name: _held(norm) for name, norm in norms.items()}
     for handle in handles:
         handle.remove()
@@ -121,6 +120,8 @@ def _backward(result: Any) -> None:
     leaves = pytree.tree_leaves(result)
     if leaves and not isinstance(leaves[0], Tensor) and hasattr(leaves[0], "__dict__"):
         leaves = pytree.tree_leaves(vars(leaves[0]))
-    total = [leaf.float().sum() for leaf in leaves if isinstance(leaf, Tensor) and leaf.requires_grad]
+    total = [
+        leaf.float().sum() for leaf in leaves if isinstance(leaf, Tensor) and leaf.requires_grad
+    ]
     if total:
         torch.stack(total).sum().backward()

@@ -73,7 +73,7 @@ class Moments:
         self.group_size = 0
 
     def add(self, x: Tensor, group_size: int | None) -> None:
-        """Include a forward's input x (N, C, ...), normalized over groups of `group_size` samples."""
+        """Include an input x (N, C, ...), normalized over groups of `group_size` samples."""
         means, variances, positions = of_samples(x)
         samples, channels = means.shape
         size = group_size or samples
@@ -97,13 +97,13 @@ class Moments:
             raise ValueError("no sample was seen")
         return found
 
-    def expected_variance(self, nbs: float, *, unbiased: bool) -> Tensor:
-        """The mean variance (C,) of batches of `nbs` samples drawn at random.
+    def expected_variance(self, nbs: float) -> Tensor:
+        """The mean unbiased variance (C,) of batches of `nbs` samples drawn at random.
 
-        Within samples W and between their means B: W + B (1 - 1 / nbs) biased; unbiased as torch's
-        buffers, n / (n - 1) times that for n = nbs times positions elements.
+        n / (n - 1) (W + B (1 - 1 / nbs)) for W within samples, B between their means and n = nbs
+        times positions elements: not the population's W + B where positions are alike.
         """
         between = self.samples.var * ((self.samples.count - 1) / self.samples.count)
         biased = self.within.mean + between * (1 - 1 / nbs)
         elements = nbs * self.positions
-        return biased * (elements / (elements - 1)) if unbiased else biased
+        return biased * (elements / (elements - 1))

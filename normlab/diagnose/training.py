@@ -7,8 +7,7 @@ import torch
 from torch import Tensor, nn
 
 from normlab.diagnose.case import Case
-from normlab.diagnose.facts import RECALIBRATE
-from normlab.diagnose.findings import Finding
+from normlab.diagnose.findings import RECALIBRATE, Finding
 from normlab.population.ema import ema_noise
 
 __all__ = ["ranks", "weight_decay"]
@@ -43,7 +42,7 @@ def weight_decay(case: Case) -> Iterator[Finding]:
         f"Weight decay {decay:g} reached {reached} of the {len(owned)} weights and biases of batch "
         "norms: it pulls their scales to 0, and nothing of the function needs that.",
         {"weight decay": decay, "parameters": reached, "of": len(owned)},
-        "a group of parameters of its own with weight_decay=0 for vectors (p.dim() < 2)",
+        "a group of parameters of its own with `weight_decay=0` for vectors (`p.dim() < 2`)",
     )  # fmt: skip
 
 

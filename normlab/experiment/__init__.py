@@ -74,7 +74,7 @@ class Experiment:
     facts: dict[str, Fact]
     """Identities and closed forms: listed apart, and no claims."""
     differs: str
-    """In one line, how this differs from the paper's protocol; "" if nobody has said."""
+    """How this differs from the paper's protocol at scales that do not say so themselves."""
     judging: dict[str, Any] = field(repr=False)
     """What the file says of claims, facts, protocols and fixed overrides, for ``claims_digest``."""
 
@@ -109,7 +109,8 @@ class Experiment:
 
     def columns(self, scale: str) -> dict[str, Protocol]:
         """The protocols that a scale has, which are nearly always all."""
-        return {key: one for key, one in self.protocols.items() if one.measured_at(scale)}
+        like = self.scale(scale).columns or scale
+        return {key: one for key, one in self.protocols.items() if one.measured_at(like)}
 
     def evals(self, scale: str) -> list[str]:
         """The evaluation specs that every run of a scale needs, each draw of each once."""
@@ -119,6 +120,10 @@ class Experiment:
     def probes(self, scale: str) -> list[str]:
         """The probes that every run of a scale needs (a task's own numbers need none)."""
         return list(dict.fromkeys(one.probe for one in self.columns(scale).values() if one.probe))
+
+    def differs_at(self, scale: str) -> str:
+        """What differs from the paper's protocol at a scale, in one line; "" if nobody has said."""
+        return self.scales[scale].differs or self.differs
 
     def base(self, protocol: str) -> str | None:
         """The column whose number at the baseline a column is compared with: mostly its own.
@@ -139,7 +144,9 @@ class Experiment:
         A value on the command line takes the place of the axis that the sweep would run.
         """
         words = ["normlab", "sweep", self.name, f"scale={scale}"]
-        words += [f"{axis}={spelled(value)}" for axis, value in self.scale(scale).on_axes(point)]
+        grid = self.scale(scale)
+        words += ["init_from=weights.pth"] * grid.given
+        words += [f"{axis}={spelled(value)}" for axis, value in grid.on_axes(point)]
         if seeds and list(seeds) != self.scale(scale).axes.get("seed"):
             words.append("seed=" + ",".join(map(str, seeds)))
         return shlex.join(words)
@@ -183,6 +190,10 @@ def load(name: str) -> Experiment:
         scale: read_scale(f"{where}, scales.{scale}", value, named_arms)
         for scale, value in mapping(f"{where}, scales", raw["scales"]).items()
     }
+    for scale, grid in scales.items():
+        if grid.columns not in ("", *scales):
+            known_ones = ", ".join(scales)
+            refuse(f"{where}, scales.{scale}.columns", f"'{grid.columns}' is none of {known_ones}")
     tasks = _tasks(mapping(f"{where}, set", raw["set"]), scales)
     columns = {
         key: entry.read(f"{where}, protocols.{key}", value, tasks, scales)

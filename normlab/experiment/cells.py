@@ -11,9 +11,12 @@ from dataclasses import dataclass, field
 from itertools import product
 from typing import Any
 
-from normlab.experiment.checks import items, mapping, refuse
+from normlab.experiment.checks import items, mapping, refuse, text
 
 AXIS = "arm"
+
+_READ_OFF = ("nbs", "seed")
+"""Axes of networks that are given: what is read off their runs."""
 
 
 @dataclass(frozen=True)
@@ -41,6 +44,13 @@ class Scale:
     axes: dict[str, list[Any]]
     arms: dict[str, Arm] = field(default_factory=dict)
     """The values of the axis ``arm``, in its order."""
+    given: bool = False
+    """Whether the networks are the user's (``init_from``): no cell is known before there are runs,
+    and a seed draws the images that measure a network, not the network."""
+    columns: str = ""
+    """The scale whose columns these runs have, where it is another."""
+    differs: str = ""
+    """What differs from the paper's protocol here, where that is not what the file says of all."""
 
     @property
     def places(self) -> dict[str, list[Any]]:
@@ -72,8 +82,11 @@ class Scale:
             yield Cell(axes, at, [f"{key}={spelled(value)}" for key, value in made.items()])
 
     def on_axes(self, point: Iterable[tuple[str, Any]]) -> list[tuple[str, Any]]:
-        """A place as the values of the axes that a sweep runs."""
+        """A place as the values of the axes that a sweep runs; of given networks, what is said of
+        them besides is the user's, and the one arm goes without saying."""
         point = list(point)
+        if self.given:
+            return [(key, value) for key, value in point if key in self.axes]
         placed = {key: value for key, value in point if key not in self.axes}
         for name, arm in self.arms.items():
             if arm.at == placed:
@@ -102,7 +115,7 @@ def read_arms(where: str, value: Any) -> dict[str, Arm]:
 
 def read_scale(where: str, value: Any, arms: dict[str, Arm]) -> Scale:
     """A scale of a file. Its own `arms` adds overrides to those of the file's arms."""
-    raw = mapping(where, value, ("axes",), ("set", "arms"))
+    raw = mapping(where, value, ("axes",), ("set", "arms", "given", "columns", "differs"))
     axes = mapping(f"{where}.axes", raw["axes"])
     for axis, values in axes.items():
         if not items(f"{where}.axes.{axis}", values):
@@ -122,4 +135,16 @@ def read_scale(where: str, value: Any, arms: dict[str, Arm]) -> Scale:
             refuse(where, f"arm {name} stands where another does: {arm.at}")
         if taken := set(arm.at) & set(axes) - {AXIS}:
             refuse(where, f"arm {name} stands on axes of their own: {sorted(taken)}")
-    return Scale(mapping(f"{where}.set", raw.get("set", {})), axes, chosen)
+    given = raw.get("given", False)
+    if not isinstance(given, bool):
+        refuse(f"{where}.given", f"must be true or false, is {given!r}")
+    if given and (len(chosen) > 1 or set(axes) - {AXIS, *_READ_OFF}):
+        refuse(f"{where}.axes", f"networks that are given have one arm, and {', '.join(_READ_OFF)}")
+    return Scale(
+        mapping(f"{where}.set", raw.get("set", {})),
+        axes,
+        chosen,
+        given,
+        columns=text(f"{where}.columns", raw.get("columns", "")),
+        differs=text(f"{where}.differs", raw.get("differs", "")),
+    )

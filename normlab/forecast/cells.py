@@ -69,6 +69,7 @@ def _cell(cell: dict[str, Any], settings: tuple[str, ...]) -> Cell:
     from normlab import agenda, launch
 
     config.check(cell)
+    cell = launch.identified(cell)
     directory = launch.directory_of(cell)
     run = directory.id
     if launch.committed_outcome(cell, directory):
@@ -82,5 +83,8 @@ def _cell(cell: dict[str, Any], settings: tuple[str, ...]) -> Cell:
         return Cell(run, settings, cell, state, 0.0)
     if not directory.checkpoint.exists():
         return Cell(run, settings, cell, state or "missing", 1.0)
-    trained = min(len(directory.metrics()), cell["epochs"]) / cell["epochs"]
-    return Cell(run, settings, cell, state or "unfinished", max(1 - trained, 0.01))
+    if cell["epochs"] == 0:
+        left = len(agenda.missing(cell, directory)) / len(agenda.wanted(cell))
+    else:
+        left = 1 - min(len(directory.metrics()), cell["epochs"]) / cell["epochs"]
+    return Cell(run, settings, cell, state or "unfinished", max(left, 0.01))

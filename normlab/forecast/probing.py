@@ -131,7 +131,7 @@ def probe(config: dict[str, Any], *, threads: int | None) -> Cost | str:
     if is_task(config):
         return "a task runs from its beginning to its end"
     try:
-        launch.check_gpus(config | {"launch": True})
+        build.check_gpus(config | {"launch": True})
     except ValueError as refused:
         return str(refused)
     with kernels.use(config["kernels"]):  # the path that the run would take
@@ -147,7 +147,7 @@ def _probe(config: dict[str, Any], *, threads: int | None) -> Cost:
     _forget_peak()
     began = time.perf_counter()
     per_epoch, _ = build.steps(config, build.data(config))
-    epochs = min(config["epochs"], math.ceil(MOST / per_epoch))
+    epochs = min(config["epochs"], math.ceil(MOST / max(1, per_epoch)))
     short = config | {"epochs": epochs, "eval_last": 1, "eval_at": []}
     with tempfile.TemporaryDirectory(prefix="normlab-probe-") as scratch:
         run = runs.RunDir(Path(scratch) / "run")
@@ -200,7 +200,7 @@ def measure(job: worker.Job, run: runs.RunDir, stop: Stop) -> Taken:
     spent += [_measurement(job, name) for name in job.config["probes"]]
     scaled = few.counted_to - few.began + _now() - began
     counted, steps = few.counted
-    return Taken(counted / steps, sum(spent), scaled, _peak())
+    return Taken(counted / steps if steps else 0.0, sum(spent), scaled, _peak())
 
 
 def take_part(job: worker.Job, run: runs.RunDir, stop: Stop) -> None:

@@ -39,12 +39,12 @@ def main(given: Namespace) -> int:
     if given.average:
         subject.model.load_state_dict(weights, strict=False)  # its files fit
     rank, ranks = group.place()
+    test = None if subject.test is None else subject.test.of_rank(rank, ranks)  # may have no len
     with group.joined(cuda=subject.device.type == "cuda", timeout=PATIENCE):
         try:
             report = recalibrate(
                 subject.model, subject.train.of_rank(rank, ranks), estimator=given.estimator,
-                nbs=given.nbs, test=subject.test and subject.test.of_rank(rank, ranks),
-                scoring=subject.scoring, unknown=given.unknown,
+                nbs=given.nbs, test=test, scoring=subject.scoring, unknown=given.unknown,
             )  # fmt: skip
         except ValueError as error:  # the way out, as it is called here
             raise ValueError(str(error).replace("unknown='keep'", "--unknown keep")) from error

@@ -150,9 +150,10 @@ def report_experiment(
     """
     folder = root / experiment.name
     # Composing a grid takes a tenth of a second a cell: only scales with runs are worth it.
-    labels = {row["scale"] for rows in (own, local, *others) for row in rows}
+    every = [row for rows in (own, local, *others) for row in rows]
+    labels = {row["scale"] for row in every}
     grids = {
-        scale: compose(experiment, scale) if scale in labels else Grid({}, ())
+        scale: compose(experiment, scale, every) if scale in labels else Grid({}, ())
         for scale in experiment.scales
     }
 

@@ -2,21 +2,19 @@
 
 import math
 import statistics
-from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any
 
 from normlab import agenda, config
-from normlab.experiment import COLUMN, EPOCH, FIRST, LAST, OVER, Contrast, Experiment, Protocol
+from normlab.experiment import COLUMN, EPOCH, FIRST, LAST, Contrast, Experiment
+from normlab.report import given
 from normlab.report.composed import Cell, remembered
 from normlab.report.gather import Row, by_run
+from normlab.report.numbers import curve_of, guessing, integer, run_number
 from normlab.report.statistics import Sample, contrast, paired
 from normlab.runs import FINISHED
-
-LAST_EPOCHS = {"gpu": 5, "paper": 5}
-"""Scales at which a run's number is the median over its last evaluated epochs, as in the papers;
-everywhere else it is the last epoch's. Never the best over epochs, and never of fewer epochs."""
 
 Point = tuple[tuple[str, Any], ...]
 """A place on the grid: (axis, value) for every axis but the seed; arms by where they stand.
@@ -51,15 +49,18 @@ class Grid:
     epochs: dict[Point, frozenset[int]] = field(default_factory=dict)
 
     def __contains__(self, row: Row) -> bool:
-        return row["cell"] in self.points and _integer(row["seed"]) in self.seeds
+        return row["cell"] in self.points and integer(row["seed"]) in self.seeds
 
 
-def compose(experiment: Experiment, scale: str) -> Grid:
-    """The grid of an experiment at a scale. Each cell is composed once, whatever its seeds.
+def compose(experiment: Experiment, scale: str, rows: Iterable[Row] = ()) -> Grid:
+    """The grid of an experiment at a scale. Each cell is composed once, whatever its seeds; of
+    networks that are given, the cells are those of the `rows`.
 
     A grid that cannot be composed has no points and says why: a report must outlive a broken scale.
     """
     seeds = tuple(experiment.scales[scale].axes.get("seed", ()))
+    if experiment.scales[scale].given:
+        return Grid(given.places(experiment, scale, rows), seeds)
     cells = first_cells(experiment, scale)
     try:
         found = remembered(f"{experiment.name}-{scale}", cells.values(), _cell)
@@ -94,7 +95,7 @@ def first_cells(experiment: Experiment, scale: str) -> dict[Point, list[str]]:
 class Results:
     """One experiment at one scale: numbers by point and protocol, then by seed.
 
-    Each is in its protocol's unit; at `gpu` and `paper` as ``LAST_EPOCHS`` says.
+    Each is in its protocol's unit; at `gpu` and `paper` as ``numbers.LAST_EPOCHS`` says.
     """
 
     experiment: Experiment
@@ -122,15 +123,29 @@ class Results:
     chance error, and the loss of a guess, from where it ended.
     """
 
+    repeated: str
+    """Of what the numbers of a sample are: seeds, or of given networks as `given.repeated` says."""
+
     @cached_property
     def points(self) -> list[Point]:
-        return list(first_cells(self.experiment, self.scale))
+        return points(self.experiment, self.scale, self.grid)
+
+    @property
+    def places(self) -> dict[str, list[Any]]:
+        """What a claim may name a cell by, with all values that there are."""
+        grid = self.experiment.scales[self.scale]
+        found = {axis: list(values) for axis, values in grid.places.items()}
+        for axis, value in (pair for point in self.points for pair in point if grid.given):
+            known = found.setdefault(axis, [])
+            known += [] if value in known else [value]
+        return found
 
     @property
     def shown(self) -> list[Point]:
-        """Rows of the table: the grid's points, at each epoch that the table names if any."""
+        """Rows of the table: the grid's points, at each epoch that the table names if any; a given
+        network has no epochs."""
         epochs = self.experiment.table.get("epochs", [])
-        if not epochs:
+        if not epochs or self.experiment.scales[self.scale].given:
             return self.points
         return [(*point, (EPOCH, epoch)) for point in self.points for epoch in epochs]
 
@@ -217,6 +232,13 @@ class Results:
         return (*matches[0], *epoch)
 
 
+def points(experiment: Experiment, scale: str, grid: Grid) -> list[Point]:
+    """The places of a grid in their order, also where its cells are not known."""
+    if experiment.scales[scale].given:
+        return sorted(set(grid.points.values()), key=str)
+    return list(first_cells(experiment, scale))
+
+
 def without_epoch(point: Point) -> Point:
     """The point of the grid behind a row of the table."""
     return tuple((axis, value) for axis, value in point if axis != EPOCH)
@@ -236,21 +258,30 @@ def results(experiment: Experiment, scale: str, grid: Grid, rows: Iterable[Row])
     runs = groups[judged] if judged else []
     runs.sort(key=lambda run: (run[0]["started"], run[0]["id"]))  # the first to fill a cell counts
 
-    values: dict[tuple[Point, str], dict[int, float]] = {}
-    taken: dict[tuple[str, int], Row] = {}
+    def fills(row: Row) -> tuple[Point, int, int]:
+        which = given.network(row) if experiment.scales[scale].given else 0
+        return grid.points[row["cell"]], which, integer(row["seed"])
+
+    repeated = given.SEEDS
+    if experiment.scales[scale].given:
+        repeated = given.repeated((run[0] for run in runs), grid.points)
+
+    numbers: dict[tuple[Point, str], dict[int, list[float]]] = {}
+    taken: dict[tuple[Point, int, int], Row] = {}
     curves: dict[tuple[Point, str], dict[int, dict[int, float]]] = {}  # by seed, then by epoch
     ends: dict[tuple[Point, str], dict[int, tuple[int, float]]] = {}
     lacking: dict[Point, dict[int, None]] = {}
     surplus = 0
     for run in runs:
-        row, seed = run[0], _integer(run[0]["seed"])
+        row, seed = run[0], integer(run[0]["seed"])
         if row["status"] not in FINISHED:
             continue
-        if (row["cell"], seed) in taken:
+        if fills(row) in taken:
             surplus += 1
             continue
-        taken[row["cell"], seed] = row
+        taken[fills(row)] = row
         point, diverged = grid.points[row["cell"]], row["status"] == "diverged"
+        one = given.network(row) if repeated == given.NETWORKS else seed
         for key, column in experiment.columns(scale).items():
             asked = grid.epochs.get(point, frozenset())
             if "train:augmented" in column.specs:
@@ -261,33 +292,42 @@ def results(experiment: Experiment, scale: str, grid: Grid, rows: Iterable[Row])
                 lacking.setdefault(point, {})[seed] = None
             if math.isnan(number):
                 continue
-            values.setdefault((point, key), {})[seed] = number
+            numbers.setdefault((point, key), {}).setdefault(one, []).append(number)
+            if repeated == given.NETWORKS:  # which have no curve
+                continue
             curves.setdefault((point, key), {})[seed] = curve
             if diverged:
-                last = max(_integer(one["epoch"]) for one in run)
+                last = max(integer(one["epoch"]) for one in run)
                 ends.setdefault((point, key), {})[seed] = last, guessing(row, column)
 
-    keys = {point: key for key, point in grid.points.items()}
+    known: dict[Point, set[int]] = {}
+    for point, which, _ in taken:
+        known.setdefault(point, set()).add(which)
     return Results(
         experiment=experiment,
         scale=scale,
         grid=grid,
         environment=judged,
         rows=list(taken.values()),
-        values=values,
+        values={
+            place: {one: statistics.fmean(drawn) for one, drawn in of.items()}
+            for place, of in numbers.items()
+        },
         missing={
-            point: [s for s in grid.seeds if (keys.get(point, ""), s) not in taken]
-            for point in first_cells(experiment, scale)
+            point: [
+                seed
+                for seed in grid.seeds
+                if any((point, which, seed) not in taken for which in known.get(point, {0}))
+            ]
+            for point in points(experiment, scale, grid)
         },
         diverged=sum(row["status"] == "diverged" for row in taken.values()),
-        failed=sum(
-            run[0]["status"] == "failed" and (run[0]["cell"], _integer(run[0]["seed"])) not in taken
-            for run in runs
-        ),
+        failed=sum(run[0]["status"] == "failed" and fills(run[0]) not in taken for run in runs),
         lacking={point: sorted(seeds) for point, seeds in lacking.items()},
         others={here: n for here, n in sorted(finished.items()) if here != judged and n},
         surplus=surplus,
         by_epoch=by_epoch(curves, ends),
+        repeated=repeated,
     )
 
 
@@ -323,49 +363,6 @@ def by_epoch(
     return found
 
 
-def run_number(row: Row, curve: Mapping[int, float], column: Protocol, scale: str) -> float:
-    """The one number a run counts with in a column, in the column's unit.
-
-    row: any of the run's. curve: its numbers by epoch, ascending. nan if it was not measured, or
-    after fewer epochs than the scale asks for: a median of other epochs would be another number.
-
-    A diverged run scores what guessing scores: leaving it out would flatter the arm that diverges.
-    What has no such score, a probe's number or a spread, it does not have.
-    """
-    numbers = list(curve.values())
-    if row["status"] == "diverged":
-        guess = guessing(row, column)
-        return OVER[column.over]([*numbers, guess]) if column.over and guess == guess else guess
-    if column.over:
-        return OVER[column.over](numbers) if numbers else math.nan
-    last = 1 if column.task else LAST_EPOCHS.get(scale, 1)
-    return statistics.median(numbers[-last:]) if len(numbers) >= last else math.nan
-
-
-def guessing(row: Row, column: Protocol) -> float:
-    """What a uniform guess scores: chance error in %, or a loss of -ln(1 - chance); else nan."""
-    chance = float(row["chance"] or math.nan)
-    if column.spread or column.column == "value":
-        return math.nan
-    return chance if column.column == "error" else -math.log1p(-chance / 100)
-
-
-def curve_of(run: list[Row], column: Protocol, asked: Collection[int] = ()) -> dict[int, float]:
-    """A column's number by epoch, ascending, at epochs that have every draw; only those `asked`
-    for, if any are. The unit is the run: its draws are averaged, or their spread is taken."""
-    found: dict[int, dict[str, list[float]]] = {}
-    for row in run:
-        if row["protocol"] in column.specs and row[column.column]:
-            of_epoch = found.setdefault(_integer(row["epoch"]), {})
-            of_epoch.setdefault(row["protocol"], []).append(float(row[column.column]))
-    curve = {}
-    for epoch in sorted(found):
-        if len(found[epoch]) == len(column.specs) and (not asked or epoch in asked):
-            draws = sorted(statistics.fmean(sorted(values)) for values in found[epoch].values())
-            curve[epoch] = statistics.stdev(draws) if column.spread else statistics.fmean(draws)
-    return curve
-
-
 def sort_key(grids: Mapping[str, Grid]) -> Callable[[Row], tuple[Any, ...]]:
     """The order of rows in ``runs.csv``: the experiment's scales, their cells, seeds."""
     places = {
@@ -376,11 +373,7 @@ def sort_key(grids: Mapping[str, Grid]) -> Callable[[Row], tuple[Any, ...]]:
     def key(row: Row) -> tuple[Any, ...]:
         unknown = (scales.get(row["scale"], len(scales)), len(places))
         place = places.get(row["cell"], unknown)
-        who = (_integer(row["seed"]), row["id"], row["torch"])
-        return (*place, *who, row["protocol"], _integer(row["epoch"]), *row.values())
+        who = (integer(row["seed"]), row["id"], row["torch"])
+        return (*place, *who, row["protocol"], integer(row["epoch"]), *row.values())
 
     return key
-
-
-def _integer(value: str) -> int:
-    return int(value) if value else -1

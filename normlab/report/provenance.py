@@ -3,9 +3,16 @@
 import statistics
 from collections.abc import Iterable
 
+from normlab.report.given import DRAWS, NETWORKS
 from normlab.report.grid import Results
 from normlab.report.tables import axis_name
 from normlab.report.verdicts import edited
+
+_MEANT = {
+    DRAWS: ": each draws the images that measure one trained network, so that intervals are over"
+    " draws and not over trainings",
+    NETWORKS: ": each draws the images that measure a network, which counts with their mean",
+}
 
 
 def seeds(results: Results) -> str:
@@ -14,6 +21,13 @@ def seeds(results: Results) -> str:
         {len(results.grid.seeds) - len(gone) for gone in results.missing.values()} or {0}
     )
     return str(counts[0]) if len(counts) == 1 else f"{counts[0]}-{counts[-1]}"
+
+
+def repetitions(results: Results) -> str:
+    """How many numbers a sample has: one a seed or, of several given networks, one each."""
+    if results.repeated != NETWORKS:
+        return seeds(results)
+    return str(max(len(of) for of in results.values.values()))
 
 
 def data_name(results: Results) -> str:
@@ -27,7 +41,8 @@ def subtitle(results: Results) -> str:
     """Scale, model, data and n: the end of a figure's title. A task may have none of the two."""
     models, data = _distinct(row["model"] for row in results.rows), data_name(results)
     on = " on ".join(name for name in (models, data) if name)
-    return ", ".join(filter(None, (f"scale {results.scale}", on, f"n = {seeds(results)} seeds")))
+    n = f"n = {repetitions(results)} {results.repeated}"
+    return ", ".join(filter(None, (f"scale {results.scale}", on, n)))
 
 
 def facts(results: Results) -> list[str]:
@@ -45,7 +60,8 @@ def facts(results: Results) -> list[str]:
     said = [named[0].upper() + named[1:]] if named else []
     said += [
         f"{len(rows)} runs, {seeds(results)} seeds a cell "
-        f"(seeds {_ranges(int(row['seed']) for row in rows)})",
+        f"(seeds {_ranges(int(row['seed']) for row in rows)})"
+        + _MEANT.get(results.repeated, ""),
         f"Run on {here.device}" + (f", threads: {threads}" if threads else "")
         + f", torch {here.torch}, "
         + f"{_distinct(row['precision'] for row in rows)}, "

@@ -19,7 +19,7 @@ Line = dict[str, str]
 BEGIN, END = "<!-- normlab report: verdicts -->", "<!-- normlab report: end -->"
 """Between these lines of a README beside the results, a report writes the verdicts."""
 
-SCALES = ("demo", "desk", "gpu", "paper")
+SCALES = ("demo", "desk", "gpu", "paper", "pretrained")
 """From the smallest to the largest; a claim is quoted at the largest one that tested it."""
 
 

@@ -203,10 +203,11 @@ def texts(results: Results) -> list[Text]:
     numbers, differences = ("Error in %, m", "percentage points") if plain else (
         "In % unless a column says otherwise, m", "points (%) or the column's unit"
     )  # fmt: skip
-    shown = [Text(f"{numbers}ean ± half-width of the 95 % interval over seeds", header, errors)]
+    over = results.repeated
+    shown = [Text(f"{numbers}ean ± half-width of the 95 % interval over {over}", header, errors)]
     if experiment.baseline:
         caption = f"Difference to the same side's own {baseline_name(experiment)} in {differences}"
-        shown.append(Text(f"{caption}, paired over seeds", header, changes))
+        shown.append(Text(f"{caption}, paired over {over}", header, changes))
     return shown
 
 
@@ -237,14 +238,14 @@ def sources(experiment: Experiment) -> list[str]:
 
 def markdown(results: Results, facts: Sequence[str]) -> str:
     """The table page of one scale. `facts`: what was run where, one sentence each."""
-    experiment = results.experiment
+    experiment, differs = results.experiment, results.experiment.differs_at(results.scale)
     lines = [
         f"<!-- normlab report {experiment.name} -->",
         f"# {experiment.title}, scale {results.scale}",
         "",
         *(f"- {fact}" for fact in facts),
         *(f"- Paper: {source}" for source in sources(experiment)),
-        *([f"- Differs from the paper: {experiment.differs}"] if experiment.differs else []),
+        *([f"- Differs from the paper: {differs}"] if differs else []),
     ]
     for table in texts(results):
         lines += ["", f"{table.caption}:", "", *grid_lines(table.header, table.rows)]
@@ -283,7 +284,8 @@ def latex(results: Results, facts: Sequence[str]) -> str:
     lines = [f"% normlab report {experiment.name}", *(f"% {fact}" for fact in facts)]
     for table in texts(results):
         caption = f"{experiment.title}, scale {results.scale}. {table.caption}."
-        caption += f" Differs from the paper: {experiment.differs}." * bool(experiment.differs)
+        differs = experiment.differs_at(results.scale)
+        caption += f" Differs from the paper: {differs}." * bool(differs)
         lines += [
             "",
             r"\begin{table}",

@@ -6,6 +6,7 @@ from dataclasses import dataclass, replace
 
 from normlab.experiment import PERCENT, Claim, Contrast, Fact
 from normlab.report import papers
+from normlab.report.given import DRAWS
 from normlab.report.grid import Results
 from normlab.report.statistics import Sample, holm
 
@@ -119,8 +120,7 @@ def judge(claim: Claim, results: Results) -> Verdict:
     if older := edited(results):
         notes.append(f"exploratory: declared or edited after {older} of the runs")
     try:
-        axes = results.experiment.scales[results.scale].places
-        wanted = claim.contrasts(axes)
+        wanted = claim.contrasts(results.places)
         samples = [sampled(results, one) for one in wanted]
         theirs = [papers.effect(results, one) for one in wanted]
     except ValueError as error:
@@ -157,9 +157,13 @@ def judge(claim: Claim, results: Results) -> Verdict:
         notes.append("one seed gives no interval")
     level = 90 if claim.kind == "equivalence" and verdict != CONTRADICTED else 95
     low, high = decides.sample.interval(level / 100)
-    exploratory = not claim.primary or fewest < SEEDS_OF_A_PRIMARY or edited(results) > 0
-    if claim.primary and fewest < SEEDS_OF_A_PRIMARY:
-        notes.append(f"exploratory: {fewest} of the {SEEDS_OF_A_PRIMARY} seeds of a primary claim")
+    drawn = results.repeated == DRAWS
+    exploratory = not claim.primary or fewest < SEEDS_OF_A_PRIMARY or edited(results) > 0 or drawn
+    if drawn:
+        notes.append(f"exploratory: n counts {DRAWS}, and no trainings")
+    elif claim.primary and fewest < SEEDS_OF_A_PRIMARY:
+        of = f"{SEEDS_OF_A_PRIMARY} {results.repeated}"
+        notes.append(f"exploratory: {fewest} of the {of} of a primary claim")
     return Verdict(
         claim=claim,
         scale=results.scale,
@@ -218,7 +222,7 @@ class Outcome:
 def check(fact: Fact, results: Results) -> Outcome:
     """Whether an identity holds: every contrast within the tolerance, in every seed."""
     try:
-        wanted = fact.contrasts(results.experiment.scales[results.scale].places)
+        wanted = fact.contrasts(results.places)
         found = [results.contrast(one) for one in wanted]
     except ValueError as error:
         return Outcome(fact, results.scale, NOT_RUN, 0, math.nan, str(error))

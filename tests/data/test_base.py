@@ -205,7 +205,7 @@ def test_subsets_are_drawn_per_seed_and_refused_unless_balanced() -> None:
 
 def test_data_sets_are_found_by_name() -> None:
     assert data.names() == [
-        "cifar10", "cifar100", "digits", "imagefolder", "imagenet", "synthetic",
+        "cifar10", "cifar100", "digits", "imagefolder", "imagenet", "imagenet_val", "synthetic",
     ]  # fmt: skip
     assert all(callable(data.find(name)) for name in data.names())
     with pytest.raises(ValueError, match="unknown data set 'memory': one of cifar10, "):
