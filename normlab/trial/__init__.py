@@ -10,7 +10,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    from normlab.trial.case import Fault
     from normlab.trial.judge import Verdict
+    from normlab.trial.networks import Network
 
 __all__ = ["OUT", "SEED", "main", "verdicts"]
 
@@ -53,7 +57,9 @@ def verdicts(*, quick: bool, work: Path, seed: int) -> "list[Verdict]":
     size = Size(20, 4, 16, 256, 64, 64) if quick else Size()
     five, faults = (FIVE[1::3], FAULTS[::3]) if quick else (FIVE, FAULTS)
     thirty = THIRTY[4:6] if quick else THIRTY
-    plan = [(network, seed + k, faults) for k, network in enumerate(five)]
+    plan: list[tuple[Network, int, Sequence[Fault | None]]] = [
+        (network, seed + k, faults) for k, network in enumerate(five)
+    ]
     plan += [(network, seed + k, (None,)) for k, network in enumerate(thirty)]
     store = Store(work, size)
     done = []

@@ -40,9 +40,10 @@ class Network:
         with torch.random.fork_rng():
             torch.manual_seed(seed)
             model = self.make(classes)
-            *_, head = (m for m in model.modules() if isinstance(m, nn.Linear))
+            kinds = (nn.Linear, nn.Conv2d)  # DLA ends in a convolution
+            *_, head = (m for m in model.modules() if isinstance(m, kinds))
             nn.init.normal_(head.weight, std=0.01)
-        return model if self.signals else model.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+        return model if self.signals else model.to(memory_format=torch.channels_last)
 
 
 class ConvNet1d(nn.Module):

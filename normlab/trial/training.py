@@ -60,7 +60,9 @@ class Trained:
         """The network as trained, in training mode, to be changed at will."""
         model = self.network.build(self.material.classes, self.seed)
         set_momentum(model, MOMENTUM)
-        model.load_state_dict(self.state)
+        found = model.state_dict()
+        for key, value in self.state.items():  # MNASNet loads no state without a version
+            found[key].copy_(value)
         return model.train()
 
     def shown(self, of: Labelled | None = None) -> list[Labelled]:

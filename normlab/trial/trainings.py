@@ -1,6 +1,6 @@
 """Faults that happen in training: the healthy network is trained further, or another one anew."""
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 import torch
 from torch import Tensor, nn
@@ -50,7 +50,7 @@ def recomputed(of: Trained) -> Case:
     set_momentum(model, 0.1)
     for name in of.network.blocks:
         block = model.get_submodule(name)
-        block.forward = _twice(block.forward)  # type: ignore[method-assign]
+        block.forward = _twice(block.forward)
     optimizer = careful(model, 2 * LR)
     with seeded(of.seed):
         train(model, optimizer, of.stream(), 2 * of.size.further)
@@ -59,7 +59,7 @@ def recomputed(of: Trained) -> Case:
     return _case(of, model, optimizer)
 
 
-def _twice(forward: object) -> object:
+def _twice(forward: Callable[[Tensor], Tensor]) -> Callable[[Tensor], Tensor]:
     def run(x: Tensor) -> Tensor:
         y: Tensor = checkpoint(forward, x, use_reentrant=False)
         return y
@@ -103,7 +103,7 @@ def biased_variance(of: Trained) -> Case:
     return _case(of, model, optimizer, nbs=2)
 
 
-def _count(elements: dict[str, int], name: str) -> object:
+def _count(elements: dict[str, int], name: str) -> Callable[[nn.Module, tuple[Tensor]], None]:
     def hook(_: nn.Module, inputs: tuple[Tensor]) -> None:
         elements[name] = 2 * inputs[0][0, 0].numel()
 

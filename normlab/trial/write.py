@@ -64,10 +64,23 @@ def read(path: Path) -> list[Verdict]:
     found = []
     with path.open(newline="") as file:
         for row in csv.DictReader(file):
-            names = (tuple(row[key].split()) for key in ("expected", "problems", "notices"))
-            words = (row[key] for key in ("network", "fault", "pains"))
-            seed, seconds = int(row["seed"]), float(row["seconds"])
-            found.append(Verdict(*words, seed, row["data"], row["digest"], *names, seconds))
+            expected, problems, notices = (
+                tuple(row[key].split()) for key in ("expected", "problems", "notices")
+            )
+            found.append(
+                Verdict(
+                    network=row["network"],
+                    fault=row["fault"],
+                    pains=row["pains"],
+                    seed=int(row["seed"]),
+                    data=row["data"],
+                    digest=row["digest"],
+                    expected=expected,
+                    problems=problems,
+                    notices=notices,
+                    seconds=float(row["seconds"]),
+                )
+            )
     return found
 
 
