@@ -153,6 +153,8 @@ def recalibrate(argv: list[str]) -> int:
 
 
 def diagnose(argv: list[str]) -> int:
+    if "--trial" in argv:
+        return _trial(argv)
     from normlab.diagnose.options import add_arguments
 
     parser = _parser("diagnose", "What is wrong with a trained model's batch norms, and the cure.")
@@ -161,6 +163,16 @@ def diagnose(argv: list[str]) -> int:
     from normlab.diagnose.command import main as carry_out
 
     return carry_out(given)
+
+
+def _trial(argv: list[str]) -> int:
+    parser = _parser("diagnose", "Does a diagnosis find what is there, and nothing that is not?")
+    parser.add_argument("--trial", action="store_true", help="twenty faults, thirty networks")
+    parser.add_argument("--quick", action="store_true", help="a few of them, hardly trained")
+    given = parser.parse_args(argv)
+    from normlab.trial import main as carry_out
+
+    return carry_out(quick=given.quick)
 
 
 COMMANDS = {

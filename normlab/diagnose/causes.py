@@ -20,7 +20,7 @@ from normlab.diagnose.case import Case, Numbers
 from normlab.diagnose.comparison import scatter
 from normlab.diagnose.findings import RECALIBRATE, Finding
 from normlab.diagnose.moments import Moments
-from normlab.diagnose.thresholds import FAR, MEMORY, ROUNDED
+from normlab.diagnose.thresholds import FAR, MEMORY, ROUNDED, UNEVEN
 from normlab.population.ema import ema_noise
 
 __all__ = ["cause", "told"]
@@ -44,7 +44,10 @@ def cause(case: Case, target: dict[str, Moments] | None) -> Iterator[Finding]:
     means, _ = scatter(case.pairs)
     moved = case.far > FAR / 2 and float(means.nanmedian()) > MEMORY[1]
     if not case.stored_costs and not moved:
-        if far > FAR and (found := origins.another_eps(case)) is not None:
+        found = origins.another_eps(case)
+        if found is None and far > FAR:
+            found = origins.averaged(case) or origins.other_domain(case, target)
+        if found is not None:
             yield found
         return
     yield (
@@ -93,6 +96,7 @@ def _memory(case: Case) -> Finding | None:
     middle = float(means.nanmedian())
     middle_var = float(variances.nanmedian())
     top = max(float(means.nanquantile(0.9)), float(variances.nanquantile(0.9)))
+    even = float(means[0]) > 0.1 * middle and top < UNEVEN * float(means.nanquantile(0.1))
     usual = ema_noise(0.9)
     momenta = {
         m
@@ -100,8 +104,8 @@ def _memory(case: Case) -> Finding | None:
         if m is not None
     }
     if momenta and min(momenta) >= 0.5:  # the model says so itself: less noise will do
-        low = 2 * usual
-    if not (low < middle < high and low / 2 < middle_var < high and top < 2 * high):
+        low, even = 2 * usual, True
+    if not even or not (low < middle < high and low / 2 < middle_var < high and top < 2 * high):
         return None
     evidence: Numbers = {
         "means in batch scatters": middle, "variances in batch scatters": middle_var,

@@ -13,11 +13,12 @@ from normlab.diagnose import causes, composition, curves, domains, facts, traini
 from normlab.diagnose.case import Case, Numbers
 from normlab.diagnose.comparison import Pair
 from normlab.diagnose.findings import Finding, verdict
-from normlab.diagnose.forwards import Forwards, Losses, rows, size_of
+from normlab.diagnose.forwards import Forwards, Losses, half, rows, size_of
 from normlab.diagnose.layers import Layer, table
 from normlab.diagnose.live import watch
-from normlab.diagnose.moments import Moments
+from normlab.diagnose.moments import Moments, of_samples
 from normlab.diagnose.thresholds import HELD_SAMPLES
+from normlab.population import Population
 from normlab.subject import Scoring
 
 __all__ = ["Diagnosis", "diagnose"]
@@ -129,18 +130,20 @@ def _diagnose(
     size = size_of(some[0])
     if nbs is not None and not 2 <= nbs <= size:
         raise ValueError(f"nbs is 2 to {size}, the samples of a batch, not {nbs}")
-    for source in (batches, batches, batches, test, test, test, target, target, target):
+    for source in (*[batches] * 4, test, test, test, target, target, target):
         forwards.expect(_length(source))
     snapshots = curves.Snapshots()
-    moments, with_batch, uses = _survey(forwards, batches, nbs, snapshots)
-    precise = {n: moments[n].statistics() for n in forwards.estimated if n in moments}
+    moments, halves, with_batch, uses = _survey(forwards, batches, nbs, snapshots)
+    precise = _statistics(forwards, moments)
+    # A batch is scored with statistics that it is no part of, as it is with the stored ones.
+    others = [_statistics(forwards, part) for part in reversed(halves) if part]
     live = watch(model, some[0], forwards.scoring)
     held = forwards.run(batches)
     structure = domains.Structure()
+    forwards.run(batches, statistics=precise, watch=structure.look, after=structure.next_batch)
     case = Case(
         model, forwards, batches, some, nbs or size, optimizer, states, live, uses, moments,
-        {}, precise, held, forwards.run(batches, statistics=precise, watch=structure.look,
-                                        after=structure.next_batch), with_batch,
+        {}, precise, held, forwards.run(batches, statistics=others), with_batch,
     )  # fmt: skip
     if test is not None:
         case.tested = forwards.run(test), forwards.run(test, statistics=precise)
@@ -163,10 +166,16 @@ def _findings(
     of_ranks = list(training.ranks(case))
     composed = [*composition.leakage(case), *domains.mixed(case, structure)]
     reused = list(composition.reuse(case))
+    if reused:  # where one set serves two places, batches are apart for that
+        composed = [finding for finding in composed if finding.severity == "problem"]
     yield from chain(of_ranks, composed, reused)
     if not any(finding.severity == "problem" for finding in composed):
-        why = [] if of_ranks else list(causes.cause(case, target.moments if target else None))
+        # Batches of two kinds are no random draws: their scatter tells nothing of what was stored.
+        skip = of_ranks or any(finding.name == "mixed_domains" for finding in composed)
+        why = [] if skip else list(causes.cause(case, target.moments if target else None))
         yield from why
+        if not any(finding.name == "momentum_reversed" for finding in why):
+            yield from facts.short_memory(case)
         if not reused and not any(f.name == "fused_layers" for f in why):
             yield from composition.gap(case)
     if target is not None:
@@ -175,16 +184,22 @@ def _findings(
 
 def _survey(
     forwards: Forwards, batches: Iterable[Any], nbs: int | None, snapshots: curves.Snapshots
-) -> tuple[dict[str, Moments], Losses, Counter[str]]:
-    """One pass under batch statistics: the moments of every layer, and the losses."""
+) -> tuple[dict[str, Moments], list[dict[str, Moments]], Losses, Counter[str]]:
+    """One pass under batch statistics: the moments of every layer, and the losses.
+
+    Moments of all batches, and of each half of them.
+    """
     moments: dict[str, Moments] = {}
+    halves: list[dict[str, Moments]] = [{}, {}]
     uses: Counter[str] = Counter()
     seen = [0, 0]
 
     def look(name: str, x: Tensor) -> None:
         if seen[0] == 0:
             uses[name] += 1
-        moments.setdefault(name, Moments(x.size(1), x.device)).add(x, nbs)
+        seen_here = of_samples(x)
+        for kept in (moments, halves[half(seen[0])]):
+            kept.setdefault(name, Moments(x.size(1), x.device)).include(*seen_here, nbs)
 
     def after(batch: Any) -> None:
         seen[0] += 1
@@ -192,7 +207,11 @@ def _survey(
         snapshots.look(seen[0], seen[1], moments)
 
     losses = forwards.run(batches, batch=True, group_size=nbs, watch=look, after=after)
-    return moments, losses, uses
+    return moments, halves, losses, uses
+
+
+def _statistics(forwards: Forwards, moments: dict[str, Moments]) -> Population:
+    return {n: moments[n].statistics() for n in forwards.estimated if n in moments}
 
 
 def _pairs(case: Case) -> dict[str, Pair]:

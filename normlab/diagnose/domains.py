@@ -139,7 +139,8 @@ def mixed(case: Case, structure: Structure) -> Iterator[Finding]:
 
     Kinds are looked for where batches are no random draws, else where the means of the samples fall
     into two groups. They are domains if statistics of each kind's own cost less than those of both:
-    classes are two kinds as well, and statistics of their own cost more.
+    classes are two kinds as well, and statistics of their own cost more. Batches of two kinds are a
+    notice whatever they cost: a network may have learnt both with one set of statistics.
     """
     kinds = _kinds(structure)
     if kinds is None:
@@ -168,10 +169,11 @@ def mixed(case: Case, structure: Structure) -> Iterator[Finding]:
         stats = {n: moments[n].statistics() for n in case.forwards.estimated if n in moments}
         apart.extend(case.forwards.run(batches, statistics=stats))
         together.extend(case.forwards.run(batches, statistics=case.precise))
-    if not costs(together, apart):
+    costly = costs(together, apart)
+    if not costly and "between batches" not in evidence:
         return
     yield Finding(
-        "mixed_domains", "problem", [layer],
+        "mixed_domains", "problem" if costly else "notice", [layer],
         f"The data are of two kinds, plainest in {layer}, and one set of statistics serves both: "
         f"loss {together.loss:.3g} with it and {apart.loss:.3g} with each kind's own, error "
         f"{100 * together.error:.1f} % and {100 * apart.error:.1f} %.",

@@ -13,7 +13,7 @@ from normlab.diagnose.live import norms_of
 from normlab.diagnose.thresholds import NEGLIGIBLE
 from normlab.norms.base import PopulationNorm
 
-__all__ = ["buffers", "some", "structure", "untouched"]
+__all__ = ["buffers", "short_memory", "some", "structure", "untouched"]
 
 
 def some(names: list[str]) -> str:
@@ -113,6 +113,20 @@ def _stopped(case: Case, found: list[str]) -> list[str]:
         name for name, norm in case.norms.items()
         if _momentum(norm) == 0 and name not in found and _statistics(norm)[0] is not None
     ]  # fmt: skip
+
+
+def short_memory(case: Case) -> Iterator[Finding]:
+    """A momentum that averages over no more than two batches, whatever came of it."""
+    names = [name for name, norm in case.norms.items() if (_momentum(norm) or 0) >= 0.5]
+    if names:
+        momentum = max(_momentum(case.norms[name]) or 0 for name in names)
+        yield Finding(
+            "momentum_reversed", "notice", names,
+            f"momentum is {momentum:g} in {some(names)}: its statistics hold the last "
+            f"{1 / momentum:.1f} batches (torch's momentum is the share of the new batch).",
+            {"momentum": momentum, "time constant in updates": 1 / momentum},
+            f"`momentum=0.1` in torch is what others call 0.9; {RECALIBRATE}",
+        )  # fmt: skip
 
 
 def _count(norm: nn.Module) -> int | None:

@@ -7,23 +7,24 @@ the model itself stays as it is, to the bit.
 import copy
 import math
 import warnings
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
+from scipy.stats import t as student
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 from tqdm import tqdm
 
-from normlab.diagnose.thresholds import SIGNIFICANT
+from normlab.diagnose.thresholds import CHANCE
 from normlab.norms.base import PopulationNorm, normalization, population_layers
 from normlab.population import Population, using
 from normlab.subject import Score, Scoring
 from normlab.surgery import convert
 
-__all__ = ["Forwards", "Losses", "Watch", "rows", "size_of", "take"]
+__all__ = ["Forwards", "Losses", "Watch", "half", "rows", "size_of", "take"]
 
 Watch = Callable[[str, Tensor], None]
 """Called with a layer's name and its input in every forward."""
@@ -79,17 +80,30 @@ class Losses:
         """Whether the error is above `other`'s by more than its scatter over the batches."""
         if math.isnan(self.error) or math.isnan(other.error):
             return False
-        mean, error = self._excess(self.errors, other.errors)
-        return mean > SIGNIFICANT * error
+        return self._is_above(*self._excess(self.errors, other.errors))
 
     def beyond_chance(self, other: "Losses") -> bool:
-        """Whether the loss is above `other`'s by more than its scatter over the batches."""
+        """Whether the loss is above `other`'s by more than its scatter over the batches.
+
+        As a difference or, where a few batches have most of it, as a factor.
+        """
         if math.isnan(other.loss):
             return False
         if math.isnan(self.loss):
             return True
-        mean, error = self.excess(other)
-        return mean > SIGNIFICANT * error
+        if self._is_above(*self.excess(other)):
+            return True
+        if min(self.losses + other.losses) <= 0 or self.loss == math.inf:
+            return False
+        logs = [
+            [n * math.log(loss / n) for loss, n in zip(one, self.n, strict=True)]
+            for one in (self.losses, other.losses)
+        ]
+        return self._is_above(*self._excess(*logs))
+
+    def _is_above(self, mean: float, error: float) -> bool:
+        """Whether a mean over the batches with this standard error is above 0 beyond CHANCE."""
+        return len(self.n) > 1 and mean > error * float(student.isf(CHANCE, len(self.n) - 1))
 
 
 def size_of(batch: Any) -> int:
@@ -101,6 +115,14 @@ def size_of(batch: Any) -> int:
         if isinstance(leaf, Tensor) and leaf.dim() > 0:
             return leaf.size(0)
     raise ValueError(f"a batch holds no tensor with samples: {type(batch).__name__}")
+
+
+def half(place: int) -> int:
+    """Which of two halves the batch at this place is of: its binary digits' sum, even or odd.
+
+    The Thue-Morse sequence, 0110 1001 ...: both halves have as many of any batches in turn.
+    """
+    return place.bit_count() % 2
 
 
 def take(batch: Any, places: Tensor | slice) -> Any:
@@ -157,7 +179,7 @@ class Forwards:
         self,
         batches: Iterable[Any],
         *,
-        statistics: Population | None = None,
+        statistics: Population | Sequence[Population] | None = None,
         batch: bool = False,
         group_size: int | None = None,
         watch: Watch | None = None,
@@ -165,14 +187,15 @@ class Forwards:
     ) -> Losses:
         """Score a pass: with the stored statistics, given ones, or those of each batch.
 
+        statistics: of two, the one of a batch's `half`.
         group_size: with `batch`, the samples that share one set; a rest that it does not divide
         is left out. after: called with every batch when it is done.
         """
         found = Losses()
         self.model.eval()
+        given = [statistics] if isinstance(statistics, Mapping) else statistics or []
         with ExitStack() as restore:
-            if statistics is not None:
-                restore.enter_context(using(self.model, statistics))
+            if given:
                 restore.enter_context(
                     normalization(self.model, statistics="population", update=False)
                 )
@@ -180,12 +203,15 @@ class Forwards:
                 restore.enter_context(normalization(self.model, statistics="batch", update=False))
             if watch is not None:
                 restore.enter_context(_watched(self.layers, watch))
-            for one in batches:
+            for turn, one in enumerate(batches):
                 ready, groups = self._grouped(one, group_size) if batch else (one, None)
                 self.bar.update()
                 if ready is None:
                     continue
-                with normalization(self.model, group_size=groups):
+                with ExitStack() as chosen:
+                    if given:
+                        chosen.enter_context(using(self.model, given[half(turn) % len(given)]))
+                    chosen.enter_context(normalization(self.model, group_size=groups))
                     outputs = self.scoring.forward(self.model, ready)
                 found.add(self.scoring.score(outputs, ready))
                 if after is not None:

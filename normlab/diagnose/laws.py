@@ -17,37 +17,44 @@ from normlab.diagnose.comparison import Pair, explained
 from normlab.diagnose.facts import some
 from normlab.diagnose.findings import RECALIBRATE, Finding
 from normlab.diagnose.moments import Moments
-from normlab.diagnose.thresholds import EXPLAINED, INITIAL, ROUNDED
+from normlab.diagnose.thresholds import EXPLAINED, FAR, INITIAL, ROUNDED
 
 __all__ = ["biased", "folded", "one_parameter"]
+
+FITS = 0.05
+"""Share of a layer's distance that a norm which was folded into what precedes it may leave."""
 
 Law = dict[str, tuple[Tensor, Tensor]]
 
 
 def folded(case: Case) -> Finding | None:
-    """Whether what reaches the norms has their own output's moments: mean bias, variance weight^2.
+    """Whether what reaches norms has their own output's moments: mean bias, variance weight^2.
 
-    So it is behind a convolution that the norm was folded into; batches that are normalized again
-    leave it so at every layer.
+    So it is behind a convolution that a norm was folded into; batches that are normalized again
+    leave it so at every such layer. A norm behind no convolution of its own cannot be folded.
     """
-    apart = before = 0.0
+    names = []
+    theirs = everyones = 0.0
     for name, pair in case.pairs.items():
+        before = float(pair.distance().clamp_max(25).mean())
+        everyones += before
         layer = case.forwards.layers[name]
-        if layer.weight is None or layer.bias is None:
-            return None
+        if layer.weight is None or layer.bias is None or before < FAR:
+            continue
         own = pair.precise_var.sqrt()
         weight, bias = layer.weight.detach().double(), layer.bias.detach().double()
         off = ((pair.precise_mean - bias) / own).square() + (own - weight.abs()).square() / own**2
-        apart += float(off[pair.mask].clamp_max(25).mean())
-        before += float(pair.distance().clamp_max(25).mean())
-    if apart > (1 - EXPLAINED) * before:
+        if float(off[pair.mask].clamp_max(25).mean()) < FITS * before:
+            names.append(name)
+            theirs += before
+    if len(names) < 2 or theirs < everyones / 2:
         return None
     return Finding(
-        "fused_layers", case.severity(defect=True), list(case.pairs),
-        "What reaches the batch norms already has the mean and the variance of their output: they "
+        "fused_layers", case.severity(defect=True), names,
+        f"What reaches {some(names)} already has the mean and the variance of their output: they "
         f"were folded into the layers before them, and are applied again; {case.said()}.",
-        {"distance from folded": apart / len(case.pairs), "distance": case.far,
-         **case.in_numbers()},
+        {"layers": len(names), "of": len(case.pairs), "their share of the distance":
+         theirs / everyones, **case.in_numbers()},
         "replace the norms by nn.Identity (`normlab.surgery.fuse` does), or load the weights from "
         "before the fusion",
     )  # fmt: skip

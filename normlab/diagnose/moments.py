@@ -74,7 +74,12 @@ class Moments:
 
     def add(self, x: Tensor, group_size: int | None) -> None:
         """Include an input x (N, C, ...), normalized over groups of `group_size` samples."""
-        means, variances, positions = of_samples(x)
+        self.include(*of_samples(x), group_size)
+
+    def include(
+        self, means: Tensor, variances: Tensor, positions: int, group_size: int | None
+    ) -> None:
+        """Include an input of which `of_samples` has told this."""
         samples, channels = means.shape
         size = group_size or samples
         self.positions, self.group_size = positions, max(self.group_size, size)

@@ -9,7 +9,7 @@ from torch.utils import _pytree as pytree
 from normlab.diagnose.case import Case, Numbers
 from normlab.diagnose.comparison import Pair
 from normlab.diagnose.findings import AVERAGE, RECALIBRATE, Finding
-from normlab.diagnose.forwards import take
+from normlab.diagnose.forwards import size_of, take
 from normlab.diagnose.moments import Moments
 from normlab.diagnose.thresholds import EXPLAINED, FIRST, MEMORY, ROUNDED
 
@@ -23,7 +23,8 @@ def another_eps(case: Case) -> Finding | None:
     first, rest = names[0], names[1:]
     if not rest or case.pairs[first].far() > 0.2 * case.far:
         return None
-    best, found = case.far, 0.0
+    before = best = _far_with(case)
+    found = 0.0
     for eps in (1e-3, 1e-5, 1e-2, 1e-4, 1e-6):
         if all(abs(value / eps - 1) < 1e-6 for value in own.values()):
             continue
@@ -34,14 +35,14 @@ def another_eps(case: Case) -> Finding | None:
             case.forwards.eps(own)
         if far < best:
             best, found = far, eps
-    if 1 - best / case.far < EXPLAINED:
+    if before == 0 or 1 - best / before < EXPLAINED:
         return None
     used = max(set(own.values()), key=list(own.values()).count)
     return Finding(
         "eps_mismatch", case.severity(), case.worst(),
         f"The model has eps {used:g}, and its statistics fit {found:g}: with that the distance of "
-        f"stored from precise ones falls from {case.far:.2g} to {best:.2g}; {case.said()}.",
-        {"eps of the model": used, "eps that fits": found, "distance": case.far,
+        f"stored from precise ones falls from {before:.2g} to {best:.2g}; {case.said()}.",
+        {"eps of the model": used, "eps that fits": found, "distance": before,
          "distance with it": best, **case.in_numbers()},
         f"eps={found:g} in the model's batch norms",
     )  # fmt: skip
@@ -52,16 +53,17 @@ def _far_with(case: Case) -> float:
     moments: dict[str, Moments] = {}
 
     def look(name: str, x: Tensor) -> None:
-        moments.setdefault(name, Moments(x.size(1), x.device)).add(x, None)
+        moments.setdefault(name, Moments(x.size(1), x.device)).add(x, case.nbs)
 
-    case.forwards.expect(len(case.some))
-    case.forwards.run(case.some, batch=True, watch=look)
+    whole = [batch for batch in case.some if size_of(batch) % case.nbs == 0]
+    case.forwards.expect(len(whole))
+    case.forwards.run(whole, batch=True, group_size=case.nbs, watch=look)
     each = [
         Pair(n, p.mean, p.var, moments[n], p.eps).far()
         for n, p in case.pairs.items()
         if n in moments
     ]
-    return sum(each) / len(each)
+    return sum(each) / len(each) if each else 0.0
 
 
 def other_domain(case: Case, target: dict[str, Moments] | None) -> Finding | None:

@@ -1,11 +1,11 @@
 """The few numbers that a diagnosis decides by, and why they are what they are."""
 
-SIGNIFICANT = 4.0
-"""Standard errors over batches. A diagnosis makes some ten such comparisons, and a batch's losses
-have heavy tails; by a normal law one model in a thousand would give an alarm at this."""
+CHANCE = 5e-4
+"""Probability that a comparison without a difference comes out as one, by Student's law over the
+batches: a diagnosis makes some ten, so one healthy model in a thousand would give an alarm."""
 
 COSTLY_LOSS = 0.05
-"""A loss that is higher by this share of it (and by SIGNIFICANT) is a cost. Evaluations of one
+"""A loss that is higher by this share of it (and beyond CHANCE) is a cost. Evaluations of one
 healthy network with statistics of other samples of the same data differ by a percent or two."""
 
 COSTLY_ERROR = 0.01
@@ -19,6 +19,10 @@ MEMORY = (0.35, 2.5)
 """Squared error of the stored means in units of a batch mean's variance, of an average that holds
 one or two batches: 1 for the last one alone, 1/2 for two, (1 - d) / (1 + d) of a decay d: 0.05 for
 0.9. The batch that trained may have been half or twice the one in use."""
+
+UNEVEN = 6.0
+"""Times the scatter of the quietest layers that the loudest ones show where weights have moved: a
+memory of one batch is as loud in all, the first one included, whose inputs no weights move."""
 
 INITIAL = 0.01
 """What the initial 0 and 1 may weigh in an average: below, it moves a variance by less than the

@@ -21,8 +21,9 @@ __all__ = ["OUT", "SEED", "main", "verdicts"]
 OUT = Path("results") / "diagnose"
 WORK = Path("runs") / "trial"
 
-SEED = 100
-"""The first seed: the thresholds of `normlab.diagnose` were chosen on those below 10."""
+SEED = 200
+"""The first seed. The thresholds of `normlab.diagnose` were chosen on those below 10; those from
+100 on are spent: a first trial on them is what the detectors were mended by."""
 
 
 def main(*, quick: bool = False, results: Path = OUT, work: Path = WORK, seed: int = SEED) -> int:

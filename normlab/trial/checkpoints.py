@@ -7,7 +7,6 @@ from torch import Tensor, nn
 
 from normlab.surgery import fold, fusible
 from normlab.trial.case import Case
-from normlab.trial.material import FOG
 from normlab.trial.networks import norms
 from normlab.trial.training import Trained, seeded, set_momentum
 
@@ -69,9 +68,7 @@ def from_another_domain(of: Trained) -> Case:
     """An evaluation on fogged images was run in training mode, and the model saved after it."""
     model = of.model()
     with torch.no_grad(), seeded(of.seed):
-        for _, (x, _) in zip(
-            range(of.size.further), of.stream(of.material.elsewhere[FOG]), strict=False
-        ):
+        for _, (x, _) in zip(range(of.size.further), of.stream(of.material.fogged), strict=False):
             model(x)
     return _case(of, model)
 

@@ -135,7 +135,7 @@ FAULTS = (
     Fault(
         "two domains",
         "P57, P62",
-        "batches of images and of negatives in turn move one set of statistics",
+        "batches of images and of fogged ones in turn move one set of statistics",
         ("mixed_domains",),
         trainings.two_domains,
     ),

@@ -11,7 +11,7 @@ from normlab import data
 from normlab.data.base import Dataset
 from normlab.domains import Domain
 
-__all__ = ["DEVELOPMENT", "FOG", "NEGATIVE", "Labelled", "Material", "batched", "load", "stream"]
+__all__ = ["DEVELOPMENT", "FOG", "Labelled", "Material", "batched", "load", "stream"]
 
 DEVELOPMENT = range(10)
 """Seeds on which thresholds may be chosen: their test images are of the validation split."""
@@ -19,8 +19,8 @@ DEVELOPMENT = range(10)
 CLASSES = {"cifar10": 5, "digits": 10}
 """A few classes, so that a short training learns something."""
 
-FOG, NEGATIVE = "contrast-4", "invert-1"
-"""The other domains, as `normlab.domains` names them."""
+FOG = "contrast-4"
+"""The other domain, as `normlab.domains` names it: images of little contrast."""
 
 Labelled = tuple[Tensor, Tensor]
 """x (N, C, H, W) or (N, 1, L), normalized, and y (N,)."""
@@ -30,8 +30,8 @@ Labelled = tuple[Tensor, Tensor]
 class Material:
     """What a network of the trial is trained on and diagnosed with.
 
-    train, test: disjoint. elsewhere: the training set as it looks in FOG and in NEGATIVE, image by
-    image. digest, name: of the data set.
+    train, test: disjoint. fogged: the training set in FOG, image by image. digest, name: of the
+    data set.
     """
 
     name: str
@@ -39,7 +39,7 @@ class Material:
     classes: int
     train: Labelled
     test: Labelled
-    elsewhere: dict[str, Labelled]
+    fogged: Labelled
 
 
 def load(name: str, *, seed: int, train: int, test: int, signals: bool = False) -> Material:
@@ -63,7 +63,7 @@ def load(name: str, *, seed: int, train: int, test: int, signals: bool = False) 
         classes,
         part("train", train),
         part(judged, test),
-        {domain: part("train", train, domain) for domain in (FOG, NEGATIVE)},
+        part("train", train, FOG),
     )
 
 

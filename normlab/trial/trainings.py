@@ -8,7 +8,7 @@ from torch.utils.checkpoint import checkpoint
 
 import normlab
 from normlab.trial.case import Case
-from normlab.trial.material import FOG, NEGATIVE, Labelled
+from normlab.trial.material import Labelled
 from normlab.trial.networks import norms
 from normlab.trial.training import Trained, careful, optimizer_of, seeded, set_momentum, train
 
@@ -75,7 +75,7 @@ def frozen_backbone(of: Trained) -> Case:
     for module in backbone:
         for p in module.parameters(recurse=False):
             p.requires_grad = False
-    fogged = of.material.elsewhere[FOG]
+    fogged = of.material.fogged
     optimizer = careful(model, LR)
     with seeded(of.seed):
         train(model, optimizer, of.stream(fogged), of.size.further)
@@ -176,19 +176,19 @@ def decayed_norms(of: Trained) -> Case:
 
 
 def two_domains(of: Trained) -> Case:
-    """Trained further on batches of images and of negatives in turn, with one set of statistics."""
+    """Trained further on batches of images and of fogged ones in turn: one set of statistics."""
     model = of.model()
     optimizer = careful(model, LR)
-    negatives = of.material.elsewhere[NEGATIVE]
+    fogged = of.material.fogged
 
     def in_turn() -> Iterator[Labelled]:
-        streams = of.stream(), of.stream(negatives)
+        streams = of.stream(), of.stream(fogged)
         while True:
             yield from map(next, streams)
 
     with seeded(of.seed):
         train(model, optimizer, in_turn(), 2 * of.size.further)
-    shown = [batch for pair in zip(of.shown(), of.shown(negatives), strict=True) for batch in pair]
+    shown = [batch for pair in zip(of.shown(), of.shown(fogged), strict=True) for batch in pair]
     half = shown[: len(of.shown())]
     return Case(model, half, of.test(), optimizer.state_dict(), nbs=of.size.batch)
 

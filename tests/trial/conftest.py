@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from normlab.trial.material import FOG, NEGATIVE, Material
+from normlab.trial.material import Material
 from normlab.trial.networks import Network
 from normlab.trial.training import Size, Trained, trained
 
@@ -42,8 +42,7 @@ def images(n: int, seed: int) -> tuple[Tensor, Tensor]:
 @pytest.fixture(scope="session")
 def material() -> Material:
     x, y = images(96, 0)
-    elsewhere = {FOG: (0.3 * x + 1, y), NEGATIVE: (-x, y)}
-    return Material("colours", "0" * 16, 4, (x, y), images(32, 1), elsewhere)
+    return Material("colours", "0" * 16, 4, (x, y), images(32, 1), (0.3 * x + 1, y))
 
 
 @pytest.fixture(scope="session")

@@ -7,7 +7,7 @@ import torch
 from torch import nn
 
 from normlab.trial import checkpoints
-from normlab.trial.material import FOG, stream
+from normlab.trial.material import stream
 from normlab.trial.networks import norms
 from normlab.trial.training import MOMENTA, Trained, careful, set_momentum, train
 
@@ -69,7 +69,7 @@ def test_statistics_of_another_domain_are_an_average_over_it(tiny: Trained) -> N
     model = checkpoints.from_another_domain(tiny).model
     assert same_parameters(model, tiny.model())
     expected = tiny.state["norm.running_mean"].double()
-    for x, _ in islice(tiny.stream(tiny.material.elsewhere[FOG]), tiny.size.further):
+    for x, _ in islice(tiny.stream(tiny.material.fogged), tiny.size.further):
         mean = nn.functional.conv2d(x.double(), tiny.state["stem.weight"].double(), padding=1)
         expected = 0.9 * expected + 0.1 * mean.mean((0, 2, 3))
     torch.testing.assert_close(

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from normlab.trial import trainings
-from normlab.trial.material import FOG, NEGATIVE, Labelled
+from normlab.trial.material import Labelled
 from normlab.trial.networks import norms
 from normlab.trial.training import Trained, careful, set_momentum, train
 
@@ -94,7 +94,7 @@ def test_a_frozen_backbone_keeps_its_weights_and_not_its_statistics(tiny: Traine
         assert p.requires_grad is learnt
         assert torch.equal(p, q) is not learnt
     expected = tiny.state["norm.running_mean"].double()
-    for x, _ in islice(tiny.stream(tiny.material.elsewhere[FOG]), tiny.size.further):
+    for x, _ in islice(tiny.stream(tiny.material.fogged), tiny.size.further):
         expected = 0.9 * expected + 0.1 * stem(tiny, x).mean((0, 2, 3))
     close(case.model.get_buffer("norm.running_mean"), expected)
 
@@ -180,14 +180,14 @@ def test_one_group_decays_everything(tiny: Trained) -> None:
 def test_two_domains_take_turns(tiny: Trained, watched: Watched) -> None:
     case = trainings.two_domains(tiny)
     ((_, took),) = watched
-    images, negatives = tiny.material.train[0], tiny.material.elsewhere[NEGATIVE][0]
+    images, fogged = tiny.material.train[0], tiny.material.fogged[0]
 
     def among(x: Tensor, those: Tensor) -> bool:
         return bool((x[:, None] == those[None]).flatten(2).all(2).any(1).all())
 
     for batches in (took, case.batches):
         assert all(among(x, images) for x, _ in batches[::2])
-        assert all(among(x, negatives) for x, _ in batches[1::2])
+        assert all(among(x, fogged) for x, _ in batches[1::2])
 
 
 def test_a_shared_norm_is_called_twice(tiny: Trained) -> None:
