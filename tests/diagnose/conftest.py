@@ -1,4 +1,5 @@
 import pytest
+
 from diagnose.networks import Trained, train
 
 

@@ -4,9 +4,9 @@ from collections.abc import Callable
 
 import pytest
 import torch
-from diagnose.networks import CLASSES, Batch, Net, Trained, averaged, batched, norms, signals
 from torch import Tensor, nn
 
+from diagnose.networks import CLASSES, Batch, Net, Trained, averaged, batched, norms, signals
 from normlab.diagnose import Diagnosis, diagnose
 
 CAUSES = {
@@ -68,7 +68,9 @@ def test_what_is_left_of_the_initial_values_is_told(trained: Trained, left: floa
 
 
 def test_little_of_the_initial_values_is_nothing(trained: Trained) -> None:
-    assert found(change(trained, lambda m, v: (0.999 * m, 0.001 + 0.999 * v)), trained.batches).healthy
+    assert found(
+        change(trained, lambda m, v: (0.999 * m, 0.001 + 0.999 * v)), trained.batches
+    ).healthy
 
 
 @pytest.mark.parametrize("momentum", [0.9, 0.99])
@@ -169,7 +171,7 @@ def test_without_labels_far_statistics_are_a_problem(trained: Trained) -> None:
     assert "no labels" in diagnosis.findings[0].sentence
 
 
-def test_a_layer_that_is_alone_is_compared(trained: Trained) -> None:
+def test_a_layer_that_is_alone_is_compared() -> None:
     x, y = signals(256, 3)
     model = nn.Sequential(nn.Flatten(), nn.Linear(24, 8), nn.BatchNorm1d(8), nn.Linear(8, CLASSES))
     averaged(model, batched((x, y), 32), None)

@@ -3,9 +3,9 @@
 from itertools import product
 
 import torch
-from diagnose.networks import signals
 from torch import nn
 
+from diagnose.networks import signals
 from normlab.diagnose.comparison import Pair, explained
 from normlab.diagnose.moments import Moments, Spread, of_samples
 from normlab.population import ema_noise
@@ -113,5 +113,7 @@ def test_distance_and_what_explains_it() -> None:
 def test_channels_that_cannot_be_compared_are_left_out() -> None:
     x = torch.randn(64, 3, generator=torch.Generator().manual_seed(7))
     x[:, 0] = 1.0  # constant
-    stored = pair(torch.zeros(3).double(), torch.tensor([1.0, -1.0, 1.0]).double(), accumulated(x, 8))
+    stored = pair(
+        torch.zeros(3).double(), torch.tensor([1.0, -1.0, 1.0]).double(), accumulated(x, 8)
+    )
     assert stored.mask.tolist() == [False, False, True]
