@@ -321,7 +321,9 @@ template <class T> void forward_last(const Forward& f, const T* x, T* y, int64_t
         for (; c < channels; ++c) {
             k[c] = 0;
             for (int64_t r = 0; r < some; ++r) k[c] += value(from[r * channels + c]);
-            k[c] /= (float)some;
+            T near;  // of bfloat16 elements: an odd k would round every difference the same way
+            put(&near, k[c] / (float)some);
+            k[c] = value(near);
         }
     };
     passes(

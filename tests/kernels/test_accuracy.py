@@ -174,3 +174,13 @@ def test_the_number_of_threads_changes_no_bit():
                         assert torch.equal(value, other[name]), (name, shape, last)
     finally:
         torch.set_num_threads(before)
+
+
+@pytest.mark.parametrize("last", [False, True])
+def test_the_mean_of_bfloat16_values_is_not_rounded_one_way(last):
+    """Their differences from a shift of more bits were: 1e-6 of a standard deviation, ten draws."""
+    for seed in range(10):
+        x = laid(torch.randn(8, 64, 7, 9, generator=torch.Generator().manual_seed(seed)), last)
+        x = x.to(torch.bfloat16)
+        _, mean, _ = kernels.batch_norm(x, torch.ones(64), torch.zeros(64), groups=1, eps=EPS)
+        assert float((mean[0] - x.double().mean((0, 2, 3))).abs().max()) < 2e-7

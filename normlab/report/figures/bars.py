@@ -135,6 +135,7 @@ def dress(axes: Axes, xlabel: str, groups: list[str]) -> None:
     labels = groups if crowded else labels
     turned: dict[str, Any] = {"rotation": 35, "ha": "right", "rotation_mode": "anchor"}
     axes.set_xticks(range(len(groups)), labels, fontsize=7, **(turned if crowded else {}))
+    axes.set_xlim(-0.5, len(groups) - 0.5)  # also where the last groups have no bars yet
     axes.grid(axis="y", color="#e6e6e6", linewidth=0.6)
     axes.set_axisbelow(True)
 
