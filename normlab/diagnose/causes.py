@@ -13,14 +13,15 @@ parameter or none. The one whose prediction takes away the distance (`explained`
 - otherwise the weights moved: every layer is off, the first one least.
 """
 
+import math
 from collections.abc import Iterator
 
 from normlab.diagnose import laws, origins
 from normlab.diagnose.case import Case, Numbers
-from normlab.diagnose.comparison import scatter
+from normlab.diagnose.comparison import noise, scatter
 from normlab.diagnose.findings import RECALIBRATE, Finding
 from normlab.diagnose.moments import Moments
-from normlab.diagnose.thresholds import FAR, MEMORY, ROUNDED
+from normlab.diagnose.thresholds import FAR, MEMORY, NOISY, ROUNDED
 from normlab.population.ema import ema_noise
 
 __all__ = ["cause", "told"]
@@ -41,18 +42,27 @@ def cause(case: Case, target: dict[str, Moments] | None) -> Iterator[Finding]:
         if found is not None:
             yield found
             return
-    means, _ = scatter(case.pairs)
-    moved = case.far > FAR / 2 and float(means.nanmedian()) > MEMORY[1]
-    if not case.stored_costs and not moved:
-        if far > FAR and (found := origins.another_eps(case)) is not None:
-            yield found
+    alone = _noise_alone(case)
+    if alone and not case.stored_costs:
         return
-    yield (
-        origins.another_eps(case)
-        or origins.averaged(case)
-        or origins.other_domain(case, target)
-        or origins.stale(case)
-    )
+    found = origins.another_eps(case) or origins.averaged(case)
+    if found is None and not alone and (case.stored_costs or case.far > FAR / 2):
+        found = origins.other_domain(case, target) or origins.stale(case)
+    if found is not None:
+        yield found
+
+
+def _noise_alone(case: Case) -> bool:
+    """Whether the statistics are as near as an average of batches gets.
+
+    What they cost then is the price of every such average, and no sign of weights or inputs that
+    have changed: half of the layers are within NOISY times its noise, and none is beyond it.
+    """
+    middles = [float(found.nanmedian()) for found in scatter(case.pairs)]
+    if all(math.isnan(middle) for middle in middles):
+        return False
+    near = all(not middle > NOISY * noise() for middle in middles)
+    return near and not any(pair.beyond_noise() for pair in case.pairs.values())
 
 
 def told(case: Case) -> Numbers:
@@ -93,7 +103,7 @@ def _memory(case: Case) -> Finding | None:
     middle = float(means.nanmedian())
     middle_var = float(variances.nanmedian())
     top = max(float(means.nanquantile(0.9)), float(variances.nanquantile(0.9)))
-    usual = ema_noise(0.9)
+    usual = noise()
     momenta = {
         m
         for m in (getattr(norm, "momentum", None) for norm in case.norms.values())

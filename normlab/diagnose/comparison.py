@@ -8,9 +8,10 @@ import torch
 from torch import Tensor
 
 from normlab.diagnose.moments import Moments
-from normlab.diagnose.thresholds import BATCHES, CONSTANT
+from normlab.diagnose.thresholds import BATCHES, CONSTANT, DECAY, SIGNIFICANT
+from normlab.population.ema import ema_noise
 
-__all__ = ["Pair", "explained", "scatter"]
+__all__ = ["Pair", "explained", "noise", "scatter"]
 
 
 @dataclass(frozen=True)
@@ -85,6 +86,18 @@ class Pair:
         spread = (groups.var[keep] / var).mean()
         return float(shift / spread) - 1 / groups.count if spread > CONSTANT else math.nan
 
+    def beyond_noise(self) -> bool:
+        """Whether the statistics are further off than an average's noise leaves a layer.
+
+        All channels may hang on one direction of the inputs, as the first layer's do on brightness:
+        then their mean squared error is that of a single normal draw, whose variance is that of the
+        average and of the precise statistics. True where too few batches tell.
+        """
+        off = [self.in_spreads(), self.variances_in_spreads()]
+        band = SIGNIFICANT**2 * (noise() + 1 / max(self.moments.groups.count, 1))
+        known = [value for value in off if not math.isnan(value)]
+        return not known or max(known) > band
+
     def in_deviations(self) -> float:
         """Root of the mean squared difference of the means, in standard deviations."""
         keep = self.mask
@@ -115,6 +128,11 @@ def explained(pairs: Mapping[str, Pair], law: Mapping[str, tuple[Tensor, Tensor]
         before += float(pair.distance().mean())
         after += float(pair.distance(*law[name]).mean())
     return 1 - after / before if before > 0 else 0.0
+
+
+def noise() -> float:
+    """Squared error of what a healthy average holds, in units of a batch's variance."""
+    return ema_noise(DECAY)
 
 
 def scatter(pairs: Mapping[str, Pair]) -> tuple[Tensor, Tensor]:

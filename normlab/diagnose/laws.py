@@ -70,8 +70,9 @@ def _initial_left(pairs: dict[str, Pair], weight: float) -> Law:
     }
 
 
-def _scaled(pairs: dict[str, Pair], factor: float) -> Law:
-    return {n: (p.precise_mean * factor, p.precise_var * factor) for n, p in pairs.items()}
+def _scaled(pairs: dict[str, Pair], factor: float, means: float | None = None) -> Law:
+    shift = factor if means is None else means
+    return {n: (p.precise_mean * shift, p.precise_var * factor) for n, p in pairs.items()}
 
 
 def _power(pairs: dict[str, Pair], power: float) -> Law:
@@ -86,7 +87,9 @@ def one_parameter(case: Case) -> Finding | None:
     ]
     ratios = torch.cat([pair.log_ratio() for pair in pairs.values()])
     factor = float(ratios.median().exp())
-    fits.append(_Fit("common_factor", factor, explained(pairs, _scaled(pairs, factor))))
+    scaled = explained(pairs, _scaled(pairs, factor))
+    if scaled > explained(pairs, _scaled(pairs, factor, means=1)):  # else the means say no
+        fits.append(_Fit("common_factor", factor, scaled))
     for power in (0.5, -1.0, -0.5, 2.0):
         fits.append(_Fit("not_a_variance", power, explained(pairs, _power(pairs, power))))
     best = max(fits, key=lambda fit: fit.share)

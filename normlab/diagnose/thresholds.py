@@ -15,6 +15,13 @@ EXPLAINED = 0.8
 """Share of the distance between stored and precise statistics, over all layers and channels, that
 a cause of one or two parameters has to account for. Two causes cannot both."""
 
+DECAY = 0.9
+"""Of the averages whose noise is nobody's fault: torch's default, with the shortest memory of the
+common ones. It costs a network of a short training a percentage point or two of error."""
+
+NOISY = 2.0
+"""Times the noise of such an average that half the layers show before it is something else."""
+
 MEMORY = (0.35, 2.5)
 """Squared error of the stored means in units of a batch mean's variance, of an average that holds
 one or two batches: 1 for the last one alone, 1/2 for two, (1 - d) / (1 + d) of a decay d: 0.05 for
