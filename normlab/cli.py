@@ -28,6 +28,7 @@ usage: normlab <command> [arguments]
   show    [WHAT]                norms, convs, models, data, recipes, scales, experiments, ...
   show    norm NAME             the card of a layer: formula, variance, population, limits, errors
   diagnose --model SPEC ...     what is wrong with a trained model's batch norms, and the cure
+  diagnose --trial [--quick]    whether it finds faults that were put into networks
   recalibrate --out FILE ...    a trained model's statistics estimated anew, in a new checkpoint
   bench   [TOPIC] [--quick]     the speed of training, data and statistics; of layers; of ranks
 
@@ -155,12 +156,24 @@ def recalibrate(argv: list[str]) -> int:
 def diagnose(argv: list[str]) -> int:
     from normlab.diagnose.options import add_arguments
 
+    if "--trial" in argv:
+        return _trial(argv)
     parser = _parser("diagnose", "What is wrong with a trained model's batch norms, and the cure.")
     add_arguments(parser)
     given = parser.parse_args(argv)
     from normlab.diagnose.command import main as carry_out
 
     return carry_out(given)
+
+
+def _trial(argv: list[str]) -> int:
+    parser = _parser("diagnose", "Whether a diagnosis finds faults that were put into networks.")
+    parser.add_argument("--trial", action="store_true", required=True, help="do that")
+    parser.add_argument("--quick", action="store_true", help="a few, hardly trained: two minutes")
+    given = parser.parse_args(argv)
+    from normlab.trial import main as judge
+
+    return judge(quick=given.quick)
 
 
 COMMANDS = {

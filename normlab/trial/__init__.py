@@ -21,8 +21,9 @@ __all__ = ["OUT", "SEED", "main", "verdicts"]
 OUT = Path("results") / "diagnose"
 WORK = Path("runs") / "trial"
 
-SEED = 100
-"""The first seed: the thresholds of `normlab.diagnose` were chosen on those below 10."""
+SEED = 200
+"""The first seed: the thresholds of `normlab.diagnose` were chosen on those below 10, and what a
+first judging run on 100 to 129 showed has been mended since."""
 
 
 def main(*, quick: bool = False, results: Path = OUT, work: Path = WORK, seed: int = SEED) -> int:
