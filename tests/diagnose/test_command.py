@@ -6,8 +6,8 @@ from pathlib import Path
 
 import pytest
 import torch
-from diagnose.networks import Trained, norms
 
+from diagnose.networks import Trained, norms
 from normlab.cli import main
 from normlab.diagnose import MEANINGS
 from normlab.trial.write import read, summary
@@ -43,10 +43,10 @@ def test_a_problem_with_its_cure_and_the_files(
     said = capsys.readouterr().out
     assert said.startswith("1 problem: never_updated")
     assert "normlab recalibrate --checkpoint model.pt --model" in said
-    with open("page/findings.csv", newline="") as file:
+    with Path("page/findings.csv").open(newline="") as file:
         found = list(csv.DictReader(file))
     assert [(row["name"], row["severity"]) for row in found] == [("never_updated", "problem")]
-    with open("page/layers.csv", newline="") as file:
+    with Path("page/layers.csv").open(newline="") as file:
         assert {row["name"] for row in csv.DictReader(file)} == set(norms(model))
     page = Path("page/index.html").read_text()
     assert "1 problem: never_updated" in page
