@@ -117,3 +117,18 @@ def test_channels_that_cannot_be_compared_are_left_out() -> None:
         torch.zeros(3).double(), torch.tensor([1.0, -1.0, 1.0]).double(), accumulated(x, 8)
     )
     assert stored.mask.tolist() == [False, False, True]
+
+
+def test_the_noise_of_an_average_is_told_from_a_shift() -> None:
+    """Every channel follows one direction, so the error is one normal draw's: 4 deviations of an
+    average (1/19 of a batch's variance) and of the precise mean (1/32)."""
+    one = torch.randn(256, 1, generator=torch.Generator().manual_seed(8))
+    x = one * torch.linspace(1, 2, 6)
+    seen = accumulated(x, 8)
+    deviation = seen.groups.var.sqrt()
+    precise = seen.statistics()
+    limit = 4 * (1 / 19 + 1 / 32) ** 0.5
+    for off, beyond in ((0.9 * limit, False), (1.1 * limit, True)):
+        # What the precise mean itself is off is taken out.
+        stored = pair(precise.mean + (off**2 + 1 / 32) ** 0.5 * deviation, precise.var, seen)
+        assert stored.beyond_noise() is beyond
