@@ -28,7 +28,7 @@ def _curve(curve: Curve, axis: str) -> Figure:
         figure = Figure(figsize=(4.4, 2.9), layout="constrained")
         left = figure.subplots()
         left.set_xscale("log", base=2)
-        left.set_xticks(curve.xs, list(map(str, curve.xs)))
+        left.set_xticks(curve.xs, _labels(curve.xs))
         left.minorticks_off()
         left.set_xlabel(axis)
         left.set_ylabel("loss", color=COLOURS[0])
@@ -43,3 +43,15 @@ def _curve(curve: Curve, axis: str) -> Figure:
             left.axvline(curve.needed, color="#888888", linewidth=0.8, linestyle=(0, (4, 2)))
             left.set_title(f"enough: {curve.needed}", loc="left")
         return figure
+
+
+def _labels(xs: list[int]) -> list[str]:
+    """Of the ticks: the last one's, and before it those that are half of the next at most."""
+    labels = [str(x) for x in xs]
+    kept = xs[-1]
+    for i in range(len(xs) - 2, -1, -1):
+        if 2 * xs[i] > kept:
+            labels[i] = ""
+        else:
+            kept = xs[i]
+    return labels

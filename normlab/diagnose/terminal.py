@@ -68,8 +68,8 @@ def told(found: Diagnosis) -> list[str]:
             f"{usual:.2g}"
         )
         nbs = facts.get("NBS by the noise, at least")
-        if isinstance(nbs, float):
-            words += f", so it held batches of {nbs:.2g} or more"
+        if isinstance(nbs, float) and nbs >= 2:  # else weights that moved are most of it
+            words += f", so its batches had {nbs:.0f} samples or more"
         said.append(words + ".")
     if "time constant in updates" in facts and "updates" in facts:
         said.append(
