@@ -166,7 +166,7 @@ def _findings(
     of_ranks = list(training.ranks(case))
     composed = [*composition.leakage(case), *domains.mixed(case, structure)]
     reused = list(composition.reuse(case))
-    if reused:  # where one set serves two places, batches are apart for that
+    if reused or case.stored_costs:  # which has a cause of its own, and it comes first
         composed = [finding for finding in composed if finding.severity == "problem"]
     yield from chain(of_ranks, composed, reused)
     if not any(finding.severity == "problem" for finding in composed):
