@@ -13,7 +13,7 @@ from normlab.diagnose import MEANINGS
 from normlab.trial.write import read, summary
 
 ROOT = Path(__file__).parents[2]
-MINE = Path(__file__).with_name("mine.py")
+MINE = Path(__file__).with_name("theirs.py")
 
 
 @pytest.fixture(autouse=True)
